@@ -1,0 +1,81 @@
+# What the rules share: the plan (which step has which JSON and which inputs) and the one call that runs a step.
+import gc
+import shlex
+import sys
+from pathlib import Path
+
+from workflow_scripts.core import config as configs
+from workflow_scripts.core.messages import InputError
+from workflow_scripts.core.plan import Plan
+from workflow_scripts.core import work
+
+gc.disable()  # planning allocates and hardly frees: a fifth of the time of a large plan
+
+try:
+    PLAN = Plan(configs.Config(config, [str(file) for file in workflow.configfiles]))
+    PLAN.check()
+except InputError as error:
+    sys.stderr.write(f"{error}\n")
+    sys.exit(1)
+
+DEVICE = PLAN.config.data["device"]
+THREADS = PLAN.config.data["threads"]
+GPU = 1 if DEVICE == "cuda" else 0
+ENV = f"../envs/{'cuda' if DEVICE == 'cuda' else 'cpu'}.yaml"
+
+# A run is an experiment, or one with `.seedN` (N from 2): one run has one name.
+SEED = r"(\.seed([2-9]|[1-9][0-9]+))?"
+
+
+def runs_of(*methods):
+    """A wildcard constraint: the runs of these methods."""
+    names = [name for name, body in PLAN.config.experiments.items() if body["method"] in methods]
+    return f"({'|'.join(sorted(names)) or '(?!)'}){SEED}"
+
+
+def scores(run):
+    return f"{PLAN.results}/ifeval_{run}.json"
+
+
+def edges(files):
+    """The edges of the DAG: manifests as they are, everything else `ancient()`.
+
+    What is stale is decided by the parameter, which holds the parents' fingerprints, never by time: a manifest is small,
+    so Snakemake compares it by checksum where it is newer. It must not be `ancient()`: where a job is planned, Snakemake 9
+    does not look at the parameters of the jobs below it, and plans them only through an edge that is not ancient.
+    """
+    return [file if file.endswith("manifest.json") else ancient(file) for file in files]
+
+
+def slice_inputs(wildcards):
+    body = PLAN.config.data["data"]["slices"][wildcards.slice]
+    files = [body["source"]["path"]] if "path" in body["source"] else []
+    if body["kind"] != "ifeval":
+        files += PLAN.slice_inputs(PLAN.prompts_slice) + PLAN.base_inputs()
+    return edges(files)
+
+
+def train_inputs(wildcards):
+    rows = PLAN.slice_inputs(PLAN.experiment(wildcards.run)["slice"])
+    return edges(PLAN.start_inputs(wildcards.run) + rows)
+
+
+def model_inputs(wildcards):
+    """The full-precision model that a run starts from and, unless it is the base itself, the run's adapter."""
+    if wildcards.run == "base":
+        return edges(PLAN.base_inputs())
+    return edges(PLAN.start_inputs(wildcards.run) + PLAN.adapter_inputs(wildcards.run))
+
+
+def options(wildcards, input):
+    """What decides no number. Snakemake does not record a parameter whose function takes `input`, and so never reruns for it."""
+    return f"--work {shlex.quote(PLAN.work)} --track {PLAN.config.data['track']}"
+
+
+def clear_recorded():
+    work.clear_recorded(Path(PLAN.work))
+
+
+wildcard_constraints:
+    run=f"(base|{'|'.join(sorted(PLAN.config.experiments))}){SEED}",
+    slice="|".join(sorted(PLAN.config.data["data"]["slices"])),

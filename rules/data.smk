@@ -1,0 +1,23 @@
+rule slice_data:
+    input:
+        slice_inputs,
+    output:
+        manifest="<results>/data/{slice}.manifest.json",
+        rows="<results>/data/{slice}.jsonl",
+    log:
+        "<logs>/data/{slice}.log",
+    benchmark:
+        "<benchmarks>/data/{slice}.tsv"
+    conda:
+        ENV
+    threads: 1
+    resources:
+        gpu=0,
+        mem_mb=2000,
+        runtime="30m",
+    params:
+        options=options,
+        step=lambda wildcards: PLAN.slice(wildcards.slice),
+    shell:
+        "python -m workflow_scripts.steps.slice_data --step {params.step:q} --inputs {input:q} --out {output.manifest:q}"
+        " {params.options} --log {log:q}"

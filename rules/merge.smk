@@ -1,0 +1,23 @@
+# The weights of a merge are a cache: only the manifest is declared, and whoever needs deleted weights rebuilds them.
+rule merge:
+    input:
+        model_inputs,
+    output:
+        manifest="<results>/{run}/merged/manifest.json",
+    log:
+        "<logs>/{run}/merge.log",
+    benchmark:
+        "<benchmarks>/{run}/merge.tsv"
+    conda:
+        ENV
+    threads: THREADS
+    resources:
+        gpu=0,
+        mem_mb=16000,
+        runtime="30m",
+    params:
+        options=options,
+        step=lambda wildcards: PLAN.merge(wildcards.run),
+    shell:
+        "python -m workflow_scripts.steps.merge --step {params.step:q} --inputs {input:q} --out {output.manifest:q}"
+        " {params.options} --log {log:q}"

@@ -1,0 +1,32 @@
+# One rule for each method, made in a loop. The step's module is a parameter: a loop variable inside the shell string would be
+# bound late, and every job would run the last method.
+for method in PLAN.config.data["methods"]:
+
+    rule:
+        name:
+            f"train_{method}"
+        input:
+            train_inputs,
+        output:
+            manifest="<results>/{run}/adapter/manifest.json",
+            weights="<results>/{run}/adapter/adapter_model.safetensors",
+        log:
+            "<logs>/{run}/train.log",
+        benchmark:
+            "<benchmarks>/{run}/train.tsv"
+        wildcard_constraints:
+            run=runs_of(method),
+        conda:
+            ENV
+        threads: THREADS
+        resources:
+            gpu=GPU,
+            mem_mb=16000,
+            runtime="3h",
+        params:
+            module=f"train_{method}",
+            options=options,
+            step=lambda wildcards: PLAN.train(wildcards.run),
+        shell:
+            "python -m workflow_scripts.steps.{params.module} --step {params.step:q} --inputs {input:q} --out {output.manifest:q}"
+            " {params.options} --log {log:q}"

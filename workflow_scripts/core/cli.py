@@ -1,0 +1,107 @@
+"""The command line of every step. Plumbing: decides no number.
+
+    python -m workflow_scripts.steps.NAME --step STEP --inputs FILE... --out MANIFEST [--work DIR] [--log FILE]
+
+STEP is the step's JSON, or a file that holds it: a finished manifest.json will do, so that any phase can be run again by
+hand. An InputError is one line on standard error and exit status 1.
+"""
+
+import argparse
+import json
+import os
+import sys
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+
+from workflow_scripts.core import progress, runinfo, work
+from workflow_scripts.core.artifacts import Job
+from workflow_scripts.core.fingerprint import fingerprint
+from workflow_scripts.core.messages import InputError
+
+
+def parser(doc: str) -> argparse.ArgumentParser:
+    made = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    made.add_argument("--step", required=True, help="the step's JSON, or a file with it (a manifest.json will do)")
+    made.add_argument("--inputs", nargs="*", default=[], type=Path, help="manifests of the parents, and their files")
+    made.add_argument("--out", required=True, type=Path, help="where the manifest goes; the other files go beside it")
+    made.add_argument("--work", type=Path, default=Path("results/.work"), help="locks and unfinished work")
+    made.add_argument("--log", type=Path, help="write all messages here instead of to the terminal")
+    made.add_argument("--track", default="none", choices=["none", "tensorboard", "wandb"], help="live training curves")
+    return made
+
+
+def read_step(text: str) -> dict:
+    """The step's JSON from the argument itself, or from the file that it names."""
+    if not text.lstrip().startswith("{"):
+        try:
+            text = Path(text).read_text(encoding="utf-8")
+        except OSError as error:
+            raise InputError(f"--step {text}: neither JSON nor a file that can be read: {error.strerror}") from None
+    try:
+        data = json.loads(text)
+    except ValueError as error:
+        raise InputError(f"--step: not JSON: {error}") from None
+    return data["step"] if isinstance(data.get("step"), dict) else data
+
+
+def _environment(threads: int) -> None:
+    """Before any heavy import: offline, quiet, and as many threads as the step was planned with."""
+    for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
+        os.environ[name] = str(threads)
+    quiet = {
+        "TOKENIZERS_PARALLELISM": "false",
+        "HF_HUB_OFFLINE": "1",
+        "HF_DATASETS_OFFLINE": "1",
+        "HF_HUB_DISABLE_TELEMETRY": "1",
+    }
+    os.environ.update(quiet)
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+
+
+def _redirect(log: Path | None) -> int:
+    """Send standard output and error, C libraries' included, into the log. Returns a descriptor of the real error stream."""
+    real = os.dup(2)
+    if log is not None:
+        log.parent.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os.dup2(descriptor, 1)
+        os.dup2(descriptor, 2)
+        os.close(descriptor)
+        terminal = os.fdopen(os.dup(real), "w")
+        progress.set_terminal(terminal if terminal.isatty() else None)
+    return real
+
+
+def run(main: Callable[[Job], None], doc: str | None) -> None:
+    """Run a step: read the arguments, take its lock, take over a finished copy if there is one, else call `main`."""
+    args = parser(doc or "").parse_args()
+    real = _redirect(args.log)
+
+    def say(text: str) -> None:
+        print(text, flush=True)
+        if args.log is not None:
+            os.write(real, f"{args.out}: {text}\n".encode())
+
+    try:
+        step = read_step(args.step)
+        _environment(step.get("threads", 1))
+        runinfo.check_packages(step)
+        job = Job(step, args.inputs, args.out, args.work, args.track)
+        with work.exclusive(args.work, fingerprint(step), say):
+            if work.republish(args.work, fingerprint(step), args.out):
+                say("already made with this fingerprint: taken over")
+                return
+            main(job)
+    except InputError as error:
+        say(f"error: {error}")
+        sys.exit(1)
+    except Exception as error:
+        traceback.print_exc()
+        say(
+            f"error: {type(error).__name__}: {' '.join(str(error).split())[:500]}"
+            + (f" (details: {args.log})" if args.log else "")
+        )
+        sys.exit(1)

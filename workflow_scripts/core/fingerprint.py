@@ -1,0 +1,156 @@
+"""What makes a step stale: the canonical JSON of everything that decides its outcome, and the hash of that JSON.
+
+A step's fingerprint covers its resolved config, its parents' fingerprints (so that a change travels down the DAG), the
+code that it can reach, the locked versions of the libraries that this code imports, and the content of its external
+files. Times decide nothing.
+
+The code part is a hash for each module of the step's import closure in `workflow_scripts`: the syntax tree without
+docstrings (comments and layout are not in the tree), so that a comment never retrains a model and a line of logic
+always does. Files that a module names in a string constant, such as a chat template, count as its code.
+"""
+
+import ast
+import hashlib
+import json
+import re
+import sys
+from functools import cache
+from pathlib import Path
+
+PACKAGE = "workflow_scripts"
+ROOT = Path(__file__).resolve().parents[2]
+LOCK_FILE = ROOT / "envs" / "requirements.lock"
+
+# Plumbing: command line, progress, messages, provenance and locking. A test checks that no number passes through them.
+EXEMPT = frozenset(f"{PACKAGE}.core.{name}" for name in ("cli", "progress", "messages", "runinfo", "work", "fingerprint"))
+
+# The tiny world's generators count only for steps whose source is the tiny world (see `code`).
+TINY = f"{PACKAGE}.tiny"
+
+# Import name -> distribution in the lock file, where the two differ.
+DISTRIBUTIONS = {"lm_eval": "lm_eval", "yaml": "PyYAML"}
+# Libraries that compute on behalf of the one that is imported.
+BROUGHT_ALONG = {
+    "transformers": ("torch", "tokenizers", "safetensors", "numpy"),
+    "trl": ("accelerate", "datasets", "transformers", "torch"),
+    "peft": ("accelerate", "bitsandbytes", "torch"),
+    "lm_eval": ("nltk", "langdetect"),
+}
+
+
+def canonical(value: object) -> str:
+    """JSON with sorted keys and no spaces: equal values give equal text. NaN is refused."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+
+
+def fingerprint(step: dict) -> str:
+    """32 hex digits (128 bits) of the SHA-256 of the step's canonical JSON."""
+    return hashlib.sha256(canonical(step).encode()).hexdigest()[:32]
+
+
+def file_sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _strip_docstrings(tree: ast.Module) -> ast.Module:
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef) and node.body:
+            first = node.body[0]
+            if isinstance(first, ast.Expr) and isinstance(first.value, ast.Constant) and isinstance(first.value.value, str):
+                node.body = node.body[1:]
+    return tree
+
+
+def _module_file(module: str) -> Path | None:
+    path = ROOT / Path(*module.split("."))
+    for candidate in (path.with_suffix(".py"), path / "__init__.py"):
+        if candidate.is_file():
+            return candidate
+    return None
+
+
+def _resource(text: str, folder: Path) -> Path | None:
+    """The file or folder of the package that a string constant names: `tiny/chat_template.jinja`, or a file beside it."""
+    if not re.fullmatch(r"\w[\w./-]*[./][\w-]+", text) or ".." in text:
+        return None
+    for path in (ROOT / PACKAGE / text, folder / text):
+        if path.exists() and path.suffix != ".py":
+            return path
+    return None
+
+
+@cache
+def _read_module(module: str) -> tuple[str, tuple[str, ...], tuple[str, ...]]:
+    """(hash of the module's logic and resources, modules of ours that it imports, other top-level imports)."""
+    path = _module_file(module)
+    assert path is not None, module
+    tree = _strip_docstrings(ast.parse(path.read_bytes(), filename=str(path)))
+    ours: set[str] = set()
+    others: set[str] = set()
+    digest = hashlib.sha256(ast.dump(tree, include_attributes=False).encode())
+    for node in ast.walk(tree):
+        names: list[str] = []
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            if node.level:
+                raise ImportError(f"{path}: line {node.lineno}: relative import; write the full name ({PACKAGE}...)")
+            assert node.module is not None
+            names = [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str) and (found := _resource(node.value, path.parent)):
+            for file in sorted(p for p in (found.rglob("*") if found.is_dir() else [found]) if p.is_file()):
+                digest.update(f"{file.relative_to(ROOT)} {file_sha256(file)}".encode())
+        for name in names:
+            if name.split(".")[0] != PACKAGE:
+                others.add(name.split(".")[0])
+            elif _module_file(name):
+                ours.add(name)
+    return digest.hexdigest()[:16], tuple(sorted(ours)), tuple(sorted(others - set(sys.stdlib_module_names)))
+
+
+@cache
+def closure(module: str, tiny: bool) -> tuple[str, ...]:
+    """The modules of `workflow_scripts` that `module` can import, itself included, without the plumbing.
+
+    `tiny` says whether the tiny world's generators count: they run only where the source of a step is the tiny world.
+    """
+    seen: set[str] = set()
+    todo = [module]
+    while todo:
+        name = todo.pop()
+        if name in seen or name in EXEMPT or (not tiny and (name == TINY or name.startswith(TINY + "."))):
+            continue
+        seen.add(name)
+        todo.extend(_read_module(name)[1])
+    return tuple(sorted(seen))
+
+
+def code(module: str, tiny: bool = False) -> dict[str, str]:
+    """Module name (without the package) -> hash of its logic, for the import closure of `module`."""
+    return {name.removeprefix(PACKAGE + "."): _read_module(name)[0] for name in closure(module, tiny)}
+
+
+@cache
+def locked() -> dict[str, str]:
+    """Distribution name (lower case, with dashes) -> version in the lock file, local tags (+cpu, +cu128) left out."""
+    versions = {}
+    for line in LOCK_FILE.read_text().splitlines():
+        if match := re.match(r"([A-Za-z0-9._-]+)==([^\s;+]+)", line):
+            versions[match[1].lower().replace("_", "-")] = match[2]
+    return versions
+
+
+def packages(module: str, tiny: bool = False) -> dict[str, str]:
+    """Python's minor version and the locked versions of the libraries that the step's import closure uses."""
+    names: set[str] = set()
+    for name in closure(module, tiny):
+        for other in _read_module(name)[2]:
+            names.update((other, *BROUGHT_ALONG.get(other, ())))
+    versions = {"python": f"{sys.version_info.major}.{sys.version_info.minor}"}
+    for name in sorted(names):
+        distribution = DISTRIBUTIONS.get(name, name).lower().replace("_", "-")
+        if distribution not in locked():
+            raise KeyError(f"{LOCK_FILE}: no version of {distribution}, which {module} imports; run `make lock`")
+        versions[distribution] = locked()[distribution]
+    return versions

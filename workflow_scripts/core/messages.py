@@ -1,0 +1,5 @@
+"""Messages to people. Plumbing: nothing here may decide a number, so the code fingerprint leaves this module out."""
+
+
+class InputError(Exception):
+    """Something that the user gave is wrong. The text names the place, what was found, what was expected and the remedy."""

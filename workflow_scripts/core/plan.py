@@ -1,0 +1,188 @@
+"""From a checked config to the steps: for each artifact its path, its parents, and the JSON that decides its outcome.
+
+The Snakefile asks this module, and nothing else, what a rule's parameter and inputs are. A step's JSON holds the resolved
+config of that step alone, the fingerprints of its parents, code and package versions, and what its external files
+contain: its hash is the step's fingerprint (see `fingerprint`). Runs at parse time, without heavy imports.
+"""
+
+from functools import cached_property
+
+from workflow_scripts.core import fingerprint, slicing
+from workflow_scripts.core.config import Config, run_name
+
+STEPS = "workflow_scripts.steps."
+
+
+class Plan:
+    """The steps of one config. Names of runs: `base`, an experiment (seed 1), or an experiment with `.seedN`."""
+
+    def __init__(self, config: Config):
+        self.config = config
+        paths = config.data.get("pathvars", {})
+        self.results: str = paths.get("results", "results")
+        self._steps: dict[tuple[str, str], dict] = {}
+        self._fingerprints: dict[tuple[str, str], str] = {}
+
+    # -- paths ------------------------------------------------------------------------------------------------------
+
+    @property
+    def work(self) -> str:
+        """Locks, staging and finished copies, by fingerprint."""
+        return f"{self.results}/.work"
+
+    def slice_inputs(self, name: str) -> list[str]:
+        return [f"{self.results}/data/{name}.manifest.json", f"{self.results}/data/{name}.jsonl"]
+
+    def base_inputs(self) -> list[str]:
+        return [f"{self.results}/base/manifest.json", f"{self.results}/base/model.safetensors"]
+
+    def adapter_inputs(self, run: str) -> list[str]:
+        return [f"{self.results}/{run}/adapter/{name}" for name in ("manifest.json", "adapter_model.safetensors")]
+
+    def start_inputs(self, run: str) -> list[str]:
+        """Files of the full-precision model that `run` starts from: the base or a merged experiment.
+
+        A merge's weights are a cache, so its manifest stands for it, with what they can be rebuilt from.
+        """
+        start = self.start_run(run)
+        if start == "base":
+            return self.base_inputs()
+        return [f"{self.results}/{start}/merged/manifest.json", *self.start_inputs(start), *self.adapter_inputs(start)]
+
+    # -- the graph --------------------------------------------------------------------------------------------------
+
+    @cached_property
+    def prompts_slice(self) -> str:
+        return self.config.data["eval"]["ifeval"]["prompts"]
+
+    def experiment(self, run: str) -> dict:
+        return self.config.experiments[self.config.run(run)[0]]
+
+    def start_run(self, run: str) -> str:
+        """The run whose merged model `run` starts from, with the same seed; `base` for the base model."""
+        experiment, seed = self.config.run(run)
+        return run_name(self.config.experiments[experiment]["start_from"], seed)
+
+    def is_tiny_slice(self, name: str) -> bool:
+        return "tiny" in self.config.data["data"]["slices"][name]["source"]
+
+    def runs(self) -> list[str]:
+        """Every run of the config: each experiment with each seed."""
+        return [run_name(name, seed) for name in self.config.experiments for seed in self.config.data["seeds"]]
+
+    # -- the steps --------------------------------------------------------------------------------------------------
+
+    def base(self) -> str:
+        return self._text("base", "")
+
+    def slice(self, name: str) -> str:
+        return self._text("slice", name)
+
+    def train(self, run: str) -> str:
+        return self._text("train", run)
+
+    def merge(self, run: str) -> str:
+        return self._text("merge", run)
+
+    def generate(self, run: str) -> str:
+        return self._text("generate", run)
+
+    def score(self, run: str) -> str:
+        return self._text("score", run)
+
+    def check(self) -> None:
+        """Resolve every step of the config once (seed 1), so that what can't be planned is said at once."""
+        for name in self.config.data["data"]["slices"]:
+            self.step("slice", name)
+        for name in self.config.experiments:
+            self.step("score", name)
+
+    def _text(self, kind: str, name: str) -> str:
+        return fingerprint.canonical(self.step(kind, name))
+
+    def fingerprint(self, kind: str, name: str) -> str:
+        key = (kind, name)
+        if key not in self._fingerprints:
+            self._fingerprints[key] = fingerprint.fingerprint(self.step(kind, name))
+        return self._fingerprints[key]
+
+    def step(self, kind: str, name: str = "") -> dict:
+        key = (kind, name)
+        if key not in self._steps:
+            self._steps[key] = getattr(self, f"_{kind}_step")(*([name] if name else []))
+        return self._steps[key]
+
+    def _step(self, module: str, config: dict, parents: dict[str, str], tiny: bool = False, **more) -> dict:
+        step = {
+            "step": module,
+            "config": config,
+            "parents": parents,
+            "code": fingerprint.code(STEPS + module, tiny),
+            "packages": fingerprint.packages(STEPS + module, tiny),
+            **more,
+        }
+        if self.config.data.get("allow_package_mismatch"):
+            step["allow_package_mismatch"] = True
+        return step
+
+    def _machine(self) -> dict:
+        """What of the machine decides numbers; declared, never detected."""
+        return {key: self.config.data[key] for key in ("device", "precision", "threads")}
+
+    def _slice_step(self, name: str) -> dict:
+        data = self.config.data["data"]
+        body = data["slices"][name]
+        config: dict = {"heldout": 0, **body, "max_drop": data["max_drop"]}
+        parents, more = {}, {}
+        if body["kind"] != "ifeval":
+            config |= {"max_prompt_tokens": data["max_prompt_tokens"], "decontaminate": data["decontaminate"]}
+            parents = {"prompts": self.fingerprint("slice", self.prompts_slice), "base": self.fingerprint("base", "")}
+        if "path" in body["source"]:
+            config["source"] = {"file": body["source"]["path"].rsplit("/", 1)[-1]}
+            rows = slicing.candidates_hash(body["source"]["path"], body["rows"], body["seed"], f"{self.work}/content_cache.json")
+            more["external"] = {"candidate_rows": rows}
+        return self._step("slice_data", config, parents, tiny=self.is_tiny_slice(name), **more)
+
+    def _base_step(self) -> dict:
+        base = self.config.data["base"]
+        config = {"source": base["source"], base["source"]: base[base["source"]]}
+        parents = {"prompts": self.fingerprint("slice", self.prompts_slice)}
+        return self._step("make_base", config, parents, tiny=base["source"] == "scratch", **self._machine())
+
+    def _start_fingerprint(self, run: str) -> str:
+        start = self.start_run(run)
+        return self.fingerprint("base", "") if start == "base" else self.fingerprint("merge", start)
+
+    def _train_step(self, run: str) -> dict:
+        body = self.experiment(run)
+        config = {key: body[key] for key in ("method", "quantise", "train")}
+        config["lora"] = self.config.data["lora"]
+        if body["quantise"] != "none":
+            config["quant"] = self.config.data["quant"]
+        config["optim"] = "paged_adamw_32bit" if self.config.data["device"] == "cuda" else "adamw_torch"
+        parents = {"start": self._start_fingerprint(run), "rows": self.fingerprint("slice", body["slice"])}
+        return self._step(f"train_{body['method']}", config, parents, seed=self.config.run(run)[1], **self._machine())
+
+    def _merge_step(self, run: str) -> dict:
+        body = self.experiment(run)
+        config = {"quantise": body["quantise"], "quant": self.config.data["quant"]}
+        parents = {"start": self._start_fingerprint(run), "adapter": self.fingerprint("train", run)}
+        return self._step("merge", config, parents, **self._machine())
+
+    def _generate_step(self, run: str) -> dict:
+        evaluation = self.config.data["eval"]
+        config = {"batch_size": evaluation["batch_size"], "max_new_tokens": evaluation["ifeval"]["max_new_tokens"]}
+        parents = {"prompts": self.fingerprint("slice", self.prompts_slice)}
+        if run == "base":
+            parents["start"] = self.fingerprint("base", "")
+        else:
+            parents |= {"start": self._start_fingerprint(run), "adapter": self.fingerprint("train", run)}
+        return self._step("generate", config, parents, **self._machine() | {"precision": evaluation["precision"]})
+
+    def _score_step(self, run: str) -> dict:
+        config = {"strip_think": self.config.data["eval"]["ifeval"]["strip_think"]}
+        parents = {
+            "prompts": self.fingerprint("slice", self.prompts_slice),
+            "responses": self.fingerprint("generate", run),
+        }
+        return self._step("score_ifeval", config, parents)

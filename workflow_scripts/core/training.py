@@ -1,0 +1,109 @@
+"""What the trainers share: arguments that are not the method's, progress, the held-out objective, and the saved artifact."""
+
+import math
+from typing import Any
+
+from transformers import TrainerCallback
+
+from workflow_scripts.core import models
+from workflow_scripts.core.artifacts import Artifact, Draft, Job
+from workflow_scripts.core.messages import InputError
+from workflow_scripts.core.progress import Progress
+
+# Measurements of time: they go to run.json, not into a manifest or a curve that two equal runs share.
+CLOCK = ("runtime", "per_second", "total_flos", "preparation_time")
+
+
+def arguments(job: Job) -> dict[str, Any]:
+    """TrainingArguments that no experiment may choose: seed, precision, device, optimiser, and where things go."""
+    step = job.step
+    return {
+        "output_dir": str(job.work / "trainer"),
+        "seed": step["seed"],
+        "data_seed": step["seed"],
+        "use_cpu": step["device"] == "cpu",
+        "bf16": step["precision"] == "bf16",
+        "fp16": step["precision"] == "fp16",
+        "optim": job.config["optim"],
+        "save_strategy": "no",
+        "eval_strategy": "no",
+        "logging_strategy": "steps",
+        "logging_first_step": True,
+        "logging_nan_inf_filter": False,
+        "disable_tqdm": True,
+        "report_to": job.track,
+        "run_name": job.run,
+        "dataloader_num_workers": 0,
+    }
+
+
+class Watch(TrainerCallback):
+    """Shows progress and stops at the first loss that is not a number."""
+
+    def __init__(self, label: str):
+        self.label, self.note = label, ""
+        self.progress: Progress | None = None
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.progress = self.progress or Progress(state.max_steps, self.label)
+        self.progress.step(state.global_step, self.note)
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        loss = (logs or {}).get("loss")
+        if loss is not None:
+            self.note = f"loss {loss:.4f}"
+            if not math.isfinite(loss):
+                raise InputError(
+                    f"{self.label}: the loss is {loss} at step {state.global_step}; lower the learning rate, or check the data"
+                )
+
+    def on_train_end(self, args, state, control, **kwargs):
+        if self.progress is not None:
+            self.progress.close()
+
+
+def objective(trainer: Any, keys: dict[str, str]) -> dict[str, float]:
+    """The method's own objective on the held-out rows: our name -> value, from the trainer's `eval_` metrics by `keys`."""
+    metrics = trainer.evaluate()
+    return {name: round(float(metrics[f"eval_{key}"]), 6) for name, key in keys.items()}
+
+
+def save(trainer: Any, draft: Draft, job: Job, start: Artifact, facts: dict) -> None:
+    """Write adapter, curves and facts into the draft of an artifact."""
+    import json
+
+    import pandas
+
+    adapter = trainer.accelerator.unwrap_model(trainer.model)
+    adapter.peft_config["default"].base_model_name_or_path = str(start.folder)
+    adapter.save_pretrained(draft.folder, safe_serialization=True)
+    (draft.folder / "README.md").unlink(missing_ok=True)  # peft's card says nothing of this run
+    config_file = draft.folder / "adapter_config.json"
+    config = json.loads(config_file.read_text())
+    config["target_modules"] = sorted(config["target_modules"])  # a set in peft: its order would change with the process
+    config_file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+    history = [
+        {key: value for key, value in row.items() if not any(word in key for word in CLOCK)} for row in trainer.state.log_history
+    ]
+    pandas.DataFrame(history).to_csv(draft.folder / "metrics.csv", index=False)
+    draft.manifest |= {"base": {"path": str(start.folder), "weights_sha256": start.weights_sha256}, **facts}
+    timing = {
+        k: v
+        for row in trainer.state.log_history
+        for k, v in row.items()
+        if k.startswith("train_") and any(word in k for word in CLOCK)
+    }
+    draft.run |= {
+        "tokens": trainer.state.num_input_tokens_seen or getattr(trainer, "_total_train_tokens", None),
+        "timing": timing,
+        "trl_config": {k: v for k, v in trainer.args.to_dict().items() if k not in ("output_dir", "logging_dir")},
+    }
+    models.check_optimizer_state(trainer)
+
+
+def changed(trainer: Any) -> float:
+    """Share of the adapter's B matrices (zero at the start) that moved: 1.0 where all of the adapter trains."""
+    import torch
+
+    matrices = [p for name, p in trainer.model.named_parameters() if "lora_B" in name and p.requires_grad]
+    return sum(bool(torch.any(p != 0)) for p in matrices) / len(matrices)

@@ -1,0 +1,100 @@
+"""Locks, and outputs that appear whole or not at all. Plumbing: decides no number.
+
+A step works in `results/.work/<fingerprint>/stage`. When all its files are there, the folder is renamed to `done`, and
+its files are put in place one by one by rename, the manifest last. `done` stays (as hard links: no extra space) until
+Snakemake has recorded the phase, so that a kill in between, or a second Snakemake that deletes the outputs before it runs
+the same step, costs nothing: the same fingerprint is published again.
+"""
+
+import base64
+import contextlib
+import fcntl
+import json
+import os
+import shutil
+import socket
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from workflow_scripts.core.fingerprint import canonical, file_sha256
+
+
+@contextlib.contextmanager
+def exclusive(work: Path, fingerprint: str, say: Callable[[str], None]) -> Iterator[None]:
+    """Hold the lock of a step. Who finds it taken waits, and says for whom; a lock dies with the process that holds it."""
+    locks = work / "locks"
+    locks.mkdir(parents=True, exist_ok=True)
+    with open(locks / f"{fingerprint}.lock", "a+") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            say(f"waiting: the same step is being made by {file.read().strip() or 'another process'}")
+            fcntl.flock(file, fcntl.LOCK_EX)
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()} since {time.strftime('%Y-%m-%d %H:%M:%S')}")
+        file.flush()
+        yield
+
+
+def whole(manifest: Path, fingerprint: str, folder: Path) -> bool:
+    """True if the manifest is of this fingerprint and each file that it lists is in `folder` with its sha256."""
+    try:
+        data = json.loads(manifest.read_text())
+        return data["fingerprint"] == fingerprint and all(
+            file_sha256(folder / name) == sha256 for name, sha256 in data["files"].items()
+        )
+    except (OSError, ValueError, KeyError):
+        return False
+
+
+def publish(done: Path, out: Path) -> None:
+    """Put the files of `done` beside `out`, each by rename, the manifest (`out`) last."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    for file in sorted(done.iterdir(), key=lambda path: (path.name == out.name, path.name)):
+        part = out.parent / f".{file.name}.{os.getpid()}.part"
+        part.unlink(missing_ok=True)
+        try:
+            os.link(file, part)
+        except OSError:  # a file system without hard links
+            shutil.copyfile(file, part)
+        os.replace(part, out.parent / file.name)
+
+
+def republish(work: Path, fingerprint: str, out: Path) -> bool:
+    """True if the step is already made: its outputs are in place, or its finished copy was put in place now."""
+    if whole(out, fingerprint, out.parent):
+        return True
+    done = work / fingerprint / "done"
+    if whole(done / out.name, fingerprint, done):
+        publish(done, out)
+        return True
+    return False
+
+
+def _recorded(out: str, step: dict, metadata: Path) -> bool:
+    """True if Snakemake's record of `out` holds this step's JSON as its parameter."""
+    record = metadata / base64.urlsafe_b64encode(out.encode()).decode()
+    try:
+        data = json.loads(record.read_text())
+    except (OSError, ValueError):
+        return False
+    return repr(canonical(step)) in data.get("params", []) and not data.get("incomplete")
+
+
+def clear_recorded(work: Path, metadata: Path = Path(".snakemake/metadata")) -> list[str]:
+    """Remove the working folders of the steps that Snakemake has recorded as made. Returns their fingerprints."""
+    cleared = []
+    for where in sorted(work.glob("*/where.json")):
+        folder = where.parent
+        target = json.loads(where.read_text())
+        with open(work / "locks" / f"{folder.name}.lock", "a+") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                continue  # being worked on
+            if (folder / "done").exists() and _recorded(target["out"], target["step"], metadata):
+                shutil.rmtree(folder)
+                cleared.append(folder.name)
+    return cleared

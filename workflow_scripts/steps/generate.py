@@ -1,0 +1,82 @@
+"""Answer the evaluation prompts: batched greedy decoding with the chat template, stopping at the end of the turn.
+
+Every method is evaluated in one precision: the full-precision model that its adapter was trained on, the adapter merged in
+fp32, cast once to `eval.precision`. Merging before generating is also several times faster than an adapter on a 4-bit base.
+
+Prompts are batched from the longest to the shortest, ties in order of their text, padded on the left: the order and batches
+of lm-eval's own runner, so that the scores equal those of its `simple_evaluate`. The batch size changes greedy answers a
+little (padding, kernels), so it is part of the evaluation's fingerprint.
+
+    python -m workflow_scripts.steps.generate --step results/dpo/ifeval_responses.manifest.json \\
+        --out trial/ifeval_responses.manifest.json \\
+        --inputs results/sft_v2/merged/manifest.json results/dpo/adapter/manifest.json results/data/ifeval.manifest.json
+"""
+
+from typing import Any
+
+from workflow_scripts.core import artifacts, cli
+
+
+def answer(model: Any, tokenizer: Any, prompts: list[str], batch_size: int, max_new_tokens: int, label: str) -> list[dict]:
+    """`response`, `tokens` (its count, the end of turn included) and `finish_reason` (stop or length), in the prompts' order."""
+    import torch
+
+    from workflow_scripts.core import chat
+    from workflow_scripts.core.progress import Progress
+
+    end = chat.end_of_turn(tokenizer)
+    tokenizer.padding_side = "left"
+    texts = [
+        tokenizer.apply_chat_template([{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True)
+        for prompt in prompts
+    ]
+    lengths = [len(ids) for ids in tokenizer(texts, add_special_tokens=False)["input_ids"]]
+    order = sorted(range(len(texts)), key=lambda i: (-lengths[i], texts[i]))
+    answers: list[dict] = [{} for _ in texts]
+    bar = Progress(len(texts), label)
+    for first in range(0, len(order), batch_size):
+        rows = order[first : first + batch_size]
+        batch = tokenizer([texts[i] for i in rows], return_tensors="pt", padding=True, add_special_tokens=False)
+        batch = {name: batch[name].to(model.device) for name in ("input_ids", "attention_mask")}
+        with torch.inference_mode():
+            made = model.generate(
+                **batch,
+                do_sample=False,
+                num_beams=1,
+                max_new_tokens=max_new_tokens,
+                eos_token_id=end,
+                pad_token_id=tokenizer.pad_token_id,
+            )
+        for i, tokens in zip(rows, made[:, batch["input_ids"].shape[1] :].tolist(), strict=True):
+            stopped = end in tokens
+            tokens = tokens[: tokens.index(end) + 1] if stopped else tokens
+            text = tokenizer.decode(tokens[:-1] if stopped else tokens, skip_special_tokens=True)
+            answers[i] = {"response": text, "tokens": len(tokens), "finish_reason": "stop" if stopped else "length"}
+        bar.step(first + len(rows))
+    bar.close()
+    return answers
+
+
+def main(job: artifacts.Job) -> None:
+    from workflow_scripts.core import chat, device, models
+    from workflow_scripts.core.jsonl import write_jsonl
+
+    config, step, parents = job.config, job.step, job.parents()
+    device.prepare(step)
+    start, prompts = parents["start"], parents["prompts"].rows()
+    if "adapter" in parents:
+        model = models.merge(start, parents["adapter"], job.work, step["device"], device.DTYPES[step["precision"]])
+    else:
+        model = models.load(start, job.work, step["device"], step["precision"])
+    answers = answer(
+        model.eval(), chat.tokenizer_of(start), [row["prompt"] for row in prompts], config["batch_size"],
+        config["max_new_tokens"], f"answers of {job.run}",
+    )  # fmt: skip
+    with artifacts.complete(job, "responses", parents) as draft:
+        rows = [{"key": row["key"], "prompt": row["prompt"], **made} for row, made in zip(prompts, answers, strict=True)]
+        write_jsonl(draft.folder / job.out.name.replace(".manifest.json", ".jsonl"), rows)
+        draft.run["tokens"] = sum(made["tokens"] for made in answers)
+
+
+if __name__ == "__main__":
+    cli.run(main, __doc__)

@@ -1,0 +1,61 @@
+"""Train a LoRA adapter by direct preference optimisation (Rafailov et al. 2023, arXiv:2305.18290, eq. 7).
+
+The loss of a pair is -log sigmoid(beta * margin), margin = [log pi(chosen) - log ref(chosen)] - [log pi(rejected) -
+log ref(rejected)], each log-probability summed over the completion's tokens. `loss_type: ipo` is (margin - 1/(2 beta))^2 on
+length-normalised log-probabilities (Azar et al. 2023, arXiv:2310.12036, eq. 17), `hinge` is max(0, 1 - beta * margin) (Zhao
+et al. 2023, arXiv:2305.10425).
+
+The policy starts from the *merged* model of the experiment that it starts from, with a fresh adapter; the reference is the
+same model with the adapter off. It trains in full precision (`quantise: none`), because the study merges first and a merge
+needs full-precision weights; `quantise: nf4` makes the 4-bit variant.
+
+Departures from TRL's defaults: the block's dropout acts, as in the other methods (TRL switches it off for DPO); the
+adapter is fp32; learning rate, schedule, beta and length come from the config; each batch's completion mask is checked. The
+reference's log-probabilities are computed once: same numbers, no second forward pass at each step.
+
+    python -m workflow_scripts.steps.train_dpo --step results/dpo/adapter/manifest.json --out trial/adapter/manifest.json \\
+        --inputs results/sft_v2/merged/manifest.json results/data/pairs.manifest.json
+"""
+
+from workflow_scripts.core import artifacts, cli
+
+
+def main(job: artifacts.Job) -> None:
+    from datasets import Dataset
+    from trl import DPOConfig, DPOTrainer
+
+    from workflow_scripts.core import chat, device, models, training
+
+    config, step = job.config, job.step
+    parents = job.parents()
+    start, rows = parents["start"], parents["rows"]
+    device.prepare(step)
+    tokenizer = chat.tokenizer_of(start)
+    model = models.load(start, job.work, step["device"], step["precision"], config.get("quant"))
+
+    fields = ("prompt", "chosen", "rejected")
+    trainer = DPOTrainer(
+        model=model,
+        args=DPOConfig(**training.arguments(job), **config["train"], disable_dropout=False),
+        train_dataset=Dataset.from_list([{key: row[key] for key in fields} for row in rows.rows(heldout=False)]),
+        eval_dataset=Dataset.from_list([{key: row[key] for key in fields} for row in rows.rows(heldout=True)]),
+        processing_class=tokenizer,
+        peft_config=models.lora(config["lora"], model),
+        callbacks=[training.Watch(job.run)],
+    )
+    trainer.data_collator = chat.MaskCheck(trainer.data_collator, chat.end_of_turn(tokenizer), config["train"]["max_length"])
+    models.settle_adapter(trainer, step["seed"])
+    facts: dict = {"constant": models.check_trainer(trainer, config["lora"], config["optim"])}
+
+    keys = {"loss": "loss", "accuracy": "rewards/accuracies", "margin": "rewards/margins"}
+    before = training.objective(trainer, keys)
+    trainer.train()
+    facts["objective"] = {"before": before, "after": training.objective(trainer, keys)}
+    facts["adapter_moved"] = training.changed(trainer)
+
+    with artifacts.complete(job, "adapter", parents) as draft:
+        training.save(trainer, draft, job, start, facts)
+
+
+if __name__ == "__main__":
+    cli.run(main, __doc__)

@@ -1,0 +1,55 @@
+"""Train a LoRA adapter by supervised fine-tuning on the 4-bit base (QLoRA, Dettmers et al. 2023, arXiv:2305.14314).
+
+The loss is the mean negative log-likelihood of the tokens of a batch that have a label: with `assistant_only_loss: true`
+(sft_v2) the assistant's turns including their end-of-turn token, with `false` (sft_v1) every token of the conversation,
+the user's and the system's as well.
+
+Departures from TRL's defaults: the adapter is fp32 (TRL rounds it to bf16 on a 4-bit base) and the optimiser is declared
+(core/models.py says why); each batch's mask is checked before it is trained on; learning rate, schedule and length come
+from the config. The 4-bit base is NF4 with double quantisation and computes in the config's precision.
+
+    python -m workflow_scripts.steps.train_sft --step results/sft_v2/adapter/manifest.json --out trial/adapter/manifest.json \\
+        --inputs results/base/manifest.json results/data/sft.manifest.json
+"""
+
+from workflow_scripts.core import artifacts, cli
+
+
+def main(job: artifacts.Job) -> None:
+    from datasets import Dataset
+    from trl import SFTConfig, SFTTrainer
+
+    from workflow_scripts.core import chat, device, models, training
+
+    config, step = job.config, job.step
+    parents = job.parents()
+    start, rows = parents["start"], parents["rows"]
+    device.prepare(step)
+    tokenizer = chat.tokenizer_of(start)
+    model = models.load(start, job.work, step["device"], step["precision"], config.get("quant"))
+
+    trainer = SFTTrainer(
+        model=model,
+        args=SFTConfig(**training.arguments(job), **config["train"]),
+        train_dataset=Dataset.from_list([{"messages": row["messages"]} for row in rows.rows(heldout=False)]),
+        eval_dataset=Dataset.from_list([{"messages": row["messages"]} for row in rows.rows(heldout=True)]),
+        processing_class=tokenizer,
+        peft_config=models.lora(config["lora"], model),
+        callbacks=[training.Watch(job.run)],
+    )
+    trainer.data_collator = chat.MaskCheck(trainer.data_collator, chat.end_of_turn(tokenizer), config["train"]["max_length"])
+    models.settle_adapter(trainer, step["seed"])
+    facts: dict = {"constant": models.check_trainer(trainer, config["lora"], config["optim"])}
+
+    keys = {"loss": "loss", "token_accuracy": "mean_token_accuracy"}
+    before = training.objective(trainer, keys)
+    trainer.train()
+    facts["objective"] = {"before": before, "after": training.objective(trainer, keys)}
+    facts["adapter_moved"] = training.changed(trainer)
+
+    with artifacts.complete(job, "adapter", parents) as draft:
+        training.save(trainer, draft, job, start, facts)
+
+
+if __name__ == "__main__":
+    cli.run(main, __doc__)
