@@ -23,11 +23,13 @@ def end_of_turn(tokenizer: Any) -> int:
     end-of-sequence token, by its text. Ids alone are not trusted: one release of transformers read a GGUF tokenizer with the
     *start*-of-turn token as its end. InputError if the template has no end of turn, or another one.
     """
+    if not tokenizer.chat_template:
+        raise InputError(f"tokenizer of {tokenizer.name_or_path}: has no chat template; set one that closes each turn")
     answer = "ANSWER"
     text = tokenizer.apply_chat_template(
         [{"role": "user", "content": "QUESTION"}, {"role": "assistant", "content": answer}], tokenize=False
     )
-    tail = text.split(answer, 1)[1]
+    tail = text.partition(answer)[2]
     if not tokenizer.eos_token or not tail.startswith(tokenizer.eos_token):
         raise InputError(
             f"chat template of {tokenizer.name_or_path}: writes {tail[:20]!r} after an answer, but the end-of-sequence token is "

@@ -15,8 +15,8 @@ import yaml
 from jsonschema import Draft202012Validator
 
 from workflow_scripts.core.fingerprint import ROOT
-from workflow_scripts.core.schema_errors import dotted, explain
 from workflow_scripts.core.messages import InputError
+from workflow_scripts.core.schema_errors import dotted, explain
 
 METHODS_FILE = ROOT / "config" / "methods.yaml"
 SCHEMA_FILE = ROOT / "config" / "schema.yaml"

@@ -108,8 +108,8 @@ def check_trainer(trainer: Any, block: dict, optim: str, dropout: bool = True) -
     wrong = [name for name, p in trainable.items() if p.dtype != torch.float32]
     assert not wrong, f"adapter weights that are not fp32: {wrong[:3]}"
     rates = {m.p for name, m in trainer.model.named_modules() if isinstance(m, nn.Dropout) and "lora_dropout" in name}
-    wanted = {block["dropout"]} if dropout and block["dropout"] else set()
-    assert rates - {0.0} == wanted, f"LoRA dropout {rates}, expected {wanted}"
+    wanted = block["dropout"] if dropout else 0.0
+    assert rates == {wanted} or not (rates or wanted), f"LoRA dropout {sorted(rates)}, expected {wanted} everywhere"
     optimizer = trainer.create_optimizer()
     names = {"adamw_torch": ("AdamW",), "paged_adamw_32bit": ("AdamW", "PagedAdamW")}[optim]
     assert type(optimizer).__name__ in names, f"optimiser {type(optimizer).__name__}, expected {optim}"
@@ -147,7 +147,8 @@ def attach(model: Any, start: Artifact, adapter: Artifact) -> Any:
             f"{adapter.folder}: trained on {trained_on['path']} (sha256 {trained_on['weights_sha256'][:12]}), not on "
             f"{start.folder} (sha256 {start.weights_sha256[:12]}); an adapter means nothing on another base"
         )
-    adapter.file("adapter_model.safetensors")
+    for name in ("adapter_model.safetensors", "adapter_config.json"):  # the config holds the scale alpha/r
+        adapter.file(name)
     return PeftModel.from_pretrained(model, adapter.folder)
 
 

@@ -37,8 +37,37 @@ def arguments(job: Job) -> dict[str, Any]:
     }
 
 
+def rows_of(rows: Artifact, heldout: bool, fields: tuple[str, ...]) -> Any:
+    """The rows of a slice as a data set: `fields` for the trainer, and `id`, which TRL carries along unread (`check_rows`)."""
+    from datasets import Dataset
+
+    found = rows.rows(heldout)
+    if not found:
+        which = "held-out rows; without them nothing shows whether the method trained" if heldout else "rows to train on"
+        raise InputError(f"{rows.path}: has no {which}; change `rows` or `heldout` of this slice")
+    return Dataset.from_list([{key: row[key] for key in ("id", *fields)} for row in found])
+
+
+def check_rows(trainer: Any, rows: Artifact) -> None:
+    """InputError if a row of the slice did not get into the trainer.
+
+    TRL drops rows whose prompt alone fills `max_length` without a word; two experiments of one slice would then train on
+    different rows.
+    """
+    for dataset, heldout in ((trainer.train_dataset, False), (trainer.eval_dataset, True)):
+        if "id" not in dataset.column_names:  # packed: the rows are joined, none is dropped
+            continue
+        kept = set(dataset["id"])
+        lost = [row["id"] for row in rows.rows(heldout) if row["id"] not in kept]
+        if lost:
+            raise InputError(
+                f"{rows.path}: row {lost[0]} and {len(lost) - 1} more have a prompt that alone fills train.max_length "
+                f"({trainer.args.max_length} tokens), so nothing is left to train on; raise it, or lower data.max_prompt_tokens"
+            )
+
+
 class Watch(TrainerCallback):
-    """Shows progress and stops at the first loss that is not a number."""
+    """Shows progress and stops at the first logged loss that is not a number."""
 
     def __init__(self, label: str):
         self.label, self.note = label, ""
@@ -49,12 +78,11 @@ class Watch(TrainerCallback):
         self.progress.step(state.global_step, self.note)
 
     def on_log(self, args, state, control, logs=None, **kwargs):
-        loss = (logs or {}).get("loss")
-        if loss is not None:
-            self.note = f"loss {loss:.4f}"
-            if not math.isfinite(loss):
+        for key in {"loss", "train_loss", "eval_loss"} & set(logs or {}):
+            self.note = f"loss {logs[key]:.4f}"
+            if not math.isfinite(logs[key]):
                 raise InputError(
-                    f"{self.label}: the loss is {loss} at step {state.global_step}; lower the learning rate, or check the data"
+                    f"{self.label}: {key} is {logs[key]} at step {state.global_step}; lower the learning rate, or check the data"
                 )
 
     def on_train_end(self, args, state, control, **kwargs):

@@ -21,7 +21,6 @@ from workflow_scripts.core import artifacts, cli
 
 
 def main(job: artifacts.Job) -> None:
-    from datasets import Dataset
     from trl import DPOConfig, DPOTrainer
 
     from workflow_scripts.core import chat, device, models, training
@@ -37,12 +36,13 @@ def main(job: artifacts.Job) -> None:
     trainer = DPOTrainer(
         model=model,
         args=DPOConfig(**training.arguments(job), **config["train"], disable_dropout=False),
-        train_dataset=Dataset.from_list([{key: row[key] for key in fields} for row in rows.rows(heldout=False)]),
-        eval_dataset=Dataset.from_list([{key: row[key] for key in fields} for row in rows.rows(heldout=True)]),
+        train_dataset=training.rows_of(rows, heldout=False, fields=fields),
+        eval_dataset=training.rows_of(rows, heldout=True, fields=fields),
         processing_class=tokenizer,
         peft_config=models.lora(config["lora"], model),
         callbacks=[training.Watch(job.run)],
     )
+    training.check_rows(trainer, rows)
     trainer.data_collator = chat.MaskCheck(trainer.data_collator, chat.end_of_turn(tokenizer), config["train"]["max_length"])
     models.settle_adapter(trainer, step["seed"])
     facts: dict = {"constant": models.check_trainer(trainer, config["lora"], config["optim"])}

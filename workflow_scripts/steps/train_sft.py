@@ -16,7 +16,6 @@ from workflow_scripts.core import artifacts, cli
 
 
 def main(job: artifacts.Job) -> None:
-    from datasets import Dataset
     from trl import SFTConfig, SFTTrainer
 
     from workflow_scripts.core import chat, device, models, training
@@ -31,12 +30,13 @@ def main(job: artifacts.Job) -> None:
     trainer = SFTTrainer(
         model=model,
         args=SFTConfig(**training.arguments(job), **config["train"]),
-        train_dataset=Dataset.from_list([{"messages": row["messages"]} for row in rows.rows(heldout=False)]),
-        eval_dataset=Dataset.from_list([{"messages": row["messages"]} for row in rows.rows(heldout=True)]),
+        train_dataset=training.rows_of(rows, heldout=False, fields=("messages",)),
+        eval_dataset=training.rows_of(rows, heldout=True, fields=("messages",)),
         processing_class=tokenizer,
         peft_config=models.lora(config["lora"], model),
         callbacks=[training.Watch(job.run)],
     )
+    training.check_rows(trainer, rows)
     trainer.data_collator = chat.MaskCheck(trainer.data_collator, chat.end_of_turn(tokenizer), config["train"]["max_length"])
     models.settle_adapter(trainer, step["seed"])
     facts: dict = {"constant": models.check_trainer(trainer, config["lora"], config["optim"])}

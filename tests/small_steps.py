@@ -1,0 +1,114 @@
+"""A base model of a few thousand weights, slices and jobs made by hand: enough to run the real steps in-process, in seconds.
+
+The settings are the tiny world's own, read from config/config.yaml, so that a test sees what a step is really given.
+"""
+
+import copy
+import importlib
+import json
+import os
+from pathlib import Path
+
+os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1", TOKENIZERS_PARALLELISM="false")
+
+from workflow_scripts.core import artifacts, config
+from workflow_scripts.core.fingerprint import file_sha256
+from workflow_scripts.tiny import world
+
+ROOT = Path(__file__).resolve().parents[1]
+CONFIG = config.load(ROOT / "config" / "config.yaml")
+LORA, QUANT = CONFIG.data["lora"], CONFIG.data["quant"]
+SHAPE = {
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "intermediate_size": 64,
+    "max_position_embeddings": 256,
+}
+
+
+def write_manifest(path: Path, kind: str, fingerprint: str, files: list[str], **more) -> Path:
+    listed = {name: file_sha256(path.parent / name) for name in files}
+    path.write_text(artifacts.dump({"format": 1, "kind": kind, "fingerprint": fingerprint, "files": listed, **more}))
+    return path
+
+
+def write_base(folder: Path, seed: int = 1, steps: int = 0, shape: dict | None = None, **train) -> Path:
+    """A base model: random weights, or pretrained for `steps` steps. Returns its manifest."""
+    import torch
+
+    from workflow_scripts.tiny import pretrain
+
+    torch.set_num_threads(1)
+    numbers = copy.deepcopy(CONFIG.data["base"]["scratch"])
+    numbers["documents"]["n"] = 1500
+    numbers["model"] = {**SHAPE, **(shape or {})}
+    numbers["train"] |= {"steps": steps, **train}
+    model, tokenizer = pretrain.build(numbers, seed)
+    model.save_pretrained(folder, max_shard_size="1000GB")
+    tokenizer.save_pretrained(folder)
+    names = sorted(path.name for path in folder.iterdir())
+    return write_manifest(folder / "manifest.json", "base", f"base of {folder.name}", names)
+
+
+def write_slice(folder: Path, name: str, rows: list[dict], heldout: int = 8) -> Path:
+    """A slice whose last `heldout` rows are kept from training. Returns its manifest."""
+    folder.mkdir(parents=True, exist_ok=True)
+    marked = [{"id": f"{name}/{i}", **row, "heldout": i >= len(rows) - heldout} for i, row in enumerate(rows)]
+    (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in marked))
+    return write_manifest(folder / f"{name}.manifest.json", "slice", f"slice {folder.name}/{name}", [f"{name}.jsonl"])
+
+
+def sft_slice(folder: Path, n: int = 40, name: str = "sft") -> Path:
+    return write_slice(folder, name, world.sft_rows(n, seed=1, follow=0.5, numeric=0.1))
+
+
+def pairs_slice(folder: Path, n: int = 40, name: str = "pairs") -> Path:
+    return write_slice(folder, name, world.preference_rows(n, seed=1))
+
+
+def train_config(experiment: str, **more) -> dict:
+    """The config of a train step; keys that are not the step's own are fields of TRL's config."""
+    body = CONFIG.experiments[experiment]
+    config = {"method": body["method"], "quantise": body["quantise"], "train": copy.deepcopy(body["train"])}
+    config |= {"lora": copy.deepcopy(LORA), "optim": "adamw_torch"}
+    for key, value in more.items():
+        (config if key in ("quantise", "lora", "optim") else config["train"])[key] = value
+    if config["quantise"] != "none":
+        config["quant"] = QUANT
+    return config
+
+
+def job(name: str, out: Path, parents: dict[str, Path], config: dict, seed: int = 1) -> artifacts.Job:
+    """A step as the plan would hand it over, but with fingerprints of our own."""
+    read = {role: artifacts.read(path) for role, path in parents.items()}
+    step = {
+        "step": name,
+        "config": config,
+        "parents": {role: artifact.fingerprint for role, artifact in read.items()},
+        "packages": {},
+        "device": "cpu",
+        "precision": "fp32",
+        "threads": 1,
+        "seed": seed,
+        "out": out.parent.name + "/" + out.name,  # two runs of one config into two places are two steps here
+    }
+    return artifacts.Job(step, list(parents.values()), out, out.parents[2] / ".work")
+
+
+def run(job: artifacts.Job) -> artifacts.Artifact:
+    """Run a step's own `main`; its artifact."""
+    importlib.import_module(f"workflow_scripts.steps.{job.step['step']}").main(job)
+    return artifacts.read(job.out)
+
+
+def train(out: Path, experiment: str, start: Path, rows: Path, seed: int = 1, **more) -> artifacts.Artifact:
+    """Train an adapter of `experiment` into out/adapter."""
+    config = train_config(experiment, **more)
+    return run(job(f"train_{config['method']}", out / "adapter" / "manifest.json", {"start": start, "rows": rows}, config, seed))
+
+
+def merge(out: Path, start: Path, adapter: Path, quantise: str = "nf4") -> artifacts.Artifact:
+    config = {"quantise": quantise, "quant": QUANT}
+    return run(job("merge", out / "merged" / "manifest.json", {"start": start, "adapter": adapter}, config))
