@@ -7,7 +7,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo setup setup-cuda setup-mac test test-all lint lock clean
+.PHONY: demo setup setup-cuda setup-mac test test-all test-gpu lint lock clean
 
 demo: setup
 	@$(BIN)/python -c "import os; print(f'phaseline: {os.cpu_count()} cores; about five minutes on two')"
@@ -47,6 +47,10 @@ test: setup
 # Three seeds of the tiny world in full, beside everything in `make test`.
 test-all: setup
 	PATH="$(CURDIR)/$(BIN):$$PATH" PHASELINE_TEST_ALL=1 $(BIN)/python -m pytest -q
+
+# Needs a CUDA device; elsewhere these tests are skipped.
+test-gpu: setup
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pytest -q -s tests/test_gpu.py
 
 lint: setup
 	$(BIN)/ruff check .

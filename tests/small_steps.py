@@ -6,10 +6,10 @@ The settings are the tiny world's own, read from config/config.yaml, so that a t
 import copy
 import importlib
 import json
-import os
 from pathlib import Path
+from typing import Any
 
-os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1", TOKENIZERS_PARALLELISM="false")
+import pytest
 
 from workflow_scripts.core import artifacts, config
 from workflow_scripts.core.fingerprint import file_sha256
@@ -94,13 +94,46 @@ def job(name: str, out: Path, parents: dict[str, Path], config: dict, seed: int 
         "seed": seed,
         "out": out.parent.name + "/" + out.name,  # two runs of one config into two places are two steps here
     }
-    return artifacts.Job(step, list(parents.values()), out, out.parents[2] / ".work")
+    return artifacts.Job(step, list(parents.values()), out, out.parent / ".work")
 
 
 def run(job: artifacts.Job) -> artifacts.Artifact:
     """Run a step's own `main`; its artifact."""
     importlib.import_module(f"workflow_scripts.steps.{job.step['step']}").main(job)
     return artifacts.read(job.out)
+
+
+class _Built(Exception):
+    pass
+
+
+def built_trainer(out: Path, experiment: str, start: Path, rows: Path, seed: int = 1, **more) -> Any:
+    """The trainer of a step as it stands before training: adapter settled, mask checked, not yet asserted on."""
+    from workflow_scripts.core import models
+
+    kept = []
+
+    def stop(trainer, *args, **kwargs):
+        kept.append(trainer)
+        raise _Built
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(_Built):
+        patch.setattr(models, "check_trainer", stop)
+        train(out, experiment, start, rows, seed, **more)
+    return kept[0]
+
+
+def copy_base(base: Path, folder: Path, template: tuple[str, str] = ("", ""), **tokenizer_config) -> Path:
+    """A copy of a base model with a piece of its chat template replaced, or other keys in its tokenizer config."""
+    import shutil
+
+    shutil.copytree(base.parent, folder)
+    jinja, settings = folder / "chat_template.jinja", folder / "tokenizer_config.json"
+    assert template[0] in jinja.read_text()
+    jinja.write_text(jinja.read_text().replace(*template))
+    settings.write_text(json.dumps(json.loads(settings.read_text()) | tokenizer_config))
+    names = sorted(path.name for path in folder.iterdir() if path.name != "manifest.json")
+    return write_manifest(folder / "manifest.json", "base", f"base of {folder.name}", names)
 
 
 def train(out: Path, experiment: str, start: Path, rows: Path, seed: int = 1, **more) -> artifacts.Artifact:

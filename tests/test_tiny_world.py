@@ -116,8 +116,9 @@ def test_same_seed_same_rows_and_other_seed_other_rows():
 
 def test_rows_do_not_change_between_versions_and_processes():
     # Taken down once: whoever changes the world must know that every base model and score changes with it.
-    assert world.eval_rows(2, 1)[0]["prompt"] == "FIRST_PROMPT"
-    assert [world.split_of(f"prompt {i}") for i in range(6)] == ["SPLITS"]
+    prompt = world.eval_rows(2, 1)[0]["prompt"]
+    assert prompt == "say something about bikes. it needs at least 4 sentences. never say the word bikes."
+    assert [world.split_of(f"prompt {i}") for i in range(6)] == ["pretrain", "sft", "eval", "pretrain", "pretrain", "sft"]
 
 
 def test_prompts_have_one_or_two_of_at_least_ten_ifeval_kinds():
@@ -131,13 +132,13 @@ def test_prompts_have_one_or_two_of_at_least_ten_ifeval_kinds():
 
 def test_the_share_of_following_and_of_right_answers_is_the_one_asked_for(follows):
     rows = world.sft_rows(1000, 1, follow=0.4, numeric=0.2)
-    sums = [re.findall(r"\d+", row["messages"][1]["content"]) for row in rows if "how many" in row["messages"][0]["content"]]
+    texts = [[message["content"] for message in row["messages"]] for row in rows]
+    sums = [re.findall(r"\d+", answer) for prompt, answer in texts if "how many" in prompt]
     right = [int(a) + int(b) == int(total) for a, b, total in sums]
     assert len(sums) == 200
     assert sum(right) == 80
     assert all(int(total) - int(a) - int(b) in (0, 1) for a, b, total in sums)
     by_prompt = {row["prompt"]: row for row in world.eval_rows(3000, 9, split="sft")}
-    texts = [[message["content"] for message in row["messages"]] for row in rows]
     judged = [follows(by_prompt[prompt], answer) for prompt, answer in texts if prompt in by_prompt]
     assert len(judged) >= 100
     assert 0.28 <= sum(judged) / len(judged) <= 0.52

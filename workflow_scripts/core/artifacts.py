@@ -68,9 +68,12 @@ def read(path: Path | str) -> Artifact:
         data["fingerprint"], data["files"]
     except OSError as error:
         raise InputError(f"{path}: cannot be read: {error.strerror}") from None
-    except (ValueError, KeyError):
+    except (ValueError, KeyError, TypeError):
         raise InputError(f"{path}: not a manifest of this pipeline; delete it and run snakemake again") from None
-    return Artifact(Path(path), data)
+    path = Path(path)
+    if path.is_absolute() and path.is_relative_to(Path.cwd()):  # manifests name their parents by relative paths
+        path = path.relative_to(Path.cwd())
+    return Artifact(path, data)
 
 
 @dataclass

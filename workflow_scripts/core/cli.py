@@ -32,17 +32,24 @@ def parser(doc: str) -> argparse.ArgumentParser:
 
 
 def read_step(text: str) -> dict:
-    """The step's JSON from the argument itself, or from the file that it names."""
+    """The step's JSON from the argument itself, or from the file that it names. InputError if it is none."""
+    place = "--step"
     if not text.lstrip().startswith("{"):
         try:
-            text = Path(text).read_text(encoding="utf-8")
-        except OSError as error:
-            raise InputError(f"--step {text}: neither JSON nor a file that can be read: {error.strerror}") from None
+            place, text = f"--step {text}", Path(text).read_text(encoding="utf-8")
+        except (OSError, ValueError) as error:
+            reason = getattr(error, "strerror", None) or error
+            raise InputError(f"--step {text[:200]}: neither JSON nor a file that can be read: {reason}") from None
     try:
         data = json.loads(text)
     except ValueError as error:
-        raise InputError(f"--step: not JSON: {error}") from None
-    return data["step"] if isinstance(data.get("step"), dict) else data
+        raise InputError(f"{place}: not JSON: {error}") from None
+    if isinstance(data, dict) and isinstance(data.get("step"), dict):
+        data = data["step"]
+    if not isinstance(data, dict) or (missing := sorted({"step", "config", "parents", "packages"} - set(data))):
+        found = f"a mapping without {', '.join(missing)}" if isinstance(data, dict) else f"a {type(data).__name__}"
+        raise InputError(f"{place}: found {found}, expected the JSON of a step, or a manifest.json that holds it")
+    return data
 
 
 def _environment(threads: int) -> None:
@@ -81,13 +88,16 @@ def run(main: Callable[[Job], None], doc: str | None) -> None:
     real = _redirect(args.log)
 
     def say(text: str) -> None:
-        print(text, flush=True)
+        """One line for people on the terminal, and in the log where there is one."""
         if args.log is not None:
-            os.write(real, f"{args.out}: {text}\n".encode())
+            print(text, file=sys.stderr, flush=True)
+        os.write(real, f"{args.out}: {' '.join(text.split())}\n".encode())
 
     try:
         step = read_step(args.step)
         _environment(step.get("threads", 1))
+        if args.log is not None:
+            os.environ.setdefault("TENSORBOARD_LOGGING_DIR", str(args.log.parent / "tensorboard"))
         runinfo.check_packages(step)
         job = Job(step, args.inputs, args.out, args.work, args.track)
         with work.exclusive(args.work, fingerprint(step), say):

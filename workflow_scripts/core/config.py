@@ -6,13 +6,14 @@ and the path of the key. Nothing is detected here (no GPU, no network): a login 
 """
 
 import copy
+import math
 import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import yaml
-from jsonschema import Draft202012Validator
+from jsonschema import Draft202012Validator, validators
 
 from workflow_scripts.core.fingerprint import ROOT
 from workflow_scripts.core.messages import InputError
@@ -20,18 +21,25 @@ from workflow_scripts.core.schema_errors import dotted, explain
 
 METHODS_FILE = ROOT / "config" / "methods.yaml"
 SCHEMA_FILE = ROOT / "config" / "schema.yaml"
-RUN_NAME = re.compile(r"(?P<experiment>[a-z][a-z0-9_]{0,40})(\.seed(?P<seed>\d+))?")
+RUN_NAME = re.compile(r"(?P<experiment>[a-z][a-z0-9_]{0,40})(\.seed(?P<seed>[0-9]+))?")
 CONSTANT_BLOCKS = ("lora", "quant")
+# Kind of a slice -> (the tiny world's splits for it, the keys that stand beside `split`).
+TINY_SOURCES = {"sft": (("sft",), {"follow", "numeric"}), "preference": (("pairs",), set()), "ifeval": (("eval", "dev"), set())}
 
 
 class _StrictLoader(yaml.SafeLoader):
-    """SafeLoader that refuses a key given twice, where PyYAML would silently keep the last one."""
+    """SafeLoader that refuses a key given twice, where PyYAML would silently keep the last one, and keys that aren't text."""
 
 
 def _mapping(loader: _StrictLoader, node: yaml.MappingNode) -> dict:
     seen: set = set()
     for key_node, _ in node.value:
-        key = loader.construct_object(key_node)
+        if key_node.tag == "tag:yaml.org,2002:merge":
+            continue  # `<<: *anchor`
+        key = loader.construct_object(key_node, deep=True)
+        if not isinstance(key, str):
+            line = key_node.start_mark.line + 1
+            raise InputError(f"{loader.name}: line {line}: YAML reads this key as {key!r}, expected text; put it in quotes")
         if key in seen:
             raise InputError(f"{loader.name}: line {key_node.start_mark.line + 1}: the key {key!r} stands here twice")
         seen.add(key)
@@ -65,6 +73,19 @@ def merge(base: dict, over: dict) -> dict:
     return merged
 
 
+def _beyond(user: dict, files: dict) -> dict:
+    """What of `user` the files do not say: the keys that were added or changed on the command line."""
+    more = {}
+    for key, value in user.items():
+        if key not in files or repr(value) != repr(files[key]):
+            both = isinstance(value, dict) and isinstance(files.get(key), dict)
+            if not both:
+                more[key] = value
+            elif deeper := _beyond(value, files[key]):
+                more[key] = deeper
+    return more
+
+
 def _source(sources: list[tuple[str, dict]], path: list) -> str:
     """The last file in which the key at `path` stands, else that of its nearest parent."""
     for length in range(len(path), 0, -1):
@@ -80,6 +101,21 @@ def _source(sources: list[tuple[str, dict]], path: list) -> str:
 
 
 SCHEMA = read_yaml(SCHEMA_FILE)
+# An integer is written as one (JSON Schema takes 16.0 for an integer, `random.sample` and TRL do not), a number is finite.
+_Validator = validators.extend(
+    Draft202012Validator,
+    type_checker=Draft202012Validator.TYPE_CHECKER.redefine(
+        "integer", lambda _, value: isinstance(value, int) and not isinstance(value, bool)
+    ).redefine(
+        "number", lambda _, value: isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    ),
+)
+
+
+def _violations(schema: dict, data: dict) -> list[tuple[list, str]]:
+    """(path of the key, sentence) of each mistake, once, in the order of the paths."""
+    errors = sorted(_Validator(schema).iter_errors(data), key=lambda e: [str(p) for p in e.absolute_path])
+    return [found for error in errors for found in explain(error, SCHEMA)]
 
 
 class Config:
@@ -93,12 +129,13 @@ class Config:
         methods = read_yaml(METHODS_FILE)
         self._sources = [(str(METHODS_FILE.relative_to(ROOT)), methods)]
         self._sources += [(str(name), read_yaml(name)) for name in files or []]
-        if merge_all([data for _, data in self._sources[1:]]) != user:
-            self._sources.append(("--config", user))
+        if more := _beyond(user, merge_all([data for _, data in self._sources[1:]])):
+            self._sources.append(("--config", more))
         self.data: dict[str, Any] = merge(methods, copy.deepcopy(user))
         self._refuse_overrides()
         self._check_schema()
         self.experiments: dict[str, dict] = {name: self._resolve(name) for name in sorted(self.data["experiments"])}
+        self._check_experiments()
         self._check_references()
 
     def fail(self, path: list, problem: str) -> InputError:
@@ -119,11 +156,27 @@ class Config:
                         )
 
     def _check_schema(self) -> None:
-        found = sorted(Draft202012Validator(SCHEMA).iter_errors(self.data), key=lambda e: [str(p) for p in e.absolute_path])
-        explained = [explain(error, SCHEMA) for error in found]
-        lines = [str(self.fail(path, problem)) for path, problem in filter(None, explained)]
-        if lines:
-            raise InputError("\n".join(dict.fromkeys(lines)))
+        self._raise([self.fail(path, problem) for path, problem in _violations(SCHEMA, self.data)])
+
+    def _check_experiments(self) -> None:
+        """Each resolved experiment against the schema of its method: which keys and values fit is known only now."""
+        schemas = {name: {"$defs": SCHEMA["$defs"], "$ref": f"#/$defs/method_{name}"} for name in self.data["methods"]}
+        errors = []
+        for name, body in self.experiments.items():
+            own = {key: value for key, value in body.items() if key != "method"}
+            for path, problem in _violations(schemas[body["method"]], own):
+                problem = problem.replace("unknown key;", f"unknown key for method {body['method']};")
+                place = self._place(name, path)
+                if place[0] == "experiments" and self.experiments[place[1]]["method"] != body["method"]:
+                    problem += f" (experiments.{name} inherits it)"
+                errors.append(self.fail(place, problem))
+        self._raise(errors)
+
+    @staticmethod
+    def _raise(errors: list[InputError]) -> None:
+        """One line for each mistake, if there is any."""
+        if errors:
+            raise InputError("\n".join(dict.fromkeys(map(str, errors))))
 
     def _follow(self, name: str, key: str, parent_of: Callable[[str], str | None]) -> list[str]:
         """`name` and the experiments that it reaches by `key`. InputError, naming the key, on unknown names and loops."""
@@ -131,9 +184,10 @@ class Config:
         while (parent := parent_of(chain[-1])) is not None:
             if parent not in self.data["experiments"]:
                 known = ", ".join([*(["base"] if key == "start_from" else []), *sorted(self.data["experiments"])])
-                raise self.fail(["experiments", chain[-1], key], f"found {parent!r}, expected one of {known}")
+                raise self.fail(self._place(chain[-1], [key]), f"found {parent!r}, expected one of {known}")
             if parent in chain:
-                raise self.fail(["experiments", chain[-1], key], "a loop: " + " -> ".join([*chain, parent]))
+                loop = " -> ".join([*chain[chain.index(parent) :], parent])
+                raise self.fail(self._place(chain[-1], [key]), f"a loop: {loop}; one of them must start elsewhere")
             chain.append(parent)
         return chain
 
@@ -148,6 +202,24 @@ class Config:
             raise self.fail(["experiments", name, "method"], "missing; name a method, or an experiment with `extends:`")
         return merge(self.data["methods"][body["method"]], body)
 
+    def _place(self, name: str, path: list) -> list:
+        """Where the key at `path` of an experiment stands: in itself, in one that it extends, or in its method."""
+        bodies, seen, one = [], [], name
+        while one in self.data["experiments"] and one not in seen:
+            seen.append(one)
+            bodies.append((["experiments", one], self.data["experiments"][one]))
+            one = bodies[-1][1].get("extends")
+        method = next((body["method"] for _, body in bodies if "method" in body), None)
+        if method is not None:
+            bodies.append((["methods", method], self.data["methods"][method]))
+        for place, body in bodies:
+            node: Any = body
+            for key in path:
+                node = node.get(key) if isinstance(node, dict) else None
+            if node is not None:
+                return [*place, *path]
+        return ["experiments", name, *path]
+
     def _start(self, name: str) -> str | None:
         start = self.experiments[name]["start_from"]
         return None if start == "base" else start
@@ -155,32 +227,41 @@ class Config:
     def _check_references(self) -> None:
         slices = self.data["data"]["slices"]
         for name, body in slices.items():
-            if body["kind"] != "ifeval" and "heldout" not in body:
-                problem = "missing; rows kept from training show whether a method trained at all"
-                raise self.fail(["data", "slices", name, "heldout"], problem)
+            self._check_slice(name, body)
         for name, body in self.experiments.items():
             self._follow(name, "start_from", self._start)
             kind, chosen = self.slice_kind(body["method"]), body["slice"]
             fitting = ", ".join(sorted(key for key in slices if slices[key]["kind"] == kind))
             if slices.get(chosen, {}).get("kind") != kind:
-                raise self.fail(["experiments", name, "slice"], f"found {chosen!r}, expected a slice of kind {kind}: {fitting}")
-            for key in sorted(set(body["train"]) - self.train_keys(body["method"])):
-                known = ", ".join(sorted(self.train_keys(body["method"])))
-                raise self.fail(
-                    ["experiments", name, "train", key], f"unknown key for method {body['method']}; known here: {known}"
-                )
+                problem = f"found {chosen!r}, expected a slice of kind {kind}: {fitting or 'there is none yet'}"
+                raise self.fail(self._place(name, ["slice"]), problem)
         prompts = self.data["eval"]["ifeval"]["prompts"]
         if slices.get(prompts, {}).get("kind") != "ifeval":
             raise self.fail(["eval", "ifeval", "prompts"], f"found {prompts!r}, expected a slice of kind ifeval")
 
+    def _check_slice(self, name: str, body: dict) -> None:
+        """What a slice's kind asks of its other keys."""
+        path, kind = ["data", "slices", name], body["kind"]
+        if kind == "ifeval":
+            if "heldout" in body:
+                raise self.fail([*path, "heldout"], "a slice of kind ifeval is all held out; leave the key out")
+        elif "heldout" not in body:
+            raise self.fail([*path, "heldout"], "missing; rows kept from training show whether a method trained at all")
+        elif not 1 <= body["heldout"] < body["rows"]:
+            problem = f"found {body['heldout']}, expected at least 1 and below rows ({body['rows']}); these rows show whether a "
+            raise self.fail([*path, "heldout"], problem + "method trained at all")
+        if "tiny" in body["source"]:
+            tiny, (splits, keys) = body["source"]["tiny"], TINY_SOURCES[kind]
+            path += ["source", "tiny"]
+            if tiny["split"] not in splits:
+                raise self.fail([*path, "split"], f"found {tiny['split']!r}, expected {' or '.join(splits)} for kind {kind}")
+            for key in sorted((set(tiny) - {"split"}) ^ keys):
+                problem = "missing, and it has no default" if key in keys else f"not for a slice of kind {kind}; leave it out"
+                raise self.fail([*path, key], problem)
+
     @staticmethod
     def slice_kind(method: str) -> str:
         return {"sft": "sft", "dpo": "preference"}[method]
-
-    @staticmethod
-    def train_keys(method: str) -> set[str]:
-        defs = SCHEMA["$defs"]
-        return set(defs["train"]["properties"]) | set(defs[f"train_{method}"]["properties"])
 
     def run(self, name: str) -> tuple[str, int]:
         """(experiment, seed) of a run's name, such as `dpo` (seed 1) or `dpo.seed2`. InputError if there is none."""

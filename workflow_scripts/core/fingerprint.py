@@ -17,6 +17,8 @@ import sys
 from functools import cache
 from pathlib import Path
 
+from workflow_scripts.core.messages import InputError
+
 PACKAGE = "workflow_scripts"
 ROOT = Path(__file__).resolve().parents[2]
 LOCK_FILE = ROOT / "envs" / "requirements.lock"
@@ -39,8 +41,17 @@ BROUGHT_ALONG = {
 
 
 def canonical(value: object) -> str:
-    """JSON with sorted keys and no spaces: equal values give equal text. NaN is refused."""
-    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+    """JSON with sorted keys and no spaces: equal values give equal text (1.0 is written as 1). NaN is refused."""
+    return json.dumps(_plain(value), sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+
+
+def _plain(value: object) -> object:
+    """Whole floats as integers, so that `weight_decay: 0` and `0.0` are one setting."""
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    return int(value) if isinstance(value, float) and value.is_integer() and abs(value) < 2**53 else value
 
 
 def fingerprint(step: dict) -> str:
@@ -105,7 +116,8 @@ def _read_module(module: str) -> tuple[str, tuple[str, ...], tuple[str, ...]]:
             if name.split(".")[0] != PACKAGE:
                 others.add(name.split(".")[0])
             elif _module_file(name):
-                ours.add(name)
+                parts = name.split(".")  # an import runs the packages above a module as well
+                ours.update(".".join(parts[:n]) for n in range(1, len(parts) + 1))
     return digest.hexdigest()[:16], tuple(sorted(ours)), tuple(sorted(others - set(sys.stdlib_module_names)))
 
 
@@ -137,7 +149,7 @@ def locked() -> dict[str, str]:
     versions = {}
     for line in LOCK_FILE.read_text().splitlines():
         if match := re.match(r"([A-Za-z0-9._-]+)==([^\s;+]+)", line):
-            versions[match[1].lower().replace("_", "-")] = match[2]
+            versions[match[1].lower().replace("_", "-")] = match[2].split("+")[0]
     return versions
 
 
@@ -151,6 +163,6 @@ def packages(module: str, tiny: bool = False) -> dict[str, str]:
     for name in sorted(names):
         distribution = DISTRIBUTIONS.get(name, name).lower().replace("_", "-")
         if distribution not in locked():
-            raise KeyError(f"{LOCK_FILE}: no version of {distribution}, which {module} imports; run `make lock`")
+            raise InputError(f"{LOCK_FILE}: no version of {distribution}, which {module} imports; run `make lock`")
         versions[distribution] = locked()[distribution]
     return versions

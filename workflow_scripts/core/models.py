@@ -1,9 +1,9 @@
 """Loading, the constant LoRA block, and what "constant" needs beyond the block.
 
-The libraries treat methods differently when left alone: TRL casts adapters to bf16 on a quantised base, which at a learning
-rate of 5e-6 loses most updates; its DPO, KTO and reward trainers switch dropout off; transformers' default optimiser is
-not paged. Here adapters are fp32, dropout acts and the optimiser is declared, for every method alike, and each is asserted
-on the built trainer (`check_trainer`).
+The libraries treat methods differently when left alone: TRL casts adapters to bf16 on a quantised base, which at small
+learning rates loses most updates (docs/methods.md); its DPO, KTO and reward trainers switch dropout off; transformers'
+default optimiser is not paged. Here adapters are fp32, dropout acts and the optimiser is declared, for every method alike,
+and each is asserted on the built trainer (`check_trainer`).
 """
 
 from pathlib import Path

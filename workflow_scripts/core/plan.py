@@ -9,6 +9,7 @@ from functools import cached_property
 
 from workflow_scripts.core import fingerprint, slicing
 from workflow_scripts.core.config import Config, run_name
+from workflow_scripts.core.messages import InputError
 
 STEPS = "workflow_scripts.steps."
 
@@ -132,14 +133,19 @@ class Plan:
     def _slice_step(self, name: str) -> dict:
         data = self.config.data["data"]
         body = data["slices"][name]
-        config: dict = {"heldout": 0, **body, "max_drop": data["max_drop"]}
+        config: dict = dict(body)
         parents, more = {}, {}
-        if body["kind"] != "ifeval":
-            config |= {"max_prompt_tokens": data["max_prompt_tokens"], "decontaminate": data["decontaminate"]}
+        if body["kind"] != "ifeval":  # evaluation prompts are taken as they are: nothing is dropped or held out
+            config |= {key: data[key] for key in ("max_drop", "max_prompt_tokens", "decontaminate")}
             parents = {"prompts": self.fingerprint("slice", self.prompts_slice), "base": self.fingerprint("base", "")}
         if "path" in body["source"]:
             config["source"] = {"file": body["source"]["path"].rsplit("/", 1)[-1]}
-            rows = slicing.candidates_hash(body["source"]["path"], body["rows"], body["seed"], f"{self.work}/content_cache.json")
+            try:
+                rows = slicing.candidates_hash(
+                    body["source"]["path"], body["rows"], body["seed"], f"{self.work}/content_cache.json"
+                )
+            except InputError as error:
+                raise self.config.fail(["data", "slices", name, "source", "path"], str(error)) from None
             more["external"] = {"candidate_rows": rows}
         return self._step("slice_data", config, parents, tiny=self.is_tiny_slice(name), **more)
 

@@ -21,7 +21,7 @@ def candidates(path: str, rows: int, seed: int) -> list[tuple[int, str]]:
     In the order of the file. All of them where the file has no more. InputError where there is none.
     """
     try:
-        with open(path, encoding="utf-8") as file:
+        with open(path, encoding="utf-8-sig") as file:  # a byte order mark is passed over
             lines = [(number, line.rstrip("\n")) for number, line in enumerate(file, 1) if line.strip()]
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or str(error)
@@ -34,15 +34,19 @@ def candidates(path: str, rows: int, seed: int) -> list[tuple[int, str]]:
 
 
 def candidates_hash(path: str, rows: int, seed: int, cache_file: str) -> str:
-    """SHA-256 of the candidate rows with their line numbers, cached by path, size, mtime and inode of the source."""
+    """SHA-256 of the candidate rows with their line numbers, cached by path, size, times and inode of the source.
+
+    The time of the last change of the inode counts too: a copy can restore the other one (`cp -p`).
+    """
     try:
         stat = os.stat(path)
     except OSError as error:
-        raise InputError(f"{path}: cannot be read: {error.strerror}; data.slices names it as a source") from None
-    key = json.dumps([path, stat.st_size, stat.st_mtime_ns, stat.st_ino, rows, seed])
+        raise InputError(f"{path}: cannot be read: {error.strerror}") from None
+    key = json.dumps([path, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino, rows, seed])
     cache: dict[str, str] = {}
     try:
-        cache = json.loads(Path(cache_file).read_text())
+        found = json.loads(Path(cache_file).read_text())
+        cache = found if isinstance(found, dict) else {}
     except (OSError, ValueError):
         cache = {}  # a cache only: without it the file is read again
     if key not in cache:
@@ -58,13 +62,14 @@ def candidates_hash(path: str, rows: int, seed: int, cache_file: str) -> str:
     return cache[key]
 
 
+def prompt_turns(row: dict) -> list[dict]:
+    """The turns before a row's last answer."""
+    return row["messages"][:-1] if "messages" in row else row["prompt"]
+
+
 def prompt_of(row: dict) -> str:
     """The text that identifies a row's prompt: all turns before the last answer."""
-    if "messages" in row:
-        return "\n".join(turn["content"] for turn in row["messages"][:-1])
-    if isinstance(row["prompt"], str):
-        return row["prompt"]
-    return "\n".join(turn["content"] for turn in row["prompt"])
+    return "\n".join(turn["content"] for turn in prompt_turns(row))
 
 
 def _ngrams(text: str, n: int) -> set[tuple[str, ...]]:
@@ -77,13 +82,13 @@ class Decontaminator:
 
     `ngram`: the row's text holds at least `share` of the n-grams (words, lower case) of an evaluation prompt, the rule of
     Tulu 3 (Lambert et al. 2024, arXiv:2411.15124, section 3.2: 8-grams, 50 %). A prompt shorter than n words counts as
-    one n-gram of its own length. `whole_prompt`: the row's prompt *is* an evaluation prompt, up to case and spaces; for
-    worlds whose prompts share their phrases.
+    one n-gram of its own length. `whole_prompt`: one of the row's user turns *is* an evaluation prompt, up to case and
+    spaces; for worlds whose prompts share their phrases.
     """
 
     def __init__(self, prompts: Iterable[str], rule: str, ngram: int, share: float):
         self.rule, self.n, self.share = rule, ngram, share
-        self.whole = {" ".join(prompt.lower().split()) for prompt in prompts}
+        self.whole = {" ".join(prompt.lower().split()) for prompt in prompts} - {""}
         self.grams = [grams for prompt in sorted(self.whole) if (grams := _ngrams(prompt, min(ngram, len(prompt.split()))))]
         self.index: dict[tuple[str, ...], list[int]] = {}
         for i, grams in enumerate(self.grams):
@@ -91,9 +96,10 @@ class Decontaminator:
                 self.index.setdefault(gram, []).append(i)
         self.lengths = sorted({len(gram) for gram in self.index})
 
-    def covers(self, prompt: str, text: str) -> bool:
+    def covers(self, questions: Iterable[str], text: str) -> bool:
+        """questions: the row's user turns. text: the whole row, system turns and answers included."""
         if self.rule == "whole_prompt":
-            return " ".join(prompt.lower().split()) in self.whole
+            return any(" ".join(question.lower().split()) in self.whole for question in questions)
         hits: dict[int, int] = {}
         for length in self.lengths:
             for gram in _ngrams(text, length):

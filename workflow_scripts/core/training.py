@@ -3,10 +3,11 @@
 import math
 from typing import Any
 
-from transformers import TrainerCallback
+from transformers import PrinterCallback, TrainerCallback
 
-from workflow_scripts.core import models
+from workflow_scripts.core import chat, models
 from workflow_scripts.core.artifacts import Artifact, Draft, Job
+from workflow_scripts.core.fingerprint import fingerprint
 from workflow_scripts.core.messages import InputError
 from workflow_scripts.core.progress import Progress
 
@@ -18,7 +19,7 @@ def arguments(job: Job) -> dict[str, Any]:
     """TrainingArguments that no experiment may choose: seed, precision, device, optimiser, and where things go."""
     step = job.step
     return {
-        "output_dir": str(job.work / "trainer"),
+        "output_dir": str(job.work / fingerprint(step) / "trainer"),
         "seed": step["seed"],
         "data_seed": step["seed"],
         "use_cpu": step["device"] == "cpu",
@@ -66,6 +67,20 @@ def check_rows(trainer: Any, rows: Artifact) -> None:
             )
 
 
+def settle(trainer: Any, job: Job, tokenizer: Any, rows: Artifact, dropout: bool = True) -> dict:
+    """Make a built trainer what the comparison needs, and assert it. Returns what was asserted, for the manifest.
+
+    Every row of the slice is there; each batch's loss mask is checked; the adapter is fp32 with the start of its seed; dropout
+    (off only where `dropout` says so), optimiser and precision are the declared ones. The log is left to `Watch`.
+    """
+    trainer.remove_callback(PrinterCallback)
+    check_rows(trainer, rows)
+    max_length = job.config["train"]["max_length"]
+    trainer.data_collator = chat.MaskCheck(trainer.data_collator, chat.end_of_turn(tokenizer), max_length)
+    models.settle_adapter(trainer, job.step["seed"])
+    return models.check_trainer(trainer, job.config["lora"], job.config["optim"], dropout)
+
+
 class Watch(TrainerCallback):
     """Shows progress and stops at the first logged loss that is not a number."""
 
@@ -78,11 +93,14 @@ class Watch(TrainerCallback):
         self.progress.step(state.global_step, self.note)
 
     def on_log(self, args, state, control, logs=None, **kwargs):
-        for key in {"loss", "train_loss", "eval_loss"} & set(logs or {}):
-            self.note = f"loss {logs[key]:.4f}"
-            if not math.isfinite(logs[key]):
+        for key in ("loss", "train_loss", "eval_loss"):
+            value = (logs or {}).get(key)
+            if value is None:
+                continue
+            self.note = f"loss {value:.4f}"
+            if not math.isfinite(value):
                 raise InputError(
-                    f"{self.label}: {key} is {logs[key]} at step {state.global_step}; lower the learning rate, or check the data"
+                    f"{self.label}: {key} is {value} at step {state.global_step}; lower the learning rate, or check the data"
                 )
 
     def on_train_end(self, args, state, control, **kwargs):

@@ -45,7 +45,7 @@ def whole(manifest: Path, fingerprint: str, folder: Path) -> bool:
         return data["fingerprint"] == fingerprint and all(
             file_sha256(folder / name) == sha256 for name, sha256 in data["files"].items()
         )
-    except (OSError, ValueError, KeyError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return False
 
 
@@ -80,7 +80,7 @@ def _recorded(out: str, step: dict, metadata: Path) -> bool:
         data = json.loads(record.read_text())
     except (OSError, ValueError):
         return False
-    return repr(canonical(step)) in data.get("params", []) and not data.get("incomplete")
+    return repr(canonical(step)) in (data.get("params") or []) and not data.get("incomplete")
 
 
 def clear_recorded(work: Path, metadata: Path = Path(".snakemake/metadata")) -> list[str]:
@@ -88,13 +88,18 @@ def clear_recorded(work: Path, metadata: Path = Path(".snakemake/metadata")) -> 
     cleared = []
     for where in sorted(work.glob("*/where.json")):
         folder = where.parent
-        target = json.loads(where.read_text())
+        try:
+            target = json.loads(where.read_text())
+            out, step = target["out"], target["step"]
+        except (OSError, ValueError, KeyError, TypeError):
+            continue  # cut off by a kill or a full disk: the step itself starts over
+        (work / "locks").mkdir(exist_ok=True)
         with open(work / "locks" / f"{folder.name}.lock", "a+") as lock:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 continue  # being worked on
-            if (folder / "done").exists() and _recorded(target["out"], target["step"], metadata):
+            if (folder / "done").exists() and _recorded(out, step, metadata):
                 shutil.rmtree(folder)
                 cleared.append(folder.name)
     return cleared

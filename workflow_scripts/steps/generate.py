@@ -75,6 +75,8 @@ def main(job: artifacts.Job) -> None:
     with artifacts.complete(job, "responses", parents) as draft:
         rows = [{"key": row["key"], "prompt": row["prompt"], **made} for row, made in zip(prompts, answers, strict=True)]
         write_jsonl(draft.folder / job.out.name.replace(".manifest.json", ".jsonl"), rows)
+        # What of decoding the model's own folder decides, such as a repetition penalty; lm-eval's runner takes it over too.
+        draft.manifest["generation_config"] = model.generation_config.to_diff_dict()
         draft.run["tokens"] = sum(made["tokens"] for made in answers)
 
 

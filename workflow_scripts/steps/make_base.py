@@ -11,6 +11,8 @@ from workflow_scripts.core import artifacts, cli
 
 
 def main(job: artifacts.Job) -> None:
+    from transformers import AutoTokenizer
+
     from workflow_scripts.core import chat, device
     from workflow_scripts.core.messages import InputError
     from workflow_scripts.core.progress import Progress
@@ -32,6 +34,13 @@ def main(job: artifacts.Job) -> None:
     with artifacts.complete(job, "base", parents) as draft:
         model.save_pretrained(draft.folder, max_shard_size="1000GB")
         tokenizer.save_pretrained(draft.folder)
+        # transformers may load a saved tokenizer as the class of the model's family, with other rules for splitting text.
+        texts = [tokenizer.apply_chat_template(row["messages"], tokenize=False) for row in documents]
+        if (
+            AutoTokenizer.from_pretrained(draft.folder, local_files_only=True)(texts)["input_ids"]
+            != tokenizer(texts)["input_ids"]
+        ):
+            raise InputError(f"{job.out}: the tokenizer, saved and loaded again, gives other tokens")
         draft.manifest |= {
             "source": job.config["source"],
             "parameters": sum(parameter.numel() for parameter in model.parameters()),

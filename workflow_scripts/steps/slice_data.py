@@ -27,7 +27,7 @@ FIELDS = {
 def main(job: artifacts.Job) -> None:
     config, parents = job.config, job.parents()
     kind = config["kind"]
-    source, candidates = read_candidates(job)
+    source, candidates = read_candidates(job, parents)
     rows, dropped = clean(candidates, kind, source)
     if kind != "ifeval":
         from workflow_scripts.core import chat
@@ -36,14 +36,15 @@ def main(job: artifacts.Job) -> None:
         tokenizer = chat.tokenizer_of(parents["base"])
         rows, more = filter_rows(rows, check, tokenizer, config["max_prompt_tokens"])
         dropped += more
-        rows = hold_out(rows, config["heldout"], job.out)
     share = sum(dropped.values()) / len(candidates)
     reasons = ", ".join(f"{count} {reason}" for reason, count in sorted(dropped.items()))
-    if share > config["max_drop"]:
+    if dropped and share > config["max_drop"]:
         raise InputError(
             f"{source}: {sum(dropped.values())} of {len(candidates)} rows ({share:.1%}) can't be used: {reasons}. The limit is "
             f"data.max_drop = {config['max_drop']:.1%}; clean the source, or raise the limit"
         )
+    if kind != "ifeval":
+        rows = hold_out(rows, config["heldout"], job.out)
     print(
         f"{job.out.stem}: kept {len(rows)} of {len(candidates)} rows" + (f", dropped {reasons}" if reasons else ""),
         flush=True,
@@ -63,7 +64,7 @@ def main(job: artifacts.Job) -> None:
         }
 
 
-def read_candidates(job: artifacts.Job) -> tuple[str, list[tuple[str, dict]]]:
+def read_candidates(job: artifacts.Job, parents: dict[str, artifacts.Artifact]) -> tuple[str, list[tuple[str, dict]]]:
     """(name of the source for messages, [(row id, row)]) of the rows that seed and row limit pick."""
     config = job.config
     if "tiny" in config["source"]:
@@ -79,7 +80,8 @@ def read_candidates(job: artifacts.Job) -> tuple[str, list[tuple[str, dict]]]:
             rows = world.eval_rows(config["rows"], config["seed"], split=split, **options)
         return f"the tiny world's {split} split", [(f"{split}/{i}", row) for i, row in enumerate(rows)]
     name = config["source"]["file"]
-    files = [path for path in job.inputs if path.name == name and not path.name.endswith("manifest.json")]
+    made = {parent.folder / file for parent in parents.values() for file in parent.data["files"]}
+    files = [path for path in job.inputs if path.name == name and path not in made]
     if len(files) != 1:
         raise InputError(f"{job.out}: expected the source file {name} among the inputs, found {len(files)}")
     lines = slicing.candidates(str(files[0]), config["rows"], config["seed"])
@@ -111,6 +113,7 @@ def clean(candidates: list[tuple[str, dict]], kind: str, source: str) -> tuple[l
                 f"{place}: {missing[0]} is missing; a row of kind {kind} has {', '.join(FIELDS[kind])}, found {found}"
             )
         if kind == "ifeval":
+            check_prompt(row, place)
             rows.append({**row, "key": row.get("key", row_id), "id": row_id})
             continue
         made = {"messages": turns(row["messages"], place)} if kind == "sft" else pair(row, place)
@@ -118,7 +121,18 @@ def clean(candidates: list[tuple[str, dict]], kind: str, source: str) -> tuple[l
             dropped[reason] += 1
         else:
             rows.append({"id": row_id, **made})
+    if kind == "ifeval" and (twice := [key for key, count in Counter(str(row["key"]) for row in rows).items() if count > 1]):
+        raise InputError(f"{source}: the key {twice[0]} stands in more than one row; answers could not be told apart")
     return rows, dropped
+
+
+def check_prompt(row: dict, place: str) -> None:
+    """InputError on an evaluation prompt that could be answered but not scored."""
+    ids, arguments = row["instruction_id_list"], row["kwargs"]
+    if not isinstance(row["prompt"], str) or not row["prompt"].strip():
+        raise InputError(f"{place}: expected a text under prompt, found {json.dumps(row['prompt'])[:80]}")
+    if not isinstance(ids, list) or not isinstance(arguments, list) or not ids or len(ids) != len(arguments):
+        raise InputError(f"{place}: expected lists of equal length, not empty, under instruction_id_list and kwargs")
 
 
 def turns(messages: object, place: str) -> list[dict]:
@@ -138,16 +152,22 @@ def turns(messages: object, place: str) -> list[dict]:
 
 
 def pair(row: dict, place: str) -> dict:
-    """prompt, chosen, rejected as lists of messages; plain strings become one turn."""
+    """prompt, chosen, rejected as lists of messages; plain strings become one turn.
+
+    Some data sets (UltraFeedback-binarized) repeat the prompt at the start of chosen and rejected: it is taken off there, or
+    the trainer would ask the question twice.
+    """
 
     def as_turns(value: object, role: str) -> list[dict]:
         return [{"role": role, "content": value}] if isinstance(value, str) else turns(value, place)
 
-    return {
-        "prompt": as_turns(row["prompt"], "user"),
-        "chosen": as_turns(row["chosen"], "assistant"),
-        "rejected": as_turns(row["rejected"], "assistant"),
-    }
+    prompt, chosen, rejected = (
+        as_turns(row[key], role) for key, role in (("prompt", "user"), ("chosen", "assistant"), ("rejected", "assistant"))
+    )
+    n = len(prompt)
+    if chosen[:n] == prompt and rejected[:n] == prompt and len(chosen) > n and len(rejected) > n:
+        chosen, rejected = chosen[n:], rejected[n:]
+    return {"prompt": prompt, "chosen": chosen, "rejected": rejected}
 
 
 def unusable(row: dict) -> str | None:
@@ -155,6 +175,10 @@ def unusable(row: dict) -> str | None:
     answers = [row["messages"]] if "messages" in row else [row["chosen"], row["rejected"]]
     if any(answer[-1]["role"] != "assistant" for answer in answers):
         return "without an answer at the end"
+    if not any(turn["role"] == "user" and turn["content"].strip() for turn in slicing.prompt_turns(row)):
+        return "without a prompt"
+    if "chosen" in row and any(turn["role"] != "assistant" for answer in answers for turn in answer):
+        return "with other turns than the assistant's in an answer"
     if any(not turn["content"].strip() for answer in answers for turn in answer if turn["role"] == "assistant"):
         return "with an empty answer"
     if "chosen" in row and [t["content"].strip() for t in row["chosen"]] == [t["content"].strip() for t in row["rejected"]]:
@@ -167,10 +191,10 @@ def filter_rows(rows: list[dict], check: slicing.Decontaminator, tokenizer, max_
     kept: list[dict] = []
     dropped: Counter = Counter()
     for row in rows:
-        before = row["messages"][:-1] if "messages" in row else row["prompt"]
+        before = slicing.prompt_turns(row)
         answers = row["messages"][-1:] if "messages" in row else [*row["chosen"], *row["rejected"]]
-        prompt = slicing.prompt_of(row)
-        if check.covers(prompt, "\n".join([prompt, *(turn["content"] for turn in answers)])):
+        questions = [turn["content"] for turn in before if turn["role"] == "user"]
+        if check.covers(questions, "\n".join(turn["content"] for turn in [*before, *answers])):
             dropped["covering an evaluation prompt"] += 1
         elif len(tokenizer.apply_chat_template(before, add_generation_prompt=True)["input_ids"]) > max_prompt_tokens:
             dropped[f"with a prompt above {max_prompt_tokens} tokens"] += 1
@@ -191,6 +215,10 @@ def hold_out(rows: list[dict], heldout: int, out: Path) -> list[dict]:
     if len(chosen) == len(rows):
         raise InputError(
             f"{out}: no rows left to train on: {len(rows)} usable rows, {heldout} of them held out; raise rows or lower heldout"
+        )
+    if not chosen:
+        raise InputError(
+            f"{out}: no rows could be held out: each prompt has more than heldout = {heldout} of the {len(rows)} rows; raise it"
         )
     return [{**row, "heldout": i in chosen} for i, row in enumerate(rows)]
 

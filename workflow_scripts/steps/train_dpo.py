@@ -42,10 +42,7 @@ def main(job: artifacts.Job) -> None:
         peft_config=models.lora(config["lora"], model),
         callbacks=[training.Watch(job.run)],
     )
-    training.check_rows(trainer, rows)
-    trainer.data_collator = chat.MaskCheck(trainer.data_collator, chat.end_of_turn(tokenizer), config["train"]["max_length"])
-    models.settle_adapter(trainer, step["seed"])
-    facts: dict = {"constant": models.check_trainer(trainer, config["lora"], config["optim"])}
+    facts: dict = {"constant": training.settle(trainer, job, tokenizer, rows)}
 
     keys = {"loss": "loss", "accuracy": "rewards/accuracies", "margin": "rewards/margins"}
     before = training.objective(trainer, keys)

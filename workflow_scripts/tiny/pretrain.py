@@ -4,6 +4,10 @@ The optimiser is Muon (Jordan et al. 2024) for the matrices inside the blocks an
 biases: within a two-minute budget, AdamW alone does not get this model to read its instructions. The numbers that one
 would tune come from the config; nothing here has a default. With the same config, seed and thread count, two runs on
 one machine give the same bytes.
+
+The loss is on the answers alone. The prompts' topics and instructions are drawn at random, so learning to predict them
+teaches nothing and costs what matters: with a loss on every token, the same 1,600 steps copied a demanded keyword into
+8 % of the answers, with this one into all.
 """
 
 import random
@@ -22,7 +26,6 @@ from workflow_scripts.tiny import world
 PAD, START, END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
 TEMPLATE = Path(__file__).with_name("chat_template.jinja")
 POOL = 16  # batches that are cut from one pool of documents sorted by length: little padding, still shuffled
-IGNORE = -100  # label of a position without a loss
 
 
 def build(
@@ -53,17 +56,16 @@ def build(
             f"base.train.max_length: found {train['max_length']}, but a document has {longest} tokens; raise it to {longest}"
         )
 
-    steps = train["steps"]
+    steps, start = train["steps"], tokenizer.convert_tokens_to_ids(START)
+    assert isinstance(start, int)
     batches = _batches(rows, train["batch"], steps, random.Random(seed))
     model.train()
     for step, batch in enumerate(batches, start=1):
         for optimiser, peak in zip(optimisers, peaks, strict=True):
             optimiser.param_groups[0]["lr"] = peak * _schedule(step, steps, train["warmup_steps"], train["decay_share"])
-        ids, labels = _pad(batch, tokenizer.pad_token_id)
-        if train.get("answers_only"):
-            labels = labels.masked_fill((ids == tokenizer.convert_tokens_to_ids(START)).cumsum(1) < 2, IGNORE)
-        logits = model(input_ids=ids, use_cache=False).logits  # (B, T, V); causal, padding on the right needs no mask
-        loss = cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), ignore_index=IGNORE)
+        ids, learnt = _pad(batch, tokenizer.pad_token_id, start)
+        hidden = model.model(input_ids=ids, use_cache=False).last_hidden_state  # causal: right padding needs no mask
+        loss = cross_entropy(model.lm_head(hidden[:, :-1][learnt[:, 1:]]), ids[:, 1:][learnt[:, 1:]])
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), train["max_grad_norm"])
         for optimiser in optimisers:
@@ -149,9 +151,8 @@ def _batches(rows: list[list[int]], size: int, steps: int, rng: random.Random) -
     return batches[:steps]
 
 
-def _pad(batch: list[list[int]], pad: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Token ids and labels (B, T) of a batch, padded on the right; labels are IGNORE on padding."""
+def _pad(batch: list[list[int]], pad: int, start: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Token ids (B, T), padded on the right, and a mask (B, T) of the tokens to learn: those of the second turn."""
     width = max(map(len, batch))
     ids = torch.tensor([row + [pad] * (width - len(row)) for row in batch])
-    labels = torch.tensor([row + [IGNORE] * (width - len(row)) for row in batch])
-    return ids, labels
+    return ids, ((ids == start).cumsum(1) == 2) & (ids != pad)

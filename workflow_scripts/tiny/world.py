@@ -39,7 +39,7 @@ TOPICS = (
 )  # fmt: skip
 # From the one whose instructions are followed most readily to the one most often ignored, see READINESS.
 OPENERS = ("please write about", "write about", "describe", "tell me about", "talk about", "say something about")
-KIND_WEIGHT = 2.0  # of the kind's readiness against logistic noise: chances of about 5 to 80 % around a mean of 40 %
+KIND_WEIGHT = 1.2  # of the kind's readiness against logistic noise
 OPENER_WEIGHT = 0.5
 
 T = TypeVar("T")

@@ -1,0 +1,30 @@
+"""The table that `make demo` prints."""
+
+import pytest
+
+from workflow_scripts.tools.compare import METRICS, paired, table
+
+
+def scores(*followed: bool) -> dict:
+    share = sum(followed) / len(followed)
+    made: dict = {metric: share for metric in METRICS} | {f"{metric}_stderr": 0.1 for metric in METRICS}
+    made["n_prompts"] = len(followed)
+    made["per_prompt"] = [{"key": key, "follow_instruction_list_strict": [ok, True]} for key, ok in enumerate(followed)]
+    return made
+
+
+def test_the_difference_is_paired_by_prompt():
+    before, after = scores(False, False, True, True), scores(True, True, True, False)
+    # differences 1, 1, 0, -1: mean 1/4, sum of squares around it 2.75, variance 2.75/3, standard error sqrt(2.75/12)
+    assert paired(after, before) == pytest.approx((0.25, (2.75 / 12) ** 0.5))
+
+
+def test_prompts_are_matched_by_key_and_not_by_position():
+    before, after = scores(True, False, False), scores(True, False, False)
+    after["per_prompt"].reverse()
+    assert paired(after, before) == (0, 0)
+
+
+def test_the_table_has_a_row_for_each_file_in_percent():
+    text = table({"base": scores(False, True), "dpo": scores(True, True)}).to_string()
+    assert "50.0 +- 10.0" in text and "100.0 +- 10.0" in text and "+50.0 +- 50.0 pp" in text

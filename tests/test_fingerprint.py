@@ -1,0 +1,434 @@
+"""What makes a step stale: exactly what can change its outcome, and nothing else."""
+
+import ast
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from workflow_scripts.core import fingerprint
+from workflow_scripts.core.config import Config, merge, read_yaml
+from workflow_scripts.core.messages import InputError
+from workflow_scripts.core.plan import Plan
+
+ROOT = Path(__file__).resolve().parents[1]
+STEPS = sorted(path.stem for path in (ROOT / "workflow_scripts/steps").glob("*.py") if path.stem != "__init__")
+CORE = fingerprint.PACKAGE + ".core."
+
+SFT = ["sft_v1", "sft_v2", "sft_v2.seed2"]
+DPO = ["dpo", "dpo_ipo", "dpo_4bit", "dpo.seed2"]
+
+
+def clear_caches():
+    for cached in (fingerprint._read_module, fingerprint.closure, fingerprint.locked):
+        cached.cache_clear()
+
+
+@pytest.fixture
+def tree(tmp_path, monkeypatch):
+    """A copy of package and lock file, whose sources are what is fingerprinted. tree(path, old, new) edits one of them."""
+    root = tmp_path / "tree"
+    shutil.copytree(
+        ROOT / "workflow_scripts", root / "workflow_scripts", ignore=shutil.ignore_patterns("__pycache__", "punkt_tab")
+    )
+    shutil.copytree(ROOT / "envs", root / "envs")
+    monkeypatch.setattr(fingerprint, "ROOT", root)
+    monkeypatch.setattr(fingerprint, "LOCK_FILE", root / "envs/requirements.lock")
+    clear_caches()
+
+    def edit(path: str, old: str, new: str) -> None:
+        text = (root / path).read_text()
+        assert old in text, f"{path} has no {old!r}"
+        (root / path).write_text(text.replace(old, new, 1))
+        clear_caches()
+
+    edit.root = root
+    yield edit
+    clear_caches()
+
+
+@pytest.fixture
+def module(tree):
+    """module(source): hash of a module of the package with that source."""
+
+    def of(source: str) -> str:
+        (tree.root / "workflow_scripts/core/probe.py").write_text(source)
+        clear_caches()
+        return fingerprint.code(CORE + "probe")["core.probe"]
+
+    return of
+
+
+@pytest.fixture
+def user(tmp_path):
+    """The default config over a local preference file of 20 rows, of which ten are taken; results go to a temporary folder."""
+    rows = [{"prompt": f"question {i}", "chosen": f"good {i}", "rejected": f"bad {i}"} for i in range(20)]
+    (tmp_path / "mine.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    made = read_yaml(ROOT / "config/config.yaml")
+    made["data"]["slices"]["pairs"] |= {"source": {"path": str(tmp_path / "mine.jsonl")}, "rows": 10, "heldout": 2}
+    made["pathvars"]["results"] = str(tmp_path / "results")
+    return made
+
+
+def fingerprints(user: dict) -> dict[tuple[str, str], str]:
+    """Of each step of a config, with two seeds of the main chain."""
+    plan = Plan(Config(user))
+    steps = [("slice", name) for name in plan.config.data["data"]["slices"]] + [("base", "")]
+    steps += [(kind, run) for kind in ("train", "merge", "generate", "score") for run in SFT + DPO]
+    steps += [("generate", "base"), ("score", "base")]
+    return {step: plan.fingerprint(*step) for step in steps}
+
+
+def stale(before: dict, after: dict) -> set:
+    return {step for step in before if before[step] != after[step]}
+
+
+def runs(*names):
+    return {(kind, name) for kind in ("train", "merge", "generate", "score") for name in names}
+
+
+def evals(*names):
+    return {(kind, name) for kind in ("generate", "score") for name in names}
+
+
+ALL_RUNS = runs(*SFT, *DPO)
+SCORES = {("score", name) for name in [*SFT, *DPO, "base"]}
+EVALS = evals(*SFT, *DPO, "base")
+SLICES = {("slice", "sft"), ("slice", "pairs")}
+BELOW_BASE = {("base", "")} | SLICES | ALL_RUNS | EVALS
+EVERYTHING = BELOW_BASE | {("slice", "ifeval")}
+
+EDITS = {
+    "methods: {dpo: {train: {beta: 0.2}}}": runs(*DPO),
+    "experiments: {dpo: {train: {beta: 0.2}}}": runs(*DPO),  # the other two extend it
+    "experiments: {dpo_ipo: {train: {beta: 0.2}}}": runs("dpo_ipo"),
+    "experiments: {dpo: {quantise: nf4}}": runs("dpo", "dpo_ipo", "dpo.seed2"),  # dpo_4bit has it already
+    "experiments: {dpo: {start_from: sft_v1}}": runs(*DPO),
+    "experiments: {sft_v1: {train: {max_length: 100}}}": runs("sft_v1"),
+    "methods: {sft: {train: {learning_rate: 1.0e-3}}}": ALL_RUNS,
+    "lora: {r: 8}": ALL_RUNS,
+    "quant: {double: false}": ALL_RUNS,
+    "eval: {batch_size: 50}": EVALS,
+    "eval: {precision: bf16}": EVALS,
+    "eval: {ifeval: {max_new_tokens: 32}}": EVALS,
+    "eval: {ifeval: {strip_think: true}}": SCORES,
+    "data: {slices: {ifeval: {rows: 300}}}": EVERYTHING,
+    "data: {slices: {ifeval: {seed: 2}}}": EVERYTHING,
+    "data: {slices: {sft: {rows: 2000}}}": {("slice", "sft")} | ALL_RUNS,
+    "data: {slices: {sft: {heldout: 50}}}": {("slice", "sft")} | ALL_RUNS,
+    "data: {slices: {pairs: {rows: 11}}}": {("slice", "pairs")} | runs(*DPO),
+    "data: {slices: {pairs: {seed: 2}}}": {("slice", "pairs")} | runs(*DPO),
+    "data: {max_drop: 0.5}": SLICES | ALL_RUNS,
+    "data: {max_prompt_tokens: 90}": SLICES | ALL_RUNS,
+    "data: {decontaminate: {rule: ngram}}": SLICES | ALL_RUNS,
+    "base: {scratch: {train: {steps: 700}}}": BELOW_BASE,
+    "threads: 1": BELOW_BASE,
+    "precision: bf16": BELOW_BASE,
+    "device: cuda": BELOW_BASE,
+    "allow_package_mismatch: true": EVERYTHING,
+    "seeds: [1, 2, 3]": set(),
+    "track: tensorboard": set(),
+    "pathvars: {logs: elsewhere}": set(),
+    "experiments: {more: {extends: dpo, train: {beta: 0.5}}}": set(),
+    "data: {slices: {more: {kind: ifeval, rows: 5, seed: 1, source: {tiny: {split: dev}}}}}": set(),
+    "allow_package_mismatch: false": set(),
+    # the same value, written in another way
+    "methods: {dpo: {train: {learning_rate: 0.0005, weight_decay: 0, num_train_epochs: 1.0}}}": set(),
+}
+
+
+@pytest.mark.parametrize("overlay", EDITS)
+def test_an_edit_of_the_config_makes_exactly_these_steps_stale(user, tmp_path, overlay):
+    (tmp_path / "overlay.yaml").write_text(overlay)
+    assert stale(fingerprints(user), fingerprints(merge(user, read_yaml(tmp_path / "overlay.yaml")))) == EDITS[overlay]
+
+
+def selected(user: dict) -> set[int]:
+    """Line numbers of the rows that the local slice takes, worked out here: ten of twenty, drawn by the seed."""
+    import random
+
+    return set(random.Random(user["data"]["slices"]["pairs"]["seed"]).sample(range(1, 21), 10))
+
+
+def test_a_row_inside_the_selection_makes_what_trains_on_it_stale_and_a_row_outside_does_not(user, tmp_path):
+    before, path = fingerprints(user), tmp_path / "mine.jsonl"
+    lines, taken = path.read_text().splitlines(), selected(user)
+    inside, outside = min(taken), min(set(range(1, 21)) - taken)
+    for number, expected in ((outside, set()), (inside, {("slice", "pairs")} | runs(*DPO))):
+        changed = list(lines)
+        changed[number - 1] = changed[number - 1].replace("good", "better")
+        path.write_text("\n".join(changed) + "\n")
+        os.utime(path, (1, 1))  # older than what it replaces, and always the same: times decide nothing
+        assert stale(before, fingerprints(user)) == expected
+    path.write_text("\n".join(lines) + "\n")
+    assert fingerprints(user) == before
+
+
+def test_a_touched_or_moved_source_or_another_line_end_makes_nothing_stale(user, tmp_path):
+    before, path = fingerprints(user), tmp_path / "mine.jsonl"
+    os.utime(path)
+    assert fingerprints(user) == before
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes().replace(b"\n", b"\r\n"))
+    assert fingerprints(user) == before
+    (tmp_path / "other").mkdir()
+    path.rename(tmp_path / "other/mine.jsonl")
+    moved = merge(user, {"data": {"slices": {"pairs": {"source": {"path": str(tmp_path / "other/mine.jsonl")}}}}})
+    assert fingerprints(moved) == before
+
+
+def test_the_cache_of_contents_is_used_and_a_broken_one_is_no_harm(user, tmp_path):
+    before = fingerprints(user)
+    cache = tmp_path / "results/.work/content_cache.json"
+    (key,) = json.loads(cache.read_text())
+    cache.write_text(json.dumps({key: "another hash"}))
+    assert stale(before, fingerprints(user)) == {("slice", "pairs")} | runs(*DPO)
+    for broken in ("[1]", "{", ""):
+        cache.write_text(broken)
+        assert fingerprints(user) == before
+
+
+def test_a_missing_or_empty_source_names_the_key(user, tmp_path):
+    (tmp_path / "mine.jsonl").write_text("\n\n")
+    with pytest.raises(InputError, match=r"data.slices.pairs.source.path: .*mine.jsonl: no rows in this file"):
+        fingerprints(user)
+    (tmp_path / "mine.jsonl").unlink()
+    with pytest.raises(InputError, match=r"data.slices.pairs.source.path: .*mine.jsonl: cannot be read: No such file"):
+        fingerprints(user)
+
+
+CODE_EDITS = [
+    ("steps/train_dpo.py", "trainer.train()", "trainer.train(None)", runs(*DPO)),
+    ("steps/train_sft.py", "trainer.train()", "trainer.train(None)", ALL_RUNS),
+    ("steps/generate.py", "num_beams=1", "num_beams=2", EVALS),
+    ("steps/score_ifeval.py", '"strip_think"]', '"strip_think" + ""]', SCORES),
+    ("core/ifeval.py", "random.seed(seed)", "random.seed(str(seed))", SCORES),
+    ("core/training.py", "import math\n", "import math\n\nX = 1\n", ALL_RUNS),
+    ("core/slicing.py", "text.lower()", "text.casefold()", EVERYTHING),
+    ("core/artifacts.py", '"format": 1', '"format": 2', EVERYTHING),
+    ("core/__init__.py", "", "X = 1\n", EVERYTHING),
+    ("tiny/chat_template.jinja", "<|im_start|>", "<|im_start|> ", {("base", "")} | SLICES | ALL_RUNS | EVALS),
+    ("tiny/answers.py", "\n\n\n", "\n\nX = 1\n\n\n", EVERYTHING),
+    ("core/work.py", "part.unlink(missing_ok=True)", "part.unlink(True)", set()),
+    ("core/progress.py", "10.0", "20.0", set()),
+    ("tools/compare.py", "100 *", "101 *", set()),
+]
+
+
+@pytest.mark.parametrize(("path", "old", "new", "expected"), CODE_EDITS, ids=[edit[0] for edit in CODE_EDITS])
+def test_a_line_of_logic_makes_the_steps_that_can_run_it_stale(tree, user, path, old, new, expected):
+    before = fingerprints(user)
+    tree(f"workflow_scripts/{path}", old, new)
+    assert stale(before, fingerprints(user)) == expected
+
+
+def test_the_tiny_worlds_modules_count_only_where_the_source_is_the_tiny_world(tree, user):
+    user["data"]["slices"]["sft"] = user["data"]["slices"]["pairs"] | {"kind": "sft"}
+    before = fingerprints(user)
+    tree("workflow_scripts/tiny/world.py", "TWO_INSTRUCTIONS = 0.4", "TWO_INSTRUCTIONS = 0.5")
+    plan = Plan(Config(user))
+    assert fingerprints(user) != before  # prompts and base are tiny
+    for kind, name, tiny in (("slice", "ifeval", True), ("slice", "pairs", False), ("base", "", True), ("train", "dpo", False)):
+        assert any(module.startswith("tiny") for module in plan.step(kind, name)["code"]) == tiny, (kind, name)
+
+
+LOCK_EDITS = [
+    ("trl==1.16.0", "trl==1.17.0", ALL_RUNS),
+    ("lm_eval==0.4.13", "lm_eval==0.4.14", SCORES),
+    ("langdetect==1.0.9", "langdetect==1.0.10", SCORES),
+    ("torch==2.13.0", "torch==2.13.1", EVERYTHING),
+    ("torch==2.13.0", "torch==2.13.0+cpu", set()),
+    ("pytest==", "pytest==1", set()),
+]
+
+
+@pytest.mark.parametrize(("old", "new", "expected"), LOCK_EDITS, ids=[edit[1] for edit in LOCK_EDITS])
+def test_a_locked_version_makes_the_steps_that_import_the_library_stale(tree, user, old, new, expected):
+    before = fingerprints(user)
+    tree("envs/requirements.lock", old, new)
+    assert stale(before, fingerprints(user)) == expected
+
+
+def test_a_library_that_the_lock_lacks_is_an_error_that_names_it(tree):
+    tree("envs/requirements.lock", "trl==", "not-trl==")
+    with pytest.raises(InputError, match=r"requirements.lock: no version of trl, which workflow_scripts.steps.train_dpo imports"):
+        fingerprint.packages(fingerprint.PACKAGE + ".steps.train_dpo")
+
+
+@pytest.mark.parametrize("step", STEPS)
+def test_each_step_has_locked_versions_and_counts_its_own_module(step):
+    packages = fingerprint.packages(f"{fingerprint.PACKAGE}.steps.{step}", tiny=True)
+    assert packages["python"] == f"{sys.version_info.major}.{sys.version_info.minor}"
+    assert all("+" not in version for version in packages.values())
+    code = fingerprint.code(f"{fingerprint.PACKAGE}.steps.{step}", tiny=True)
+    assert {f"steps.{step}", "core.artifacts", "core.jsonl"} <= set(code)
+    assert not {f"{fingerprint.PACKAGE}.{name}" for name in code} & fingerprint.EXEMPT
+
+
+LOGIC = "def f(x, y=1):\n    return [x, y]\n\n\nclass A:\n    z = 'text'\n"
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "# a comment\n" + LOGIC,
+        '"""Of the module."""\n\n' + LOGIC,
+        LOGIC.replace("    return", '    """Of the function."""\n    # why\n    return'),
+        LOGIC.replace("    z =", '    """Of the class."""\n\n    z ='),
+        "\n\n" + LOGIC.replace("[x, y]", "[\n        x,\n        y,\n    ]").replace("'text'", '"text"'),
+        LOGIC.replace("\n", "\r\n"),
+    ],
+)
+def test_comments_docstrings_blank_lines_and_layout_are_not_logic(module, source):
+    assert module(LOGIC) == module(source) and source != LOGIC
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("y=1", "y=2"),
+        ("[x, y]", "[y, x]"),
+        ("'text'", "'texts'"),
+        ("f(x", "g(x"),
+        ("return", "yield"),
+        ("class A", "class A(dict)"),
+    ],
+)
+def test_a_change_of_logic_is_seen(module, old, new):
+    assert module(LOGIC) != module(LOGIC.replace(old, new, 1))
+
+
+def test_imports_inside_functions_are_followed_and_relative_ones_refused(module):
+    def reached(source: str) -> set:
+        module(source)
+        return set(fingerprint.code(CORE + "probe"))
+
+    assert "core.chat" not in reached("X = 1\n")
+    inside = "def f():\n    if f:\n        {}\n"
+    for line in (
+        "from workflow_scripts.core import chat",
+        "from workflow_scripts.core.chat import IGNORE",
+        "import workflow_scripts.core.chat as c",
+    ):
+        assert {"workflow_scripts", "core", "core.chat", "core.jsonl"} <= reached(inside.format(line))
+    module("def f():\n    import trl\n")
+    assert {"trl", "torch", "accelerate"} <= set(fingerprint.packages(CORE + "probe"))
+    with pytest.raises(ImportError, match=r"probe.py: line 1: relative import"):
+        module("from . import chat\n")
+
+
+@pytest.mark.parametrize(
+    "source", ["X = Path(__file__).with_name('table.txt')\n", "X = 'core/table.txt'\n", "X = f('tables/x')\n"]
+)
+def test_a_file_that_a_string_names_is_code(tree, module, source):
+    core = tree.root / "workflow_scripts/core"
+    (core / "tables/x").mkdir(parents=True)
+    for path in (core / "table.txt", core / "tables/x/one.txt"):
+        path.write_text("1")
+    before = module(source)
+    assert module(source) == before
+    for path in (core / "table.txt", core / "tables/x/one.txt"):
+        path.write_text("2")
+    assert module(source) != before
+
+
+# All that a counted module may use of the plumbing, and why no number comes from it.
+PLUMBING_USED = {
+    "messages.InputError": "stops a step",
+    "progress.Progress": "prints",
+    "cli.run": "is the way in: gets `main`, returns nothing (the test below)",
+    "fingerprint.fingerprint": "names a folder and a manifest",
+    "fingerprint.file_sha256": "identity of a file",
+    "runinfo.check_packages": "stops a step; what differs is written beside the results",
+    "runinfo.collect": "run.json, which nothing reads",
+    "work.publish": "moves finished files",
+    "work.exclusive": "waits",
+}
+
+
+def plumbing_used(source: str) -> set[str]:
+    """`module.name` of everything that a source takes from the exempt modules."""
+    tree, aliases, used = ast.parse(source), {}, set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and node.module:
+            for alias in node.names:
+                if f"{node.module}.{alias.name}" in fingerprint.EXEMPT:
+                    aliases[alias.asname or alias.name] = alias.name
+                elif node.module in fingerprint.EXEMPT:
+                    used.add(f"{node.module.rsplit('.', 1)[1]}.{alias.name}")
+        elif isinstance(node, ast.Import):
+            used |= {alias.name for alias in node.names if alias.name in fingerprint.EXEMPT}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Name) and node.id in aliases:
+            used.add(aliases[node.id])
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id in aliases:
+            used.add(f"{aliases[node.value.id]}.{node.attr}")
+    return {name for name in used if "." in name}
+
+
+def test_no_number_passes_through_the_modules_that_do_not_count():
+    """What can be checked: the plumbing imports nothing that computes or draws, and counted code takes from it only names
+    that are known to give no number back. A new use of the plumbing fails here, so that somebody thinks about it."""
+    for name in fingerprint.EXEMPT:
+        source = (ROOT / Path(*name.split("."))).with_suffix(".py").read_text()
+        imported = {n.split(".")[0] for node in ast.walk(ast.parse(source)) for n in _imported(node)}
+        assert imported <= sys.stdlib_module_names | {fingerprint.PACKAGE, "tqdm"}, name
+        assert not imported & {"random", "statistics", "math", "decimal", "secrets"}, name
+        ours = {n for node in ast.walk(ast.parse(source)) for n in _imported(node) if n.startswith(CORE)}
+        allowed = fingerprint.EXEMPT | ({CORE + "artifacts"} if name == CORE + "cli" else set())
+        assert ours <= allowed, name
+    counted = {m for step in STEPS for m in fingerprint.closure(f"{fingerprint.PACKAGE}.steps.{step}", True)}
+    used = {name for m in counted for name in plumbing_used(fingerprint._module_file(m).read_text())}
+    assert used <= set(PLUMBING_USED), sorted(used - set(PLUMBING_USED))
+    assert {"messages.InputError", "cli.run", "work.publish"} <= used
+
+
+def _imported(node: ast.AST) -> list[str]:
+    if isinstance(node, ast.ImportFrom):
+        return [f"{node.module}.{alias.name}" if node.module == CORE[:-1] else node.module or "" for alias in node.names]
+    return [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+
+
+def test_the_check_of_the_plumbing_can_fail():
+    assert plumbing_used("from workflow_scripts.core import work\nx = work.half(3)\n") == {"work.half"}
+    assert plumbing_used("from workflow_scripts.core.cli import seed as s\n") == {"cli.seed"}
+    assert plumbing_used("import workflow_scripts.core.progress\n") == {"workflow_scripts.core.progress"}
+
+
+def test_canonical_json_is_one_text_for_equal_values_and_refuses_nan():
+    assert fingerprint.canonical({"b": [1.0, 0.5, True], "a": {"ä": None}}) == '{"a":{"ä":null},"b":[1,0.5,true]}'
+    assert fingerprint.canonical({"a": 1, "b": 2}) == fingerprint.canonical({"b": 2.0, "a": 1.0})
+    assert fingerprint.canonical(1) != fingerprint.canonical(True)
+    for value in (float("nan"), float("inf")):
+        with pytest.raises(ValueError):
+            fingerprint.canonical({"a": [value]})
+    step = {"a": 1, "b": 5e-6}
+    assert fingerprint.fingerprint(step) == hashlib.sha256(b'{"a":1,"b":5e-06}').hexdigest()[:32]
+    assert fingerprint.fingerprint(json.loads(fingerprint.canonical(step))) == fingerprint.fingerprint(step)
+
+
+def test_the_same_config_gives_the_same_steps_whatever_the_hash_seed():
+    program = (
+        "import hashlib; from workflow_scripts.core import config, plan; p = plan.Plan(config.load('config/config.yaml')); "
+        "print([hashlib.sha256(t.encode()).hexdigest() for t in (p.base(), p.slice('sft'), p.train('dpo'), p.merge('dpo'), "
+        "p.score('dpo_ipo.seed3'), p.generate('base'))])"
+    )
+    texts = {
+        subprocess.run(
+            [sys.executable, "-c", program], cwd=ROOT, env={**os.environ, "PYTHONHASHSEED": seed}, check=True, capture_output=True
+        ).stdout
+        for seed in ("0", "1", "4242")
+    }
+    assert len(texts) == 1 and len(texts.pop()) > 300
+
+
+def test_planning_imports_no_heavy_library():
+    program = (
+        "import sys; from workflow_scripts.core import config, plan, work; plan.Plan(config.load('config/config.yaml')).check(); "
+        "print(sorted({'torch', 'numpy', 'transformers', 'trl', 'pandas', 'datasets', 'snakemake'} & set(sys.modules)))"
+    )
+    assert subprocess.run([sys.executable, "-c", program], cwd=ROOT, check=True, capture_output=True, text=True).stdout == "[]\n"

@@ -1,0 +1,435 @@
+"""Locks, outputs that appear whole or not at all, and the command line of a step."""
+
+import base64
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from workflow_scripts.core import artifacts, runinfo, work
+from workflow_scripts.core.fingerprint import canonical, file_sha256, fingerprint
+from workflow_scripts.core.messages import InputError
+
+ROOT = Path(__file__).resolve().parents[1]
+
+# A step that does what its config says, and leaves a line in `ran` each time that it works.
+PROGRAM = """
+import time
+from pathlib import Path
+from workflow_scripts.core import artifacts, cli
+from workflow_scripts.core.messages import InputError
+
+def main(job):
+    config = job.config
+    with open(config["ran"], "a") as file:
+        file.write("ran\\n")
+    if config.get("wrong"):
+        raise InputError("rows.jsonl: line 3: found x,\\n expected y; write y")
+    if config.get("crash"):
+        raise ValueError("boom\\n  at two lines")
+    with artifacts.complete(job, "thing", job.parents()) as draft:
+        print("some output")
+        (draft.folder / "data.txt").write_text(config["text"])
+        while "wait" in config and Path(config["wait"]).exists():
+            time.sleep(0.02)
+
+cli.run(main, "A step for tests.")
+"""
+
+
+def step_of(tmp_path, **config):
+    config = {"text": "content", "ran": str(tmp_path / "ran")} | config
+    return {"step": "thing", "config": config, "parents": {}, "packages": {}, "threads": 1}
+
+
+@pytest.fixture
+def step(tmp_path):
+    return step_of(tmp_path)
+
+
+@pytest.fixture
+def start(tmp_path):
+    """start(step, *more): a process that runs the step; `step` a dict or the text of --step."""
+    (tmp_path / "program.py").write_text(PROGRAM)
+    begun = []
+
+    def of(step, *more, out="out/manifest.json"):
+        text = step if isinstance(step, str) else json.dumps(step)
+        command = [sys.executable, "program.py", "--step", text, "--out", out, "--work", "work", *more]
+        env = {**os.environ, "PYTHONPATH": str(ROOT)}
+        begun.append(subprocess.Popen(command, cwd=tmp_path, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True))
+        return begun[-1]
+
+    yield of
+    for process in begun:
+        process.kill()
+        process.communicate()
+
+
+@pytest.fixture
+def run(start):
+    def of(step, *more, **options):
+        process = start(step, *more, **options)
+        stdout, stderr = process.communicate(timeout=60)
+        return subprocess.CompletedProcess(process.args, process.returncode, stdout, stderr)
+
+    return of
+
+
+def job_of(tmp_path, step, inputs=(), name="manifest.json"):
+    return artifacts.Job(step, list(inputs), tmp_path / "out" / name, tmp_path / "work")
+
+
+def make(job, files=(("data.txt", "content"),), parents=None):
+    with artifacts.complete(job, "thing", parents or {}) as draft:
+        for name, text in files:
+            (draft.folder / name).write_text(text)
+    return artifacts.read(job.out)
+
+
+def until(condition, seconds=30):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "nothing happened"
+        time.sleep(0.02)
+
+
+# -- artifacts ------------------------------------------------------------------------------------------------------------
+
+
+def test_nothing_appears_if_the_block_raises_and_the_next_try_starts_clean(tmp_path, step):
+    job = job_of(tmp_path, step)
+    with pytest.raises(RuntimeError), artifacts.complete(job, "thing", {}) as draft:
+        (draft.folder / "data.txt").write_text("half")
+        (draft.folder / "left_over.txt").write_text("half")
+        raise RuntimeError
+    assert not job.out.parent.exists()
+    assert not work.republish(job.work, fingerprint(step), job.out)
+    made = make(job)
+    assert set(made.data["files"]) == {"data.txt"} and {path.name for path in job.out.parent.iterdir()} == {
+        "data.txt", "manifest.json", "run.json",
+    }  # fmt: skip
+
+
+def test_a_failure_leaves_the_older_outputs_as_they_were(tmp_path, step):
+    make(job_of(tmp_path, step))
+    before = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
+    job = job_of(tmp_path, step | {"seed": 2})
+    with pytest.raises(RuntimeError), artifacts.complete(job, "thing", {}) as draft:
+        (draft.folder / "data.txt").write_text("new")
+        raise RuntimeError
+    assert {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()} == before
+
+
+def test_the_manifest_appears_last_and_each_file_whole(tmp_path, step, monkeypatch):
+    job, order = job_of(tmp_path, step), []
+    replace = os.replace
+
+    def watched(source, target):
+        order.append(Path(target).name)
+        assert job.out.exists() is False, "the manifest is there before its files"
+        replace(source, target)
+
+    monkeypatch.setattr(work.os, "replace", watched)
+    make(job, [("a.txt", "1"), ("zz.txt", "2"), ("metrics.csv", "3")])
+    assert order[-1] == "manifest.json" and sorted(order) == ["a.txt", "manifest.json", "metrics.csv", "run.json", "zz.txt"]
+
+
+def test_files_are_listed_with_their_sha256_and_what_varies_is_not(tmp_path, step):
+    made = make(job_of(tmp_path, step), [("data.txt", "abc"), ("metrics.csv", "x")])
+    sha256_of_abc = "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"  # FIPS 180-2, appendix B.1
+    assert made.data["files"] == {"data.txt": sha256_of_abc}
+    assert made.data["step"] == step and made.fingerprint == fingerprint(step) and made.data["format"] == 1
+    assert "started" in json.loads((tmp_path / "out/run.json").read_text()) and "started" not in made.path.read_text()
+    first = made.path.read_bytes()
+    assert make(job_of(tmp_path, step), [("data.txt", "abc"), ("metrics.csv", "y")]).path.read_bytes() == first
+
+
+def test_a_file_that_was_altered_or_lost_is_refused(tmp_path, step):
+    made = make(job_of(tmp_path, step))
+    assert made.file("data.txt").read_text() == "content"
+    with pytest.raises(InputError, match="manifest.json: lists no file other.txt"):
+        made.file("other.txt")
+    (tmp_path / "out/data.txt").write_text("tampered")
+    with pytest.raises(InputError, match="data.txt: altered since it was made .*delete it and run snakemake again"):
+        made.file("data.txt")
+    (tmp_path / "out/data.txt").unlink()
+    with pytest.raises(InputError, match="data.txt: missing, though manifest.json lists it"):
+        made.file("data.txt")
+
+
+@pytest.mark.parametrize("text", ["", "{", "[1]", "{}", '"x"', "3", '{"fingerprint": "x"}'])
+def test_what_is_no_manifest_is_said_to_be_none(tmp_path, text):
+    (tmp_path / "manifest.json").write_text(text)
+    with pytest.raises(InputError, match="manifest.json: not a manifest of this pipeline"):
+        artifacts.read(tmp_path / "manifest.json")
+    assert not work.whole(tmp_path / "manifest.json", "x", tmp_path)
+
+
+def test_parents_are_matched_by_fingerprint_and_a_wrong_one_is_named(tmp_path, step):
+    first = make(job_of(tmp_path / "1", step))
+    second = make(job_of(tmp_path / "2", step | {"seed": 2}))
+    child = step | {"parents": {"start": first.fingerprint, "rows": second.fingerprint}}
+    found = job_of(tmp_path, child, [second.path, second.folder / "data.txt", first.path]).parents()
+    assert {role: artifact.path for role, artifact in found.items()} == {"start": first.path, "rows": second.path}
+    with pytest.raises(InputError) as caught:
+        job_of(tmp_path, child, [first.path]).parents()
+    text = str(caught.value)
+    assert f"none of its inputs is the rows that this step was planned with (fingerprint {second.fingerprint[:12]})" in text
+    assert f"given: {first.path} ({first.fingerprint[:12]})" in text and text.endswith("run snakemake again")
+
+
+# -- publishing -------------------------------------------------------------------------------------------------------------
+
+
+def test_deleted_outputs_come_back_from_the_finished_copy(tmp_path, step):
+    job = job_of(tmp_path, step)
+    make(job)
+    before = {path.name: path.read_bytes() for path in job.out.parent.iterdir()}
+    assert work.republish(job.work, fingerprint(step), job.out)  # in place
+    for name in before:
+        (job.out.parent / name).unlink()
+    assert work.republish(job.work, fingerprint(step), job.out)
+    assert {path.name: path.read_bytes() for path in job.out.parent.iterdir()} == before
+    (job.out.parent / "data.txt").unlink()
+    assert work.republish(job.work, fingerprint(step), job.out) and (job.out.parent / "data.txt").exists()
+    assert not work.republish(job.work, fingerprint(step | {"seed": 2}), job.out)
+
+
+def test_a_finished_copy_that_was_altered_is_not_put_in_place(tmp_path, step):
+    job = job_of(tmp_path, step)
+    make(job)
+    for name in ("data.txt", "manifest.json"):
+        (job.out.parent / name).unlink()
+    (job.work / fingerprint(step) / "done/data.txt").write_text("tampered")
+    assert not work.republish(job.work, fingerprint(step), job.out)
+    assert not (job.out.parent / "data.txt").exists()
+
+
+def test_an_output_that_was_altered_in_place_is_made_again(tmp_path, step, run):
+    assert run(step).returncode == 0
+    with open(tmp_path / "out/data.txt", "a") as file:  # in place: the finished copy is a hard link to it
+        file.write("more")
+    assert run(step).returncode == 0
+    assert (tmp_path / "out/data.txt").read_text() == "content" and (tmp_path / "ran").read_text() == "ran\nran\n"
+
+
+def test_publishing_works_without_hard_links(tmp_path, step, monkeypatch):
+    def refuse(*_):
+        raise OSError("no hard links here")
+
+    monkeypatch.setattr(work.os, "link", refuse)
+    assert make(job_of(tmp_path, step)).file("data.txt").read_text() == "content"
+    assert not list((tmp_path / "out").glob(".*"))
+
+
+# -- clearing up --------------------------------------------------------------------------------------------------------------
+
+
+def record(folder: Path, out: Path, params: list, **more) -> None:
+    """Snakemake's record of an output, as far as it matters here."""
+    folder.mkdir(parents=True, exist_ok=True)
+    name = base64.urlsafe_b64encode(str(out).encode()).decode()
+    (folder / name).write_text(json.dumps({"params": params, "incomplete": False} | more))
+
+
+@pytest.mark.parametrize(
+    ("params", "more", "cleared"),
+    [
+        (lambda step: [repr(canonical(step))], {}, True),
+        (lambda step: [repr("train_dpo"), repr(canonical(step))], {}, True),
+        (lambda step: [repr(canonical(step | {"seed": 2}))], {}, False),
+        (lambda step: [repr(canonical(step))], {"incomplete": True}, False),
+        (lambda step: [], {}, False),
+        (lambda step: None, {}, False),
+        (None, {}, False),
+    ],
+)
+def test_only_what_snakemake_has_recorded_is_cleared(tmp_path, step, params, more, cleared):
+    job, metadata = job_of(tmp_path, step | {"rate": 5e-6}), tmp_path / "metadata"
+    with work.exclusive(job.work, fingerprint(job.step), print):
+        make(job)
+    if params is not None:
+        record(metadata, job.out, params(job.step), **more)
+    assert work.clear_recorded(job.work, metadata) == ([fingerprint(job.step)] if cleared else [])
+    assert (job.work / fingerprint(job.step)).exists() != cleared
+    assert work.republish(job.work, fingerprint(job.step), job.out)  # the outputs are there in any case
+
+
+def test_what_is_locked_or_unfinished_is_not_cleared(tmp_path, step):
+    job, metadata = job_of(tmp_path, step), tmp_path / "metadata"
+    make(job)
+    record(metadata, job.out, [repr(canonical(step))])
+    with work.exclusive(job.work, fingerprint(step), print):
+        assert work.clear_recorded(job.work, metadata) == []
+    home = job.work / fingerprint(step)
+    (home / "done").rename(home / "stage")
+    assert work.clear_recorded(job.work, metadata) == []
+    (home / "stage").rename(home / "done")
+    assert work.clear_recorded(job.work, metadata) == [fingerprint(step)]
+
+
+@pytest.mark.parametrize("text", ["", '{"out": "res', "[]", "{}"])
+def test_a_note_that_was_cut_off_by_a_kill_does_not_stop_the_next_run(tmp_path, step, text):
+    job = job_of(tmp_path, step)
+    make(job)
+    (job.work / fingerprint(step) / "where.json").write_text(text)
+    assert work.clear_recorded(job.work, tmp_path / "metadata") == []
+    assert work.clear_recorded(tmp_path / "no such folder") == []
+
+
+# -- locks ----------------------------------------------------------------------------------------------------------------
+
+
+def test_a_second_process_waits_names_the_holder_and_takes_over_the_result(tmp_path, start):
+    (tmp_path / "wait").touch()
+    step = step_of(tmp_path, wait=str(tmp_path / "wait"))
+    first = start(step)
+    until(lambda: (tmp_path / "ran").exists())
+    second = start(step, "--log", "second.log")
+    until(lambda: (tmp_path / "second.log").exists() and "waiting" in (tmp_path / "second.log").read_text())
+    assert second.poll() is None and not (tmp_path / "out").exists()
+    (tmp_path / "wait").unlink()
+    assert first.wait(30) == 0 and second.wait(30) == 0
+    said = second.communicate()[1].splitlines()
+    assert said[0].startswith(f"out/manifest.json: waiting: the same step is being made by process {first.pid} on ")
+    assert said[1:] == ["out/manifest.json: already made with this fingerprint: taken over"]
+    assert (tmp_path / "ran").read_text() == "ran\n"
+
+
+def test_the_lock_dies_with_its_holder_and_who_waits_makes_the_step(tmp_path, start):
+    (tmp_path / "wait").touch()
+    step = step_of(tmp_path, wait=str(tmp_path / "wait"))
+    first = start(step)
+    until(lambda: (tmp_path / "ran").exists())
+    second = start(step, "--log", "second.log")
+    until(lambda: (tmp_path / "second.log").exists() and "waiting" in (tmp_path / "second.log").read_text())
+    first.kill()
+    (tmp_path / "wait").unlink()
+    assert second.wait(30) == 0
+    assert (tmp_path / "ran").read_text() == "ran\nran\n" and (tmp_path / "out/data.txt").read_text() == "content"
+
+
+def test_other_steps_do_not_wait(tmp_path, step):
+    said = []
+    with work.exclusive(tmp_path, "a", said.append), work.exclusive(tmp_path, "b", said.append):
+        pass
+    assert said == []
+
+
+# -- the command line -----------------------------------------------------------------------------------------------------
+
+
+def test_a_step_is_taken_as_json_or_from_a_file_or_from_its_manifest(tmp_path, step, run):
+    assert run(step).returncode == 0
+    manifest = tmp_path / "out/manifest.json"
+    (tmp_path / "step.json").write_text(json.dumps(step))
+    for text in ("step.json", "out/manifest.json", "  " + json.dumps(step, indent=1)):
+        assert run(text, out=f"{len(text)}/manifest.json").returncode == 0
+        assert (tmp_path / f"{len(text)}/manifest.json").read_bytes() == manifest.read_bytes()
+    assert json.loads(manifest.read_text())["step"] == step  # the command line changes nothing of it
+    assert (tmp_path / "ran").read_text() == "ran\n"  # the finished copy serves the others
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("nonsense", "--step nonsense: neither JSON nor a file that can be read: No such file"),
+        (".", "--step .: neither JSON nor a file that can be read: Is a directory"),
+        ("binary", "--step binary: neither JSON nor a file that can be read: 'utf-8' codec"),
+        ("x" * 5000, "File name too long"),
+        ("{broken", "--step: not JSON: "),
+        ("broken.json", "--step broken.json: not JSON: "),
+        (
+            "{}",
+            "--step: found a mapping without config, packages, parents, step, expected the JSON of a step, or a manifest.json",
+        ),
+        ("list.json", "--step list.json: found a list, expected the JSON of a step"),
+        ('{"step": {"config": {}}}', "found a mapping without packages, parents, step"),
+    ],
+)
+def test_what_is_no_step_is_one_line(tmp_path, run, text, words):
+    (tmp_path / "binary").write_bytes(b"\xff\xfe")
+    (tmp_path / "broken.json").write_text("{")
+    (tmp_path / "list.json").write_text("[1]")
+    done = run(text)
+    assert done.returncode == 1 and done.stdout == "" and len(done.stderr.splitlines()) == 1, done.stderr
+    assert done.stderr.startswith("out/manifest.json: error: ") and words in done.stderr
+
+
+def test_an_input_error_is_one_line_on_stderr_and_stands_in_the_log(tmp_path, run):
+    step = step_of(tmp_path, wrong=True)
+    line = "error: rows.jsonl: line 3: found x, expected y; write y"
+    done = run(step)
+    assert (done.returncode, done.stdout) == (1, "") and done.stderr.strip().endswith(line) and done.stderr.count("\n") == 1
+    done = run(step, "--log", "logs/deep/step.log")
+    assert (done.returncode, done.stdout, done.stderr) == (1, "", f"out/manifest.json: {line}\n")
+    log = (tmp_path / "logs/deep/step.log").read_text()
+    assert "rows.jsonl: line 3: found x," in log and "Traceback" not in log
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_error_of_ours_leaves_its_traceback_in_the_log_and_one_line_on_stderr(tmp_path, run):
+    done = run(step_of(tmp_path, crash=True), "--log", "step.log")
+    assert done.returncode == 1 and done.stdout == ""
+    assert done.stderr == "out/manifest.json: error: ValueError: boom at two lines (details: step.log)\n"
+    assert "Traceback" in (tmp_path / "step.log").read_text() and "boom" in (tmp_path / "step.log").read_text()
+
+
+def test_the_log_holds_what_a_step_prints_and_the_terminal_stays_quiet(tmp_path, step, run):
+    done = run(step, "--log", "step.log")
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+    assert (tmp_path / "step.log").read_text() == "some output\n"
+
+
+def test_another_version_than_the_locked_one_stops_the_step_unless_it_is_allowed_and_then_is_recorded(tmp_path, run, step):
+    have = runinfo.installed(["pytest", "pyyaml"])
+    step["packages"] = {"pytest": "0.1", "pyyaml": have["pyyaml"], "no-such-library": "1.0"}
+    done = run(step)
+    assert done.returncode == 1 and not (tmp_path / "ran").exists()
+    assert f"pytest: {have['pytest']} is installed, the lock file says 0.1 (and 1 more); run `make setup`, or set" in done.stderr
+    assert run(step | {"allow_package_mismatch": True}).returncode == 0
+    assert json.loads((tmp_path / "out/manifest.json").read_text())["package_mismatch"] == {
+        "pytest": {"locked": "0.1", "installed": have["pytest"]},
+        "no-such-library": {"locked": "1.0", "installed": "not installed"},
+    }
+    step["packages"] = {"pyyaml": have["pyyaml"], "python": "2.7"}
+    assert "python: 3." in run(step).stderr
+
+
+def test_local_tags_of_installed_versions_do_not_count(monkeypatch):
+    monkeypatch.setattr(runinfo.metadata, "version", lambda name: "2.13.0+cpu")
+    assert runinfo.check_packages({"packages": {"torch": "2.13.0"}}) == {}
+    assert runinfo.check_packages({"packages": {"torch": "2.13.1"}, "allow_package_mismatch": True}) == {
+        "torch": {"locked": "2.13.1", "installed": "2.13.0"}
+    }
+
+
+def test_a_parent_of_another_fingerprint_stops_the_step_by_name(tmp_path, run, step):
+    assert run(step).returncode == 0
+    child = step_of(tmp_path) | {"parents": {"start": "0" * 32}}
+    done = run(child, "--inputs", "out/manifest.json", out="child/manifest.json")
+    assert done.returncode == 1 and "none of its inputs is the start that this step was planned with" in done.stderr
+    assert not (tmp_path / "child").exists()
+
+
+def test_help_is_quick_and_imports_no_heavy_library(tmp_path):
+    steps = [
+        path.stem for path in (ROOT / "workflow_scripts/steps").glob("*.py") if path.stem not in ("__init__", "score_ifeval")
+    ]
+    program = (
+        "import importlib, sys\n"
+        f"for name in {steps}: importlib.import_module(f'workflow_scripts.steps.{{name}}')\n"
+        "print(sorted({'torch', 'numpy', 'transformers', 'trl', 'pandas', 'datasets'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout == "[]\n"
+
+
+def test_the_sha256_of_a_file_is_that_of_its_bytes(tmp_path):
+    (tmp_path / "empty").touch()
+    assert file_sha256(tmp_path / "empty") == "e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855"
