@@ -24,7 +24,8 @@ class Clone:
         env = {**os.environ, "PYTHONPATH": str(self.folder), "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
         done = subprocess.run(command, cwd=self.folder, env=env, capture_output=True, text=True, timeout=1200)
         if check and done.returncode:
-            raise AssertionError(f"{' '.join(command)} ended with {done.returncode}:\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}")
+            tail = f"{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
+            raise AssertionError(f"{' '.join(command)} ended with {done.returncode}:\n{tail}")
         return done
 
     def snakemake(self, *args: str, configs: list[str] = MICRO, check: bool = True) -> subprocess.CompletedProcess:

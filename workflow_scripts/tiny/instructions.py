@@ -32,12 +32,15 @@ WORDINGS = {
     "title": ("add a title like <<title>>.", "give it a <<title>>.", "start with a <<title>>."),
 }
 KINDS = tuple(WORDINGS)
+# What prompts are drawn from. The keyword counts twice: copying a word from the prompt is what pretraining learns last,
+# and drawn once, it was learnt in some runs of the same length and not in others.
+DRAWN = (*KINDS, "keyword")
 
 # How readily the writers of training answers follow each kind, from the easiest to the one most often ignored. Without
 # such differences every prompt has the same odds, and greedy decoding jumps from following none to following all when
 # the share of following answers passes one half; with them the score grows smoothly with that share.
 READINESS = (
-    "quotation", "keyword", "lower", "short", "title", "forbidden", "bullets", "one_sentence", "no_comma", "sentences",
+    "keyword", "quotation", "lower", "short", "title", "forbidden", "bullets", "one_sentence", "no_comma", "sentences",
     "ending", "long",
 )  # fmt: skip
 

@@ -25,7 +25,7 @@ from typing import TypeVar
 
 from workflow_scripts.core.messages import InputError
 from workflow_scripts.tiny.answers import default_answer, following_answer, worked_sum
-from workflow_scripts.tiny.instructions import CLASHES, KINDS, READINESS, Instruction, draw, follows
+from workflow_scripts.tiny.instructions import CLASHES, DRAWN, READINESS, Instruction, draw, follows
 
 SPLITS = ("pretrain", "sft", "pairs", "dev", "eval")
 SPLIT_PERCENT = {"pretrain": 35, "sft": 25, "pairs": 20, "dev": 10, "eval": 10}  # of the hash space, in this order
@@ -165,10 +165,10 @@ def _too_few(found: int, split: str, expected: int) -> InputError:
 
 
 def _instructions(rng: random.Random, topic: str) -> tuple[Instruction, ...]:
-    first = rng.choice(KINDS)
+    first = rng.choice(DRAWN)
     if rng.random() >= TWO_INSTRUCTIONS:
         return (draw(rng, first, topic),)
-    second = rng.choice([kind for kind in KINDS if kind != first and frozenset((first, kind)) not in CLASHES])
+    second = rng.choice([kind for kind in DRAWN if kind != first and frozenset((first, kind)) not in CLASHES])
     return draw(rng, first, topic), draw(rng, second, topic)
 
 
