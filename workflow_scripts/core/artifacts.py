@@ -148,8 +148,9 @@ def complete(job: Job, kind: str, parents: dict[str, Artifact]) -> Iterator[Draf
         "step": job.step,
         "files": {name: file_sha256(stage / name) for name in names},
         "parents": {role: {"path": str(a.path), "fingerprint": a.fingerprint} for role, a in parents.items()},
-        **draft.manifest,
     }
+    assert not set(manifest) & set(draft.manifest), "a step may not write what identifies its artifact"
+    manifest |= draft.manifest
     if mismatch := runinfo.check_packages(job.step):
         manifest["package_mismatch"] = mismatch
     if job.out.name.endswith("manifest.json"):  # a score file is its own manifest and stands alone

@@ -33,7 +33,7 @@ TINY = f"{PACKAGE}.tiny"
 DISTRIBUTIONS = {"lm_eval": "lm_eval", "yaml": "PyYAML"}
 # Libraries that compute on behalf of the one that is imported.
 BROUGHT_ALONG = {
-    "transformers": ("torch", "tokenizers", "safetensors", "numpy"),
+    "transformers": ("torch", "tokenizers", "safetensors", "numpy", "jinja2"),
     "trl": ("accelerate", "datasets", "transformers", "torch"),
     "peft": ("accelerate", "bitsandbytes", "torch"),
     "lm_eval": ("nltk", "langdetect"),
