@@ -52,7 +52,7 @@ EDITS = {
     "data: {max_prompt_tokens: 91}": SLICES | ALL_RUNS,
     "data: {decontaminate: {rule: ngram}}": SLICES | ALL_RUNS,
     "base: {scratch: {train: {steps: 701}}}": BELOW_BASE,
-    "threads: 1": BELOW_BASE,
+    "threads: 2": BELOW_BASE,
     "precision: bf16": BELOW_BASE,
     "device: cuda": BELOW_BASE,
     "allow_package_mismatch: true": EVERYTHING,
