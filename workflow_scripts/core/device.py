@@ -23,7 +23,7 @@ def prepare(step: dict) -> None:
     torch.set_num_threads(step["threads"])
     torch.use_deterministic_algorithms(True, warn_only=True)
     # The mode above also fills each new tensor with NaN. No step reads one before it is written; DPO took 55 s for 32 s.
-    torch.utils.deterministic.fill_uninitialized_memory = False
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     if step["device"] == "cuda" and not torch.cuda.is_available():
         raise InputError("device: cuda, but torch finds no GPU here; set `device: cpu`, or run where the profile promises one")
     if step["device"] == "cuda" and step["precision"] == "bf16" and not torch.cuda.is_bf16_supported(including_emulation=False):
