@@ -29,12 +29,9 @@ $(STAMP): envs/requirements.lock pyproject.toml
 	$(BIN)/python -m pip install --quiet --no-deps --editable .
 	@touch $@
 
-# The same lock: on Linux, pip's default torch is the CUDA build. Then checks that torch sees the GPU and has kernels for it.
+# The same lock: on Linux, pip's default torch is the CUDA build. Then checks the GPU as every step will.
 setup-cuda: setup
-	@$(BIN)/python -c 'import torch; assert torch.cuda.is_available(), "torch finds no GPU: this torch is " + torch.__version__; \
-	  sm = "sm_%d%d" % torch.cuda.get_device_capability(); \
-	  assert sm in torch.cuda.get_arch_list() or sm < "sm_75" and exit(sm + ": this torch build has no kernels for this card") is None; \
-	  print(torch.cuda.get_device_name(), "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "no bf16: set precision: fp16")'
+	@$(BIN)/python -m workflow_scripts.tools.gpu
 
 # Apple silicon: steps run on the CPU. Where bitsandbytes has no backend, set `quantise: none` (docs/when-not.md).
 setup-mac: setup

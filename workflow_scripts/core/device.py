@@ -24,11 +24,38 @@ def prepare(step: dict) -> None:
     torch.use_deterministic_algorithms(True, warn_only=True)
     # The mode above also fills each new tensor with NaN. No step reads one before it is written; DPO took 55 s for 32 s.
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
-    if step["device"] == "cuda" and not torch.cuda.is_available():
-        raise InputError("device: cuda, but torch finds no GPU here; set `device: cpu`, or run where the profile promises one")
-    if step["device"] == "cuda" and step["precision"] == "bf16" and not torch.cuda.is_bf16_supported(including_emulation=False):
-        raise InputError(f"precision: bf16, but {torch.cuda.get_device_name()} has none; set `precision: fp16`")
+    if step["device"] == "cuda":
+        check_gpu(step["precision"])
     seed = step.get("seed", 0)
     random.seed(seed)
     numpy.random.seed(seed)
     torch.manual_seed(seed)
+
+
+def check_gpu(precision: str) -> None:
+    """InputError if there is no GPU, if this torch has no kernels for it, or if it cannot compute in `precision`."""
+    if not torch.cuda.is_available():
+        raise InputError(
+            f"device: cuda, but torch {torch.__version__} finds no GPU here; set `device: cpu`, or run where the profile promises "
+            "one"
+        )
+    name, capability = torch.cuda.get_device_name(), torch.cuda.get_device_capability()
+    if not has_kernels(capability, torch.cuda.get_arch_list()):
+        raise InputError(
+            f"{name} (compute capability {capability[0]}.{capability[1]}): torch {torch.__version__} has no kernels for it, only "
+            f"{', '.join(torch.cuda.get_arch_list())}; install a build for an older CUDA, or use another card"
+        )
+    if precision == "bf16" and not torch.cuda.is_bf16_supported(including_emulation=False):
+        raise InputError(f"precision: bf16, but {name} has none; set `precision: fp16`")
+
+
+def has_kernels(capability: tuple[int, int], architectures: list[str]) -> bool:
+    """Whether one of the build's architectures runs on a card: the same major version and no newer minor one, or PTX (compute_)
+    of no newer version, which the driver compiles."""
+    for architecture in architectures:
+        kind, _, digits = architecture.partition("_")
+        digits = digits.rstrip("af")  # sm_90a, sm_120f: variants of one architecture
+        built = int(digits[:-1]), int(digits[-1])
+        if built <= capability and (kind == "compute" or built[0] == capability[0]):
+            return True
+    return False
