@@ -36,8 +36,7 @@ def check_gpu(precision: str) -> None:
     """InputError if there is no GPU, if this torch has no kernels for it, or if it cannot compute in `precision`."""
     if not torch.cuda.is_available():
         raise InputError(
-            f"device: cuda, but torch {torch.__version__} finds no GPU here; set `device: cpu`, or run where the profile promises "
-            "one"
+            f"device: cuda, but torch {torch.__version__} finds no GPU here; set `device: cpu`, or run where there is one"
         )
     name, capability = torch.cuda.get_device_name(), torch.cuda.get_device_capability()
     if not has_kernels(capability, torch.cuda.get_arch_list()):
