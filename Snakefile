@@ -30,4 +30,5 @@ rule all:
 
 
 onstart:
+    preflight()
     clear_recorded()

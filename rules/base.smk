@@ -1,6 +1,6 @@
 rule make_base:
     input:
-        edges(PLAN.slice_inputs(PLAN.prompts_slice)),
+        edges(PLAN.base_needs()),
     output:
         manifest="<results>/base/manifest.json",
         weights="<results>/base/model.safetensors",
@@ -17,7 +17,8 @@ rule make_base:
         runtime="1h",
     params:
         options=options,
+        files=base_files,
         step=lambda wildcards: PLAN.base(),
     shell:
-        "python -m workflow_scripts.steps.make_base --step {params.step:q} --inputs {input:q} --out {output.manifest:q}"
+        "python -m workflow_scripts.steps.make_base --step {params.step:q} --inputs {input:q} {params.files} --out {output.manifest:q}"
         " {params.options} --log {log:q}"

@@ -7,7 +7,7 @@ from pathlib import Path
 from workflow_scripts.core import config as configs
 from workflow_scripts.core.messages import InputError
 from workflow_scripts.core.plan import Plan
-from workflow_scripts.core import work
+from workflow_scripts.core import hub, work
 
 gc.disable()  # planning allocates and hardly frees: a fifth of the time of a large plan
 
@@ -49,7 +49,7 @@ def edges(files):
 
 def slice_inputs(wildcards):
     body = PLAN.config.data["data"]["slices"][wildcards.slice]
-    files = [body["source"]["path"]] if "path" in body["source"] else []
+    files = PLAN.source_files(wildcards.slice)
     if body["kind"] != "ifeval":
         files += PLAN.slice_inputs(PLAN.prompts_slice) + PLAN.base_inputs()
     return edges(files)
@@ -70,6 +70,20 @@ def model_inputs(wildcards):
 def options(wildcards, input):
     """What decides no number. Snakemake does not record a parameter whose function takes `input`, and so never reruns for it."""
     return f"--work {shlex.quote(PLAN.work)} --track {PLAN.config.data['track']}"
+
+
+def base_files(wildcards, input):
+    """The folder or file of the base model: not an input, so that a clone can plan without it; what it holds is in the step."""
+    return " ".join(shlex.quote(file) for file in PLAN.base_files())
+
+
+def preflight():
+    """Before the first job of a real run: stop at once if what the jobs take from elsewhere can't be had."""
+    try:
+        hub.check_jobs(workflow.dag.needrun_jobs(), PLAN.base_files())
+    except InputError as error:
+        sys.stderr.write(f"{error}\n")
+        sys.exit(1)
 
 
 def clear_recorded():

@@ -17,7 +17,14 @@ from workflow_scripts.core.plan import Plan
 ROOT = Path(__file__).resolve().parents[1]
 DEFAULT = ROOT / "config" / "config.yaml"
 SHIPPED = sorted(path for path in (ROOT / "config").glob("*.yaml") if "experiments" in yaml.safe_load(path.read_text()))
+HUB = "hub: a/b, split: train, shuffle_buffer: 9"
 FILE_SLICE = "kind: sft, rows: 9, heldout: 1, seed: 1"
+X = "data.slices.x."
+
+
+def slice_x(source: str) -> str:
+    """An overlay with a slice x over this source."""
+    return f"data: {{slices: {{x: {{{FILE_SLICE}, source: {source}}}}}}}"
 
 
 @pytest.fixture
@@ -60,14 +67,14 @@ MISTAKES = {
     "seeds: [1, 1]": ("seeds", "expected a list .*without repetition"),
     "experiments: {x: {method: sft, train: 5}}": ("experiments.x.train", "found 5, expected a mapping"),
     "experiments: {x: null}": ("experiments.x", "expected a mapping"),
-    "data: {slices: {ifeval: {kind: sftt}}}": ("data.slices.ifeval.kind", "expected one of sft, preference, ifeval"),
+    "data: {slices: {ifeval: {kind: sftt}}}": ("data.slices.ifeval.kind", "expected one of sft, preference, unpaired, numeric"),
     # unknown keys, on each level
     "experimnts: {}": ("experimnts", "unknown key; known here: .*experiments"),
     "experiments: {dpo: {betta: 0.2}}": ("experiments.dpo.betta", "unknown key; known here: extends, method"),
     "experiments: {dpo: {train: {betta: 0.2}}}": ("experiments.dpo.train.betta", "unknown key for method dpo; .* beta,"),
     "methods: {dpo: {train: {betta: 0.2}}}": ("methods.dpo.train.betta", "unknown key; known here: .*beta"),
     "methods: {ppo: {}}": ("methods.ppo", "unknown key; known here: dpo, sft"),
-    "data: {slices: {sft: {heldot: 3}}}": ("data.slices.sft.heldot", "unknown key; known here: heldout, kind"),
+    "data: {slices: {sft: {heldot: 3}}}": ("data.slices.sft.heldot", "unknown key; known here: format, group_by, heldout, kind"),
     "data: {slices: {sft: {source: {tiny: {share: 1}}}}}": ("data.slices.sft.source.tiny.share", "here: follow, numeric, split"),
     "base: {scratch: {train: {lr: 1}}}": ("base.scratch.train.lr", "unknown key; known here: adamw_learning_rate"),
     "eval: {ifeval: {strip: true}}": ("eval.ifeval.strip", "unknown key; known here: max_new_tokens"),
@@ -99,10 +106,21 @@ MISTAKES = {
     "data: {slices: {sft: {heldout: 0}}}": ("data.slices.sft.heldout", "found 0, expected at least 1 and below rows"),
     "data: {slices: {sft: {rows: 9, heldout: 9}}}": ("data.slices.sft.heldout", r"found 9, expected .* below rows \(9\)"),
     "data: {slices: {ifeval: {heldout: 3}}}": ("data.slices.ifeval.heldout", "leave the key out"),
-    f"data: {{slices: {{x: {{{FILE_SLICE}, source: {{pth: a}}}}}}}}": ("data.slices.x.source.pth", "known here: path, tiny"),
-    f"data: {{slices: {{x: {{{FILE_SLICE}, source: a.jsonl}}}}}}": ("data.slices.x.source", "with one of the keys path, tiny"),
+    f"data: {{slices: {{x: {{{FILE_SLICE}, source: {{pth: a}}}}}}}}": ("data.slices.x.source.pth", "known here: config, hub"),
+    f"data: {{slices: {{x: {{{FILE_SLICE}, source: a.jsonl}}}}}}": ("data.slices.x.source", "of the keys config, hub, path"),
     f"data: {{slices: {{x: {{{FILE_SLICE}, source: {{path: 5}}}}}}}}": ("data.slices.x.source.path", "found 5, expected"),
     "data: {slices: {sft: {source: {path: a.jsonl}}}}": ("data.slices.sft.source", "keys path, tiny, expected exactly one of"),
+    # formats, groups, several files, a hub
+    slice_x("{path: a}, format: hh"): (X + "format", "found 'hh', expected one of messages, sharegpt, alpaca, gsm8k"),
+    slice_x("{path: a}, group_by: messages"): (X + "group_by", "found 'messages', a key of this pipeline's own rows; rename it"),
+    "data: {slices: {sft: {format: alpaca}}}": ("data.slices.sft.format", "not for evaluation prompts or rows of the tiny world"),
+    "data: {slices: {ifeval: {group_by: key}}}": ("data.slices.ifeval.group_by", "not for evaluation prompts"),
+    "data: {slices: {sft: {kind: numeric}}}": ("data.slices.sft.kind", "one of sft, preference, ifeval for the tiny world"),
+    slice_x("{paths: []}"): (X + "source.paths", "expected a list of at least 1 entries"),
+    slice_x("{paths: [a/b, c/b]}"): (X + "source.paths", "two files are called b, and row ids could not tell them apart"),
+    slice_x(f"{{{HUB}}}"): (X + "source.revision", "missing; name the full commit .*, or set allow_unpinned: true"),
+    slice_x(f"{{{HUB}, revision: main}}"): (X + "source.revision", "found the string 'main', expected .*full commit"),
+    slice_x("{hub: a/b, split: train}"): (X + "source.shuffle_buffer", "missing, and it has no default"),
     "data: {slices: {sft: {source: {tiny: {split: pairs}}}}}": ("data.slices.sft.source.tiny.split", "expected sft for kind sft"),
     "data: {slices: {pairs: {source: {tiny: {follow: 0.5}}}}}": ("data.slices.pairs.source.tiny.follow", "leave it out"),
     f"data: {{slices: {{x: {{{FILE_SLICE}, source: {{tiny: {{split: sft, numeric: 0}}}}}}}}}}": (

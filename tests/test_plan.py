@@ -142,3 +142,49 @@ def test_a_missing_or_empty_source_names_the_key(user, tmp_path):
     (tmp_path / "mine.jsonl").unlink()
     with pytest.raises(InputError, match=r"data.slices.pairs.source.path: .*mine.jsonl: cannot be read: No such file"):
         fingerprints(user)
+
+
+def test_a_slice_of_several_files_has_them_as_inputs_and_is_stale_only_by_the_rows_it_takes(user, tmp_path):
+    (tmp_path / "more.jsonl").write_text((tmp_path / "mine.jsonl").read_text().replace("question", "query"))
+    files = [str(tmp_path / "mine.jsonl"), str(tmp_path / "more.jsonl")]
+    user["data"]["slices"]["pairs"] |= {"source": {"paths": files}, "rows": 25}
+    plan = Plan(Config(user))
+    assert plan.source_files("pairs") == files and plan.source_files("sft") == []
+    step = plan.step("slice", "pairs")
+    assert step["config"]["source"] == {"files": ["mine.jsonl", "more.jsonl"]}
+    before = fingerprints(user)
+    lines = (tmp_path / "more.jsonl").read_text().splitlines()
+    hits = 0
+    for i in range(20):
+        changed = list(lines)
+        changed[i] = changed[i].replace("good", "better")
+        (tmp_path / "more.jsonl").write_text("\n".join(changed) + "\n")
+        found = stale(before, fingerprints(user))
+        assert found in (set(), {("slice", "pairs")} | runs(*DPO))
+        hits += bool(found)
+    import random
+
+    assert hits == sum(index >= 20 for index in random.Random(user["data"]["slices"]["pairs"]["seed"]).sample(range(40), 25))
+
+
+def test_a_hub_slice_is_planned_without_a_network_by_name_revision_and_split(user):
+    source = {"hub": "org/talk", "revision": "0" * 40, "split": "train", "shuffle_buffer": 1000}
+    user["data"]["slices"]["pairs"] |= {"source": source, "rows": 5000, "heldout": 9}
+    plan = Plan(Config(user))
+    step = plan.step("slice", "pairs")
+    assert step["external"] == {"hub": "org/talk", "revision": "0" * 40, "split": "train"}
+    assert step["config"]["source"] == source and plan.source_files("pairs") == []
+    assert "datasets" in step["packages"] and "datasets" not in plan.step("slice", "sft")["packages"]
+    before = fingerprints(user)
+    other = merge(user, {"data": {"slices": {"pairs": {"source": {"revision": "1" * 40}}}}})
+    assert stale(before, fingerprints(other)) == {("slice", "pairs")} | runs(*DPO)
+    del source["revision"]
+    unpinned = Plan(Config(user | {"allow_unpinned": True})).step("slice", "pairs")
+    assert "revision" not in unpinned["config"]["source"] and unpinned["external"]["revision"] is None
+
+
+def test_a_missing_source_names_its_key_in_the_config(user):
+    for source, key in (({"path": "none.jsonl"}, "path"), ({"paths": ["none.jsonl"]}, "paths")):
+        user["data"]["slices"]["pairs"]["source"] = source
+        with pytest.raises(InputError, match=f"data.slices.pairs.source.{key}: none.jsonl: cannot be read: No such file"):
+            Plan(Config(user)).step("slice", "pairs")

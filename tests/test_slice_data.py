@@ -68,7 +68,9 @@ class Slicer:
             "parents": {role: f"{role:0>32}" for role in self.parents} if kind != "ifeval" else {},
             "packages": {},
             "external": {
-                "candidate_rows": slicing.candidates_hash(str(source), config["rows"], config["seed"], f"{source}.cache")
+                "candidate_rows": slicing.candidates_hash(
+                    [str(source)], config["rows"], config["seed"], kind, config.get("group_by"), f"{source}.cache"
+                )
             },
         }
         inputs = [source, *self.parents.values(), self.results / "data/ifeval.jsonl"] if kind != "ifeval" else [source]
@@ -176,14 +178,14 @@ FORMS = {
     b"\n\n" + GOOD + b"\n{broken\n": r"mine.jsonl: line 4: not valid JSON: ",
     GOOD + b"\n[1, 2]\n": r"mine.jsonl: line 2: expected a JSON object, found list",
     GOOD + b"\n" + GOOD[:-9]: r"mine.jsonl: line 2: not valid JSON: ",
-    b'{"message": []}': r"row mine.jsonl:1: messages is missing; a row of kind sft has messages, found message",
-    b"{}": r"row mine.jsonl:1: messages is missing.*found nothing",
+    b'{"message": []}': r"mine.jsonl: line 1: found the keys message, which is none of the formats for kind sft: messages ",
+    b"{}": r"mine.jsonl: line 1: found the keys nothing, which is none of",
     b'{"messages": "hi"}': r"expected a list of messages, found str",
     b'{"messages": []}': r"expected a list of messages",
     b'{"messages": [{"role": "user"}]}': r"a message needs the strings role and content, found {\"role\": \"user\"}",
     b'{"messages": [{"role": "user", "content": null}]}': r"a message needs the strings role and content",
     b'{"messages": [{"role": "human", "content": "x"}]}': r"found the role 'human', expected system, user or assistant",
-    lines([pair_row("q")]): r"messages is missing; a row of kind sft has messages, found chosen, prompt, rejected",
+    lines([pair_row("q")]): r"line 1: a row of the format pairs .prompt, chosen, rejected. can't give kind sft, only",
     b"caf\xe9\n": r"mine.jsonl: cannot be read as UTF-8 text",
 }
 
@@ -195,7 +197,7 @@ def test_a_malformed_row_is_an_error_with_file_and_line(slicer, data):
 
 
 def test_a_pair_of_another_form_is_an_error(slicer):
-    assert "rejected is missing" in slicer.error([{"prompt": "q", "chosen": "a"}], "preference")
+    assert "found the keys chosen, prompt, which is none of" in slicer.error([{"prompt": "q", "chosen": "a"}], "preference")
     assert "expected a list of messages, found int" in slicer.error([pair_row("q", 3)], "preference")
 
 
@@ -248,7 +250,7 @@ def test_an_empty_file_is_an_error(slicer):
 def test_a_source_that_changed_since_the_plan_is_refused_and_a_change_outside_the_selection_is_not(slicer):
     source = good("sft", 40)
     job = slicer.job(source, rows=20, heldout=2)
-    taken = {number for number, _ in slicing.candidates(str(slicer.folder / "mine.jsonl"), 20, 1)}
+    taken = {row.number for row in slicing.candidates([str(slicer.folder / "mine.jsonl")], 20, 1, "sft")}
     outside, inside = min(set(range(1, 41)) - taken), min(taken)
     source[outside - 1] = chat_row("another", "row")
     (slicer.folder / "mine.jsonl").write_bytes(lines(source))
@@ -302,7 +304,7 @@ def test_evaluation_prompts_are_taken_whole_with_a_key_each(slicer):
     ("rows", "words"),
     [
         ([prompt_row(key=7), prompt_row(key=7)], "the key 7 stands in more than one row"),
-        ([prompt_row(prompt=["x"])], "row mine.jsonl:1: expected a text under prompt"),
+        ([prompt_row(prompt=["x"])], "mine.jsonl: line 1: expected a text under prompt"),
         ([prompt_row(prompt=" ")], "expected a text under prompt"),
         ([prompt_row(kwargs=[])], "lists of equal length, not empty, under instruction_id_list and kwargs"),
         ([prompt_row(instruction_id_list=[], kwargs=[])], "lists of equal length, not empty"),

@@ -52,16 +52,23 @@ def read_step(text: str) -> dict:
     return data
 
 
-def _environment(threads: int) -> None:
-    """Before any heavy import: offline, quiet, and as many threads as the step was planned with."""
+def _needs_hub(step: dict) -> bool:
+    """True if the step takes its model or its rows from a hub."""
+    source = step["config"].get("source")
+    return source == "hub" or (isinstance(source, dict) and "hub" in source)
+
+
+def _environment(threads: int, online: bool) -> None:
+    """Before any heavy import: quiet, as many threads as the step was planned with, and offline unless its source is a hub
+    (the user's own HF_HUB_OFFLINE stays)."""
     for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
         os.environ[name] = str(threads)
     quiet = {
         "TOKENIZERS_PARALLELISM": "false",
-        "HF_HUB_OFFLINE": "1",
-        "HF_DATASETS_OFFLINE": "1",
         "HF_HUB_DISABLE_TELEMETRY": "1",
     }
+    if not online:
+        quiet |= {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
     os.environ.update(quiet)
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
@@ -95,7 +102,7 @@ def run(main: Callable[[Job], None], doc: str | None) -> None:
 
     try:
         step = read_step(args.step)
-        _environment(step.get("threads", 1))
+        _environment(step.get("threads", 1), _needs_hub(step))
         if args.log is not None:
             os.environ.setdefault("TENSORBOARD_LOGGING_DIR", str(args.log.parent / "tensorboard"))
         runinfo.check_packages(step)

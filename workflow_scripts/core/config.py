@@ -15,6 +15,7 @@ from typing import Any
 import yaml
 from jsonschema import Draft202012Validator, validators
 
+from workflow_scripts.core import formats
 from workflow_scripts.core.fingerprint import ROOT
 from workflow_scripts.core.messages import InputError
 from workflow_scripts.core.schema_errors import dotted, explain
@@ -224,7 +225,25 @@ class Config:
         start = self.experiments[name]["start_from"]
         return None if start == "base" else start
 
+    def _check_base(self) -> None:
+        """What a source of the base model asks of the other keys of its block."""
+        base = self.data["base"]
+        source = base["source"]
+        if source not in base:
+            raise self.fail(["base", source], f"missing; base.source is {source}, and this key says which")
+        if source == "scratch":
+            return
+        if "dtype" not in base:
+            raise self.fail(["base", "dtype"], "missing, and it has no default; the weights are saved in it: bf16 or fp32")
+        if source == "hub" and "revision" not in base["hub"] and not self.data.get("allow_unpinned"):
+            raise self.fail(
+                ["base", "hub", "revision"],
+                "missing; name the full commit (40 hexadecimal digits), or set allow_unpinned: true and let the model be "
+                "whatever the hub holds that day",
+            )
+
     def _check_references(self) -> None:
+        self._check_base()
         slices = self.data["data"]["slices"]
         for name, body in slices.items():
             self._check_slice(name, body)
@@ -245,12 +264,17 @@ class Config:
         if kind == "ifeval":
             if "heldout" in body:
                 raise self.fail([*path, "heldout"], "a slice of kind ifeval is all held out; leave the key out")
+            if "max_prompt_tokens" in body:
+                raise self.fail([*path, "max_prompt_tokens"], "evaluation prompts are taken as they are; leave the key out")
         elif "heldout" not in body:
             raise self.fail([*path, "heldout"], "missing; rows kept from training show whether a method trained at all")
         elif not 1 <= body["heldout"] < body["rows"]:
             problem = f"found {body['heldout']}, expected at least 1 and below rows ({body['rows']}); these rows show whether a "
             raise self.fail([*path, "heldout"], problem + "method trained at all")
+        self._check_rows(path, body)
         if "tiny" in body["source"]:
+            if kind not in TINY_SOURCES:
+                raise self.fail([*path, "kind"], f"found {kind}, expected one of {', '.join(TINY_SOURCES)} for the tiny world")
             tiny, (splits, keys) = body["source"]["tiny"], TINY_SOURCES[kind]
             path += ["source", "tiny"]
             if tiny["split"] not in splits:
@@ -258,6 +282,26 @@ class Config:
             for key in sorted((set(tiny) - {"split"}) ^ keys):
                 problem = "missing, and it has no default" if key in keys else f"not for a slice of kind {kind}; leave it out"
                 raise self.fail([*path, key], problem)
+
+    def _check_rows(self, path: list, body: dict) -> None:
+        """What a slice's rows are asked for: format, groups, files of different names, a revision."""
+        kind, source = body["kind"], body["source"]
+        for key in ("format", "group_by"):
+            if key in body and (kind == "ifeval" or "tiny" in source):
+                raise self.fail([*path, key], "not for evaluation prompts or rows of the tiny world; leave it out")
+        if "format" in body and body["format"] not in formats.names(kind):
+            known = ", ".join(formats.names(kind))
+            raise self.fail([*path, "format"], f"found {body['format']!r}, expected one of {known} for kind {kind}")
+        if body.get("group_by") in formats.RESERVED:
+            problem = f"found {body['group_by']!r}, a key of this pipeline's own rows; rename it in the source"
+            raise self.fail([*path, "group_by"], problem)
+        names = [file.rsplit("/", 1)[-1] for file in source.get("paths", [])]
+        if twice := [name for name in names if names.count(name) > 1]:
+            problem = f"two files are called {twice[0]}, and row ids could not tell them apart; rename one"
+            raise self.fail([*path, "source", "paths"], problem)
+        if "hub" in source and "revision" not in source and not self.data.get("allow_unpinned"):
+            problem = "missing; name the full commit (40 hexadecimal digits), or set allow_unpinned: true and let the rows be "
+            raise self.fail([*path, "source", "revision"], problem + "whatever the hub holds that day")
 
     @staticmethod
     def slice_kind(method: str) -> str:

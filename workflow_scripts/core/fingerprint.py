@@ -24,10 +24,12 @@ ROOT = Path(__file__).resolve().parents[2]
 LOCK_FILE = ROOT / "envs" / "requirements.lock"
 
 # Plumbing: command line, progress, messages, provenance and locking. A test checks that no number passes through them.
-EXEMPT = frozenset(f"{PACKAGE}.core.{name}" for name in ("cli", "progress", "messages", "runinfo", "work", "fingerprint"))
+EXEMPT = frozenset(f"{PACKAGE}.core.{name}" for name in ("cli", "progress", "messages", "runinfo", "work", "fingerprint", "hub"))
 
 # The tiny world's generators count only for steps whose source is the tiny world (see `code`).
 TINY = f"{PACKAGE}.tiny"
+# And these only for steps whose source is another: they bring in a model that was not made here.
+IMPORTS = (f"{PACKAGE}.core.sources", f"{PACKAGE}.core.templates")
 
 # Import name -> distribution in the lock file, where the two differ.
 DISTRIBUTIONS = {"lm_eval": "lm_eval", "yaml": "PyYAML"}
@@ -131,7 +133,8 @@ def closure(module: str, tiny: bool) -> tuple[str, ...]:
     todo = [module]
     while todo:
         name = todo.pop()
-        if name in seen or name in EXEMPT or (not tiny and (name == TINY or name.startswith(TINY + "."))):
+        left_out = name in IMPORTS if tiny else name == TINY or name.startswith(TINY + ".")
+        if name in seen or name in EXEMPT or left_out:
             continue
         seen.add(name)
         todo.extend(_read_module(name)[1])

@@ -6,12 +6,15 @@ contain: its hash is the step's fingerprint (see `fingerprint`). Runs at parse t
 """
 
 from functools import cached_property
+from pathlib import Path
+from typing import Any
 
-from workflow_scripts.core import fingerprint, slicing
+from workflow_scripts.core import fingerprint, slicing, sources
 from workflow_scripts.core.config import Config, run_name
 from workflow_scripts.core.messages import InputError
 
 STEPS = "workflow_scripts.steps."
+CHATML_TEXT = fingerprint.ROOT / fingerprint.PACKAGE / "templates" / "chatml_text.jinja"
 
 
 class Plan:
@@ -136,24 +139,74 @@ class Plan:
         config: dict = dict(body)
         parents, more = {}, {}
         if body["kind"] != "ifeval":  # evaluation prompts are taken as they are: nothing is dropped or held out
-            config |= {key: data[key] for key in ("max_drop", "max_prompt_tokens", "decontaminate")}
+            config |= {key: body.get(key, data[key]) for key in ("max_drop", "max_prompt_tokens", "decontaminate")}
             parents = {"prompts": self.fingerprint("slice", self.prompts_slice), "base": self.fingerprint("base", "")}
-        if "path" in body["source"]:
-            config["source"] = {"file": body["source"]["path"].rsplit("/", 1)[-1]}
+        source = body["source"]
+        if files := self.source_files(name):
+            bare = [file.rsplit("/", 1)[-1] for file in files]
+            config["source"] = {"file": bare[0]} if "path" in source else {"files": bare}
             try:
                 rows = slicing.candidates_hash(
-                    body["source"]["path"], body["rows"], body["seed"], f"{self.work}/content_cache.json"
+                    files, body["rows"], body["seed"], body["kind"], body.get("group_by"), f"{self.work}/content_cache.json"
                 )
             except InputError as error:
-                raise self.config.fail(["data", "slices", name, "source", "path"], str(error)) from None
+                key = "path" if "path" in source else "paths"
+                raise self.config.fail(["data", "slices", name, "source", key], str(error)) from None
             more["external"] = {"candidate_rows": rows}
-        return self._step("slice_data", config, parents, tiny=self.is_tiny_slice(name), **more)
+        elif "hub" in source:
+            more["external"] = {key: source.get(key) for key in ("hub", "revision", "split")}
+        step = self._step("slice_data", config, parents, tiny=self.is_tiny_slice(name), **more)
+        if "hub" in source:  # `datasets` shuffles the stream; imported there alone, so not in the step's import closure
+            step["packages"]["datasets"] = fingerprint.locked()["datasets"]
+        return step
+
+    def source_files(self, name: str) -> list[str]:
+        """The files that a slice is cut from; none for a slice from a hub or from the tiny world."""
+        source = self.config.data["data"]["slices"][name]["source"]
+        return source.get("paths") or ([source["path"]] if "path" in source else [])
 
     def _base_step(self) -> dict:
         base = self.config.data["base"]
-        config = {"source": base["source"], base["source"]: base[base["source"]]}
-        parents = {"prompts": self.fingerprint("slice", self.prompts_slice)}
-        return self._step("make_base", config, parents, tiny=base["source"] == "scratch", **self._machine())
+        source = base["source"]
+        config = {"source": source, source: base[source]}
+        if source == "scratch":
+            parents = {"prompts": self.fingerprint("slice", self.prompts_slice)}
+            return self._step("make_base", config, parents, tiny=True, **self._machine())
+        # A model from elsewhere depends on neither the evaluation prompts nor the machine: it is copied and cast.
+        config |= {key: base[key] for key in ("dtype", "end_of_turn") if key in base}
+        if "training_template" in base:
+            config["training_template"] = self._training_template(base["training_template"])
+        more: dict[str, Any] = {}
+        if source == "path":
+            config["path"] = Path(base["path"]).name
+            try:
+                hashes = sources.folder_hashes(base["path"], f"{self.work}/model_cache.json")
+            except InputError as error:
+                raise self.config.fail(["base", "path"], str(error)) from None
+            more["external"] = {"content": sources.content_sha256(hashes)}
+        elif source == "gguf":
+            config["gguf"] = base["gguf"] | {"file": Path(base["gguf"]["file"]).name}
+        elif "revision" not in base["hub"]:
+            more["allow_unpinned"] = True
+        return self._step("make_base", config, {}, **more)
+
+    def _training_template(self, name: str) -> str:
+        """The text of the template that `base.training_template` names: it counts, and not where the file lies."""
+        path = CHATML_TEXT if name == "chatml_text" else Path(name)
+        try:
+            return path.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            problem = f"{name}: cannot be read: {getattr(error, 'strerror', None) or error}; name a jinja file, or chatml_text"
+            raise self.config.fail(["base", "training_template"], problem) from None
+
+    def base_files(self) -> list[str]:
+        """The folder or file that the base comes from. Given to the step by hand, not as an edge: planning needs no GGUF file."""
+        base = self.config.data["base"]
+        return {"path": lambda: [base["path"]], "gguf": lambda: [base["gguf"]["file"]]}.get(base["source"], list)()
+
+    def base_needs(self) -> list[str]:
+        """Files of the steps that the base starts from: the evaluation prompts for one made here, none for one from elsewhere."""
+        return self.slice_inputs(self.prompts_slice) if self.config.data["base"]["source"] == "scratch" else []
 
     def _start_fingerprint(self, run: str) -> str:
         start = self.start_run(run)

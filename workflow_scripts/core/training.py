@@ -76,6 +76,12 @@ def settle(trainer: Any, job: Job, tokenizer: Any, rows: Artifact, dropout: bool
     trainer.remove_callback(PrinterCallback)
     check_rows(trainer, rows)
     max_length = job.config["train"]["max_length"]
+    context = getattr(trainer.model.config, "max_position_embeddings", None)
+    if context is not None and max_length > context:
+        raise InputError(
+            f"methods.{job.config['method']}.train.max_length: found {max_length}, but the model's context is {context} tokens; "
+            "lower it (and data.max_prompt_tokens below it)"
+        )
     trainer.data_collator = chat.MaskCheck(trainer.data_collator, chat.end_of_turn(tokenizer), max_length)
     models.settle_adapter(trainer, job.step["seed"])
     return models.check_trainer(trainer, job.config["lora"], job.config["optim"], dropout)

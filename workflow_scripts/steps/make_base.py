@@ -2,23 +2,48 @@
 
 Source `scratch`: the tiny world's model, its tokenizer trained and its weights pretrained here. Documents that share a prompt
 with the evaluation are refused, so that no evaluation prompt was ever seen.
+Sources `path` (a local Hugging Face folder), `gguf` (a file, dequantised) and `hub` (an id at a revision): the model as it is,
+in one safetensors file in the declared dtype, with the chat template that it trains with (core/templates.py). No token is added.
 
     python -m workflow_scripts.steps.make_base --step results/base/manifest.json --out trial/manifest.json \\
         --inputs results/data/ifeval.manifest.json
+
+For `path` and `gguf`, `--inputs` names the folder or the file.
 """
 
+from pathlib import Path
+from typing import Any
+
 from workflow_scripts.core import artifacts, cli
+from workflow_scripts.core.messages import InputError
 
 
 def main(job: artifacts.Job) -> None:
-    from transformers import AutoTokenizer
+    parents = job.parents()
+    if job.config["source"] == "scratch":
+        model, tokenizer, texts = pretrained_here(job, parents)
+        facts: dict = {}
+    else:
+        model, tokenizer, texts, facts = imported(job)
+    with artifacts.complete(job, "base", parents) as draft:
+        model.save_pretrained(draft.folder, max_shard_size="1000GB")
+        tokenizer.save_pretrained(draft.folder)
+        check_saved(draft.folder, tokenizer, texts, job.out)
+        draft.manifest |= {
+            "source": job.config["source"],
+            "parameters": sum(parameter.numel() for parameter in model.parameters()),
+            "end_of_turn": tokenizer.eos_token,
+            **facts,
+        }
 
+
+def pretrained_here(job: artifacts.Job, parents: dict[str, artifacts.Artifact]) -> tuple[Any, Any, list[str]]:
+    """(model, tokenizer, texts to try the saved tokenizer on) of the tiny world."""
     from workflow_scripts.core import chat, device
-    from workflow_scripts.core.messages import InputError
     from workflow_scripts.core.progress import Progress
     from workflow_scripts.tiny import pretrain, world
 
-    config, parents = job.config["scratch"], job.parents()
+    config = job.config["scratch"]
     prompts = {row["prompt"] for row in parents["prompts"].rows()}
     documents = world.documents(seed=config["seed"], **config["documents"])
     if seen := prompts & {row["messages"][0]["content"] for row in documents}:
@@ -31,21 +56,67 @@ def main(job: artifacts.Job) -> None:
     )  # fmt: skip
     bar.close()
     chat.end_of_turn(tokenizer)
-    with artifacts.complete(job, "base", parents) as draft:
-        model.save_pretrained(draft.folder, max_shard_size="1000GB")
-        tokenizer.save_pretrained(draft.folder)
-        # transformers may load a saved tokenizer as the class of the model's family, with other rules for splitting text.
-        texts = [tokenizer.apply_chat_template(row["messages"], tokenize=False) for row in documents]
-        if (
-            AutoTokenizer.from_pretrained(draft.folder, local_files_only=True)(texts)["input_ids"]
-            != tokenizer(texts)["input_ids"]
-        ):
-            raise InputError(f"{job.out}: the tokenizer, saved and loaded again, gives other tokens")
-        draft.manifest |= {
-            "source": job.config["source"],
-            "parameters": sum(parameter.numel() for parameter in model.parameters()),
-            "end_of_turn": tokenizer.eos_token,
-        }
+    return model, tokenizer, [str(tokenizer.apply_chat_template(row["messages"], tokenize=False)) for row in documents]
+
+
+def imported(job: artifacts.Job) -> tuple[Any, Any, list[str], dict]:
+    """(model in the declared dtype, tokenizer with its training template, texts to try it on, facts for the manifest)."""
+    from transformers.utils import logging
+
+    from workflow_scripts.core import sources, templates
+
+    logging.disable_progress_bar()
+    config, facts = job.config, {}
+    if config["source"] == "gguf":
+        file = given(job, config["gguf"]["file"])
+        sources.check_gguf(file, config["gguf"]["sha256"])
+        model, tokenizer = sources.from_gguf(file)
+    elif config["source"] == "path":
+        folder = given(job, config["path"])
+        if sources.content_sha256(sources.folder_hashes(folder)) != job.step["external"]["content"]:
+            raise InputError(f"{folder}: changed since this step was planned; run snakemake again")
+        model, tokenizer = sources.from_folder(folder)
+    else:
+        folder, commit = sources.from_hub(config["hub"]["id"], config["hub"].get("revision"))
+        model, tokenizer = sources.from_folder(folder)
+        facts = {"revision": commit, "pinned": "revision" in config["hub"]}
+    facts |= {"dtype": config["dtype"]}
+    facts["template"] = templates.install(tokenizer, config.get("training_template"), config.get("end_of_turn"))
+    settle(model, tokenizer, config["dtype"], job.out)
+    texts = [str(tokenizer.apply_chat_template(turns, tokenize=False)) for turns in templates.SINGLE + templates.SEVERAL]
+    return model, tokenizer, texts + ["Two  spaces,\n\n\tand don't 12,345 cafés 日本語 🙂."], facts
+
+
+def given(job: artifacts.Job, name: str) -> Path:
+    """The input of that name: a folder or a file that the config names by its path."""
+    for path in job.inputs:
+        if path.name == name:
+            return path
+    raise InputError(f"{job.out}: expected {name} among the inputs, which name the model's folder or file")
+
+
+def settle(model: Any, tokenizer: Any, dtype: str, out: Path) -> None:
+    """Cast to `dtype`; model, generation and tokenizer agree on the tokens that end and pad. InputError if one has no row."""
+    from workflow_scripts.core.device import DTYPES
+
+    model.to(DTYPES[dtype])
+    rows = model.get_input_embeddings().num_embeddings
+    if (largest := max(tokenizer.get_vocab().values())) >= rows:
+        raise InputError(
+            f"{out}: the tokenizer has a token {largest}, the model's embeddings have {rows} rows; they do not belong together"
+        )
+    for part in (model.config, model.generation_config):
+        part.eos_token_id, part.pad_token_id = tokenizer.eos_token_id, tokenizer.pad_token_id
+
+
+def check_saved(folder: Path, tokenizer: Any, texts: list[str], out: Path) -> None:
+    """InputError unless the saved tokenizer is read back as the same: transformers may load it as the class of the model's
+    family, with other rules for splitting text."""
+    from transformers import AutoTokenizer
+
+    saved = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    if saved(texts)["input_ids"] != tokenizer(texts)["input_ids"]:
+        raise InputError(f"{out}: the tokenizer, saved and loaded again, gives other tokens")
 
 
 if __name__ == "__main__":

@@ -1,9 +1,10 @@
 """Cut a slice of rows from a source: checked, cleaned, decontaminated against the evaluation prompts, and pinned.
 
-In: a JSONL file, or a generator of the tiny world. Out: JSONL in conversational form (`messages`; or `prompt`, `chosen`,
-`rejected` as lists of messages; or IFEval's own prompt rows), each row with its `id` in the source and, for training kinds,
-`heldout`. Rows that can't be used are dropped, by reason and count; above `data.max_drop` the slice fails. Malformed rows are
-errors with file and line. Held-out rows share no prompt with the others.
+In: files (JSONL, JSON, Parquet; the formats of core/formats.py), a hub data set by revision, or a generator of the tiny
+world. Out: JSONL in the canonical form of the slice's kind (or IFEval's own prompt rows), each row with its `id` in the source,
+the key that `group_by` names and, for training kinds, `heldout`. Rows that can't be used are dropped, by reason and count;
+above `data.max_drop` the slice fails. Malformed rows are errors with file and line. Held-out rows share no prompt, and no
+value of `group_by`, with the others.
 
     python -m workflow_scripts.steps.slice_data --step results/data/pairs.manifest.json --out trial/pairs.manifest.json \\
         --inputs results/data/ifeval.manifest.json results/base/manifest.json
@@ -11,30 +12,41 @@ errors with file and line. Held-out rows share no prompt with the others.
 
 import hashlib
 import json
+import os
 from collections import Counter
 from pathlib import Path
+from typing import NamedTuple
 
-from workflow_scripts.core import artifacts, cli, slicing
+from workflow_scripts.core import artifacts, cli, formats, slicing
 from workflow_scripts.core.messages import InputError
 
-FIELDS = {
-    "sft": ("messages",),
-    "preference": ("prompt", "chosen", "rejected"),
-    "ifeval": ("prompt", "instruction_id_list", "kwargs"),
-}
+IFEVAL = ("prompt", "instruction_id_list", "kwargs")
+
+
+class Source(NamedTuple):
+    """A row as it was read: the name of its source, its id there, where it stands for messages, and its content."""
+
+    name: str
+    id: str
+    place: str
+    row: dict
 
 
 def main(job: artifacts.Job) -> None:
     config, parents = job.config, job.parents()
-    kind = config["kind"]
+    kind, group_by = config["kind"], config.get("group_by")
     source, candidates = read_candidates(job, parents)
-    rows, dropped = clean(candidates, kind, source)
-    if kind != "ifeval":
+    facts: dict = {}
+    if kind == "ifeval":
+        rows, dropped = prompts(candidates, source), Counter[str]()
+    else:
         from workflow_scripts.core import chat
 
+        if group_by:
+            check_groups(candidates, group_by)
+        rows, dropped, facts["formats"] = clean(candidates, kind, config.get("format"), group_by)
         check = slicing.Decontaminator((row["prompt"] for row in parents["prompts"].rows()), **config["decontaminate"])
-        tokenizer = chat.tokenizer_of(parents["base"])
-        rows, more = filter_rows(rows, check, tokenizer, config["max_prompt_tokens"])
+        rows, more = filter_rows(rows, check, chat.tokenizer_of(parents["base"]), config["max_prompt_tokens"])
         dropped += more
     share = sum(dropped.values()) / len(candidates)
     reasons = ", ".join(f"{count} {reason}" for reason, count in sorted(dropped.items()))
@@ -44,11 +56,13 @@ def main(job: artifacts.Job) -> None:
             f"data.max_drop = {config['max_drop']:.1%}; clean the source, or raise the limit"
         )
     if kind != "ifeval":
-        rows = hold_out(rows, config["heldout"], job.out)
+        rows = hold_out(rows, config["heldout"], job.out, group_by)
     print(
         f"{job.out.stem}: kept {len(rows)} of {len(candidates)} rows" + (f", dropped {reasons}" if reasons else ""),
         flush=True,
     )
+    if "hub" in config["source"] and "revision" not in config["source"]:
+        facts["unpinned"] = True
     with artifacts.complete(job, "slice", parents) as draft:
         name = job.out.name.replace(".manifest.json", ".jsonl")
         text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
@@ -61,69 +75,128 @@ def main(job: artifacts.Job) -> None:
                 "heldout": sum(row.get("heldout", False) for row in rows),
             },
             "dropped": dict(sorted(dropped.items())),
+            **facts,
         }
 
 
-def read_candidates(job: artifacts.Job, parents: dict[str, artifacts.Artifact]) -> tuple[str, list[tuple[str, dict]]]:
-    """(name of the source for messages, [(row id, row)]) of the rows that seed and row limit pick."""
-    config = job.config
-    if "tiny" in config["source"]:
+def read_candidates(job: artifacts.Job, parents: dict[str, artifacts.Artifact]) -> tuple[str, list[Source]]:
+    """(name of the source for messages, rows that seed and row limit pick)."""
+    config, source = job.config, job.config["source"]
+    if "tiny" in source:
         from workflow_scripts.tiny import world
 
-        options = {key: value for key, value in config["source"]["tiny"].items() if key != "split"}
-        split = config["source"]["tiny"]["split"]
+        options = {key: value for key, value in source["tiny"].items() if key != "split"}
+        split = source["tiny"]["split"]
         if config["kind"] == "sft":
             rows = world.sft_rows(config["rows"], config["seed"], **options)
         elif config["kind"] == "preference":
             rows = world.preference_rows(config["rows"], config["seed"], **options)
         else:
             rows = world.eval_rows(config["rows"], config["seed"], split=split, **options)
-        return f"the tiny world's {split} split", [(f"{split}/{i}", row) for i, row in enumerate(rows)]
-    name = config["source"]["file"]
+        name = f"the tiny world's {split} split"
+        return name, [Source(name, f"{split}/{i}", f"{name}: row {split}/{i}", row) for i, row in enumerate(rows)]
+    if "hub" in source:
+        return read_hub(source, config["rows"], config["seed"])
     made = {parent.folder / file for parent in parents.values() for file in parent.data["files"]}
-    files = [path for path in job.inputs if path.name == name and path not in made]
-    if len(files) != 1:
-        raise InputError(f"{job.out}: expected the source file {name} among the inputs, found {len(files)}")
-    lines = slicing.candidates(str(files[0]), config["rows"], config["seed"])
-    text = "\n".join(f"{number} {line}" for number, line in lines)
-    if hashlib.sha256(text.encode()).hexdigest() != job.step["external"]["candidate_rows"]:
-        raise InputError(f"{files[0]}: changed since this step was planned; run snakemake again")
-    return str(files[0]), [(f"{name}:{number}", parse(line, f"{files[0]}: line {number}")) for number, line in lines]
+    files = []
+    for name in source["files"] if "files" in source else [source["file"]]:
+        found = [str(path) for path in job.inputs if path.name == name and path not in made]
+        if len(found) != 1:
+            raise InputError(f"{job.out}: expected the source file {name} among the inputs, found {len(found)}")
+        files += found
+    picked = slicing.candidates(files, config["rows"], config["seed"], config["kind"], config.get("group_by"))
+    all_files = ", ".join(files)
+    if slicing.rows_hash(picked) != job.step["external"]["candidate_rows"]:
+        raise InputError(f"{all_files}: changed since this step was planned; run snakemake again")
+    return all_files, [Source(one.file, one.id, one.place, parse(one.text, one.place)) for one in picked]
+
+
+def read_hub(source: dict, rows: int, seed: int) -> tuple[str, list[Source]]:
+    """The first `rows` rows of a hub data set that is streamed through a seeded shuffle, so that only these are fetched whole.
+
+    The shuffle draws from a buffer of `shuffle_buffer` rows: a small one stays near the start of the data set. A row's id is
+    its place in that order. InputError, with the remedies, where the data set can't be had.
+    """
+    from importlib import import_module  # and so `datasets` counts only for slices with a hub source (see Plan)
+
+    revision, split = source.get("revision"), source["split"]
+    name = f"{source['hub']}@{revision or 'its newest revision'}, split {split}"
+    try:
+        stream = import_module("datasets").load_dataset(
+            source["hub"], name=source.get("config"), split=split, revision=revision, streaming=True
+        )
+        found = list(stream.shuffle(seed=seed, buffer_size=source["shuffle_buffer"]).take(rows))
+    except Exception as error:  # a dozen classes of four libraries, for no network, no such data set, no right to it
+        offline = os.environ.get("HF_HUB_OFFLINE", "0").lower() in ("1", "true", "yes", "on")
+        raise InputError(
+            f"{name}: could not be read from the hub ({type(error).__name__}: {' '.join(str(error).split())[:200]}). Give a file "
+            "that you have with `source: {path: ...}`, or set HF_ENDPOINT to a mirror, or "
+            + ("set HF_HUB_OFFLINE=0 (it is on here)" if offline else "run where there is a network, with HF_HUB_OFFLINE=0")
+        ) from None
+    if not found:
+        raise InputError(f"{name}: no rows in this split")
+    ids = [f"{source['hub']}/{split}:{number}" for number in range(1, len(found) + 1)]
+    return name, [
+        Source(name, one, f"{name}: row {number}", row) for number, (one, row) in enumerate(zip(ids, found, strict=True), 1)
+    ]
 
 
 def parse(line: str, place: str) -> dict:
     try:
         row = json.loads(line)
     except ValueError as error:
-        raise InputError(f"{place}: not valid JSON: {error}") from None
+        raise InputError(f"{place}: not valid JSON: {error}; expected one JSON object on each line") from None
     if not isinstance(row, dict):
         raise InputError(f"{place}: expected a JSON object, found {type(row).__name__}")
     return row
 
 
-def clean(candidates: list[tuple[str, dict]], kind: str, source: str) -> tuple[list[dict], Counter]:
-    """Rows of the kind's form with their ids, and the reasons and counts of what was dropped. InputError on another form."""
+def prompts(candidates: list[Source], source: str) -> list[dict]:
+    """Evaluation prompts, taken whole, each with a key of its own."""
+    rows: list[dict] = []
+    for _, row_id, place, row in candidates:
+        if missing := [field for field in IFEVAL if field not in row]:
+            found = ", ".join(sorted(row)) or "nothing"
+            raise InputError(f"{place}: {missing[0]} is missing; a row of kind ifeval has {', '.join(IFEVAL)}, found {found}")
+        check_prompt(row, place)
+        rows.append({**row, "key": row.get("key", row_id), "id": row_id})
+    if twice := [key for key, count in Counter(str(row["key"]) for row in rows).items() if count > 1]:
+        raise InputError(f"{source}: the key {twice[0]} stands in more than one row; answers could not be told apart")
+    return rows
+
+
+def clean(
+    candidates: list[Source], kind: str, form: str | None, group_by: str | None
+) -> tuple[list[dict], Counter, dict[str, int]]:
+    """Rows in the kind's form with their ids; reasons and counts of what was dropped; how many rows of each format there were."""
     rows: list[dict] = []
     dropped: Counter = Counter()
-    for row_id, row in candidates:
-        place = f"{source}: row {row_id}"
-        if missing := [field for field in FIELDS[kind] if field not in row]:
-            found = ", ".join(sorted(row)) or "nothing"
-            raise InputError(
-                f"{place}: {missing[0]} is missing; a row of kind {kind} has {', '.join(FIELDS[kind])}, found {found}"
-            )
-        if kind == "ifeval":
-            check_prompt(row, place)
-            rows.append({**row, "key": row.get("key", row_id), "id": row_id})
+    found: Counter = Counter()
+    for _, row_id, place, row in candidates:
+        try:
+            name, made = formats.convert(row, kind, place, form)
+        except formats.Unusable as no_use:
+            dropped[str(no_use)] += 1
             continue
-        made = {"messages": turns(row["messages"], place)} if kind == "sft" else pair(row, place)
+        found[name] += 1
         if reason := unusable(made):
             dropped[reason] += 1
         else:
-            rows.append({"id": row_id, **made})
-    if kind == "ifeval" and (twice := [key for key, count in Counter(str(row["key"]) for row in rows).items() if count > 1]):
-        raise InputError(f"{source}: the key {twice[0]} stands in more than one row; answers could not be told apart")
-    return rows, dropped
+            group = {group_by: row[group_by]} if group_by and row.get(group_by) is not None else {}
+            rows.append({"id": row_id, **made, **group})
+    return rows, dropped, dict(sorted(found.items()))
+
+
+def check_groups(candidates: list[Source], key: str) -> None:
+    """InputError unless in each file all rows have the group's key or none has it, and in one at least all have it."""
+    sides: dict[str, dict[bool, Source]] = {}
+    for one in candidates:
+        sides.setdefault(one.name, {}).setdefault(one.row.get(key) is not None, one)
+    for side in sides.values():
+        if len(side) == 2:
+            raise InputError(f"{side[False].place}: has no {key}, which group_by names and other rows of this file have")
+    if not any(True in side for side in sides.values()):
+        raise InputError(f"{candidates[0].place}: has no {key}, which group_by names, and neither has any other row")
 
 
 def check_prompt(row: dict, place: str) -> None:
@@ -135,49 +208,14 @@ def check_prompt(row: dict, place: str) -> None:
         raise InputError(f"{place}: expected lists of equal length, not empty, under instruction_id_list and kwargs")
 
 
-def turns(messages: object, place: str) -> list[dict]:
-    """Messages with role and content only. InputError if they are not a conversation."""
-    if not isinstance(messages, list) or not messages:
-        raise InputError(f"{place}: expected a list of messages, found {type(messages).__name__}")
-    for message in messages:
-        if (
-            not isinstance(message, dict)
-            or not isinstance(message.get("role"), str)
-            or not isinstance(message.get("content"), str)
-        ):
-            raise InputError(f"{place}: a message needs the strings role and content, found {json.dumps(message)[:80]}")
-        if message["role"] not in ("system", "user", "assistant"):
-            raise InputError(f"{place}: found the role {message['role']!r}, expected system, user or assistant")
-    return [{"role": message["role"], "content": message["content"]} for message in messages]
-
-
-def pair(row: dict, place: str) -> dict:
-    """prompt, chosen, rejected as lists of messages; plain strings become one turn.
-
-    Some data sets (UltraFeedback-binarized) repeat the prompt at the start of chosen and rejected: it is taken off there, or
-    the trainer would ask the question twice.
-    """
-
-    def as_turns(value: object, role: str) -> list[dict]:
-        return [{"role": role, "content": value}] if isinstance(value, str) else turns(value, place)
-
-    prompt, chosen, rejected = (
-        as_turns(row[key], role) for key, role in (("prompt", "user"), ("chosen", "assistant"), ("rejected", "assistant"))
-    )
-    n = len(prompt)
-    if chosen[:n] == prompt and rejected[:n] == prompt and len(chosen) > n and len(rejected) > n:
-        chosen, rejected = chosen[n:], rejected[n:]
-    return {"prompt": prompt, "chosen": chosen, "rejected": rejected}
-
-
 def unusable(row: dict) -> str | None:
     """Why a well-formed row can't be trained on, or None."""
-    answers = [row["messages"]] if "messages" in row else [row["chosen"], row["rejected"]]
+    answers = [row["messages"]] if "messages" in row else [row[key] for key in ("chosen", "rejected", "completion") if key in row]
     if any(answer[-1]["role"] != "assistant" for answer in answers):
         return "without an answer at the end"
     if not any(turn["role"] == "user" and turn["content"].strip() for turn in slicing.prompt_turns(row)):
         return "without a prompt"
-    if "chosen" in row and any(turn["role"] != "assistant" for answer in answers for turn in answer):
+    if "messages" not in row and any(turn["role"] != "assistant" for answer in answers for turn in answer):
         return "with other turns than the assistant's in an answer"
     if any(not turn["content"].strip() for answer in answers for turn in answer if turn["role"] == "assistant"):
         return "with an empty answer"
@@ -192,9 +230,8 @@ def filter_rows(rows: list[dict], check: slicing.Decontaminator, tokenizer, max_
     dropped: Counter = Counter()
     for row in rows:
         before = slicing.prompt_turns(row)
-        answers = row["messages"][-1:] if "messages" in row else [*row["chosen"], *row["rejected"]]
         questions = [turn["content"] for turn in before if turn["role"] == "user"]
-        if check.covers(questions, "\n".join(turn["content"] for turn in [*before, *answers])):
+        if check.covers(questions, "\n".join([*(turn["content"] for turn in before), *slicing.answer_texts(row)])):
             dropped["covering an evaluation prompt"] += 1
         elif len(tokenizer.apply_chat_template(before, add_generation_prompt=True)["input_ids"]) > max_prompt_tokens:
             dropped[f"with a prompt above {max_prompt_tokens} tokens"] += 1
@@ -203,22 +240,40 @@ def filter_rows(rows: list[dict], check: slicing.Decontaminator, tokenizer, max_
     return kept, dropped
 
 
-def hold_out(rows: list[dict], heldout: int, out: Path) -> list[dict]:
-    """Mark `heldout` rows, whole prompts at a time in the order of a hash of the prompt, so that no prompt is on both sides."""
+def hold_out(rows: list[dict], heldout: int, out: Path, group_by: str | None = None) -> list[dict]:
+    """Mark `heldout` rows, whole groups at a time, so that no prompt and no value of the key `group_by` is on both sides.
+
+    A group is what is joined by a common prompt or value, over any number of steps: a-b by the prompt and b-c by the value put
+    a and c together. Groups come in the order of the smallest hash of their prompts.
+    """
+    prompts = [hashlib.sha256(slicing.prompt_of(row).encode()).hexdigest() for row in rows]
+    leader: dict[str, str] = {}  # of a prompt's hash, or of a value: one step towards the smallest of its group
+
+    def find(name: str) -> str:
+        while leader.setdefault(name, name) != name:
+            leader[name] = name = leader[leader[name]]
+        return name
+
+    for prompt, row in zip(prompts, rows, strict=True):
+        find(prompt)
+        if group_by and group_by in row:
+            ends = sorted((find(prompt), find(f"value {json.dumps(row[group_by], sort_keys=True)}")))  # after all hashes
+            leader[ends[1]] = ends[0]
     order: dict[str, list[int]] = {}
-    for i, row in enumerate(rows):
-        order.setdefault(hashlib.sha256(slicing.prompt_of(row).encode()).hexdigest(), []).append(i)
+    for i, prompt in enumerate(prompts):
+        order.setdefault(find(prompt), []).append(i)
     chosen: set[int] = set()
-    for prompt in sorted(order):
-        if len(chosen) + len(order[prompt]) <= heldout:
-            chosen.update(order[prompt])
+    for group in sorted(order):
+        if len(chosen) + len(order[group]) <= heldout:
+            chosen.update(order[group])
     if len(chosen) == len(rows):
         raise InputError(
             f"{out}: no rows left to train on: {len(rows)} usable rows, {heldout} of them held out; raise rows or lower heldout"
         )
     if not chosen:
+        unit = "group" if group_by else "prompt"
         raise InputError(
-            f"{out}: no rows could be held out: each prompt has more than heldout = {heldout} of the {len(rows)} rows; raise it"
+            f"{out}: no rows could be held out: each {unit} has more than heldout = {heldout} of the {len(rows)} rows; raise it"
         )
     return [{**row, "heldout": i in chosen} for i, row in enumerate(rows)]
 
