@@ -1,4 +1,4 @@
-"""The tools for people: chat, status, card, push, pin. Offline; a hub is a fake object."""
+"""The tools for people: chat, status, card. Offline."""
 
 import json
 import os
@@ -7,18 +7,15 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import yaml
-from huggingface_hub import errors
 
 from tests import small_steps
 from workflow_scripts.core import artifacts
-from workflow_scripts.core.fingerprint import file_sha256
 from workflow_scripts.core.messages import InputError
 from workflow_scripts.tiny import world
-from workflow_scripts.tools import card, chat, pin, push, runs, status
+from workflow_scripts.tools import card, chat, runs, status
 
 ROOT = Path(__file__).resolve().parents[1]
 SHA = {"Qwen/Qwen2.5-0.5B": "a1" * 20, "org/pairs": "b2" * 20, "org/talk": "c3" * 20}
@@ -303,217 +300,3 @@ def test_a_card_is_written_to_a_file_but_not_over_a_manifest(home):
     refused = tool(home, "card", "results/dpo", "--out", "results/dpo/adapter/manifest.json")
     assert refused.returncode == 1 and "would be overwritten" in refused.stderr
     assert (home / "results/dpo/adapter/manifest.json").read_text() == before
-
-
-# -- push ------------------------------------------------------------------------------------------------------------
-
-
-class FakeHub:
-    """What HfApi is to `push`: keeps what it was given, or raises what it is told to."""
-
-    def __init__(self, error: Exception | None = None):
-        self.error, self.repos, self.files = error, [], {}
-
-    def create_repo(self, repo, private, exist_ok):
-        if self.error:
-            raise self.error
-        self.repos.append((repo, private, exist_ok))
-
-    def upload_folder(self, repo_id, folder_path, commit_message):
-        self.message = commit_message
-        self.files = {path.name: path.read_bytes() for path in Path(folder_path).iterdir()}
-        return f"hub:{repo_id}"
-
-
-def test_push_sends_adapter_card_and_manifest_and_nothing_of_the_machine(home):
-    hub, run = FakeHub(), runs.open_run(Path("results/dpo"))
-    lines = push.push(hub, run, "user/name")
-    assert lines[0] == "pushed to hub:user/name" and hub.repos == [("user/name", True, True)]
-    assert set(hub.files) == {"README.md", "adapter_config.json", "adapter_model.safetensors", "manifest.json", "metrics.csv"}
-    for name in ("adapter_config.json", "adapter_model.safetensors", "manifest.json"):
-        assert hub.files[name] == (home / "results/dpo/adapter" / name).read_bytes()
-    assert hub.files["README.md"].decode() == card.card(run, "user/name")
-    assert run.adapter.fingerprint in hub.message
-    assert not list((home / "results/dpo").glob(".push*"))
-
-
-def test_a_dry_run_lists_and_sends_nothing(home):
-    done = tool(home, "push", "results/dpo", "user/name", "--dry-run")
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.startswith("would go to user/name (private if it is new):\n")
-    assert {line.split()[-1] for line in done.stdout.splitlines()[1:]} >= {"README.md", "adapter_model.safetensors"}
-    assert "run.json" not in done.stdout
-
-
-def test_push_of_the_fused_model_stands_alone(home):
-    run = runs.open_run(Path("results/sft_v2"))
-    wanted = (home / "results/sft_v2/merged/model.safetensors").read_bytes()
-    (home / "results/sft_v2/merged/model.safetensors").unlink()  # freed: it is rebuilt
-    hub = FakeHub()
-    push.push(hub, run, "user/name", merged=True, private=False)
-    assert hub.repos == [("user/name", False, True)]
-    assert hub.files["model.safetensors"] == wanted and "tokenizer.json" in hub.files and "config.json" in hub.files
-    text = hub.files["README.md"].decode()
-    assert "library_name: transformers" in text and "| train.learning_rate |" in text and "not the plain base" not in text
-    with pytest.raises(InputError, match="results/dpo/merged/manifest.json: missing; make it first: snakemake results"):
-        push.push(hub, runs.open_run(Path("results/dpo")), "user/name", merged=True)
-
-
-def test_an_adapter_of_a_hub_model_names_it_by_id_and_revision(home):
-    source = {"source": "hub", "hub": {"id": "Qwen/Qwen2.5-0.5B", "revision": "a1" * 20}}
-    edit(home / "results/base/manifest.json", step={"config": source})
-    hub, run = FakeHub(), runs.open_run(Path("results/sft_v2"))
-    push.push(hub, run, "user/name")
-    config = json.loads(hub.files["adapter_config.json"])
-    assert (config["base_model_name_or_path"], config["revision"]) == ("Qwen/Qwen2.5-0.5B", "a1" * 20)
-    assert yaml.safe_load(hub.files["README.md"].decode().split("---")[1])["base_model"] == "Qwen/Qwen2.5-0.5B"
-    at_home = home / "results/sft_v2/adapter/adapter_config.json"
-    assert file_sha256(at_home) == run.adapter.data["files"]["adapter_config.json"]  # untouched
-
-
-def test_a_changed_file_is_not_pushed(home):
-    path = home / "results/dpo/adapter/adapter_model.safetensors"
-    path.write_bytes(path.read_bytes()[:-1] + b"?")
-    hub = FakeHub()
-    with pytest.raises(InputError, match="altered since it was made"):
-        push.push(hub, runs.open_run(Path("results/dpo")), "user/name")
-    assert not hub.repos and not hub.files
-
-
-def refusal(code: int) -> Exception:
-    error = errors.HfHubHTTPError.__new__(errors.HfHubHTTPError)  # its own constructor wants a whole response
-    Exception.__init__(error, "Authorization: Bearer hf_secret")
-    error.response = SimpleNamespace(status_code=code)
-    return error
-
-
-@pytest.mark.parametrize(
-    ("error", "words"),
-    [
-        (lambda: refusal(401), "the hub answers 401; check the name, and that your token may write there"),
-        (lambda: refusal(503), "the hub answers 503; try again later"),
-        (lambda: RuntimeError("hf_secret"), "RuntimeError, the hub cannot be reached"),
-        (lambda: errors.OfflineModeIsEnabled("x"), r"set to offline \(HF_HUB_OFFLINE\)"),
-        (lambda: errors.LocalTokenNotFoundError("x"), "not logged in; run `hf auth login`"),
-    ],
-)
-def test_a_refusal_is_one_line_without_the_token(read_only, error, words):
-    with pytest.raises(InputError, match=words) as caught:
-        push.upload(FakeHub(error()), Path("."), "user/name", True, "message")
-    assert "secret" not in str(caught.value) and caught.value.__suppress_context__
-
-
-def test_a_name_that_is_none_and_a_base_are_refused(read_only):
-    with pytest.raises(InputError, match="name: expected the name of a repository, user/name"):
-        push.push(FakeHub(), runs.open_run(Path("results/dpo")), "name")
-    with pytest.raises(InputError, match="results/base: has no adapter"):
-        push.push(FakeHub(), runs.open_run(Path("results/base")), "user/name")
-
-
-# -- pin -------------------------------------------------------------------------------------------------------------
-
-OPEN = """\
-# My study.
-base:
-  source: hub
-  hub:
-    id: Qwen/Qwen2.5-0.5B    # the small one
-    # the rest stays as it is
-data:
-  slices:
-    pairs: {kind: preference, source: {hub: {id: org/pairs, split: train}}, rows: 9}   # flow
-    talk:
-      source:
-        hub: {id: org/talk, revision: null}
-    branch: {source: {hub: org/pairs, revision: main}}
-    empty:
-      source:
-        hub:
-          revision:    # to be found
-          id: org/talk
-    done: {source: {hub: {id: org/talk, revision: "%s"}}}
-    local: {source: {path: a.jsonl}}
-""" % ("d4" * 20)
-
-
-class FakeNames:
-    def __init__(self):
-        self.asked = []
-
-    def _info(self, kind, name, revision):
-        self.asked.append((kind, name, revision))
-        return SimpleNamespace(sha=SHA[name])
-
-    def model_info(self, name, revision=None):
-        return self._info("model", name, revision)
-
-    def dataset_info(self, name, revision=None):
-        return self._info("dataset", name, revision)
-
-
-def test_pin_fills_in_what_is_open_and_touches_nothing_else():
-    hub = FakeNames()
-    text, made = pin.pin(OPEN, hub)
-    wanted = yaml.safe_load(OPEN)
-    wanted["base"]["hub"]["revision"] = SHA["Qwen/Qwen2.5-0.5B"]
-    slices = wanted["data"]["slices"]
-    slices["pairs"]["source"]["hub"]["revision"] = slices["branch"]["source"]["revision"] = SHA["org/pairs"]
-    slices["talk"]["source"]["hub"]["revision"] = slices["empty"]["source"]["hub"]["revision"] = SHA["org/talk"]
-    assert yaml.safe_load(text) == wanted
-    for comment in ("# My study.", "# the small one", "# the rest stays as it is", "# flow", "# to be found"):
-        assert comment in text
-    assert f"    id: Qwen/Qwen2.5-0.5B    # the small one\n    revision: {SHA['Qwen/Qwen2.5-0.5B']}\n" in text
-    assert len(text.splitlines()) == len(OPEN.splitlines()) + 1
-    assert hub.asked == [
-        ("model", "Qwen/Qwen2.5-0.5B", None), ("dataset", "org/pairs", None), ("dataset", "org/talk", None),
-        ("dataset", "org/pairs", "main"), ("dataset", "org/talk", None),
-    ]  # fmt: skip
-    assert pin.pin(text, FakeNames()) == (text, []) and len(made) == 5
-
-
-def test_a_commit_of_digits_alone_stays_text():
-    text, _ = pin.pin("base: {hub: {id: m}}\n", SimpleNamespace(model_info=lambda *a, **k: SimpleNamespace(sha="1" * 40)))
-    assert yaml.safe_load(text)["base"]["hub"]["revision"] == "1" * 40
-
-
-@pytest.mark.parametrize(
-    ("error", "words"),
-    [
-        (
-            lambda: __import__("huggingface_hub").errors.OfflineModeIsEnabled("x"),
-            "set to offline .* write its commit yourself",
-        ),
-        (lambda: refusal(404), "the hub answers 404 to this name; check the name"),
-        (lambda: ConnectionError("no route"), r"no answer from the hub \(ConnectionError\); run this where there is a network"),
-    ],
-)
-def test_without_an_answer_pin_says_which_source_is_open(error, words):
-    def raising(*args, **kwargs):
-        raise error()
-
-    with pytest.raises(InputError, match="^base.hub: model Qwen/Qwen2.5-0.5B: .*" + words):
-        pin.pin(OPEN, SimpleNamespace(model_info=raising, dataset_info=raising))
-    with pytest.raises(InputError, match="expected a commit of 40 hex digits"):
-        pin.pin(OPEN, SimpleNamespace(model_info=lambda *a, **k: SimpleNamespace(sha=None)))
-
-
-def test_pin_writes_the_file_and_offline_leaves_it_alone(tmp_path, monkeypatch, capsys):
-    import huggingface_hub
-
-    file = tmp_path / "mine.yaml"
-    file.write_text(OPEN)
-    monkeypatch.setattr(sys, "argv", ["pin", "--configfile", str(file)])
-    monkeypatch.setattr(huggingface_hub, "HfApi", FakeNames)
-    pin.main()
-    assert file.read_text() == pin.pin(OPEN, FakeNames())[0]
-    assert f"{file}: base.hub: Qwen/Qwen2.5-0.5B (no revision) -> {SHA['Qwen/Qwen2.5-0.5B']}" in capsys.readouterr().out
-    pin.main()
-    assert "nothing to pin" in capsys.readouterr().out
-    file.write_text(OPEN)
-    env = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(
-        [sys.executable, "-m", "workflow_scripts.tools.pin", "--configfile", str(file)], env=env, capture_output=True, text=True
-    )
-    assert done.returncode == 1 and done.stderr.count("\n") == 1
-    assert done.stderr.startswith("error: base.hub: model Qwen/Qwen2.5-0.5B: huggingface_hub is set to offline")
-    assert file.read_text() == OPEN
