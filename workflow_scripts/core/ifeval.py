@@ -12,7 +12,6 @@ The verdicts are lm-eval's own (`lm_eval.tasks.ifeval`). What is ours around the
 """
 
 import logging
-import math
 import random
 import re
 from collections.abc import Iterator
@@ -21,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from workflow_scripts.core.messages import InputError
+from workflow_scripts.core.scores import answer, check_rows, join, label, mean_stderr, optional
 
 _TOKENIZERS = Path(__file__).parents[1] / "resources/nltk_data/tokenizers"
 _KINDS = ("strict", "loose")
@@ -55,8 +55,10 @@ def reference() -> Iterator[Any]:
         random.setstate(state)
 
 
-def verdicts(utils: Any, prompt: dict, response: str) -> dict[str, list[bool]]:
+def verdicts(utils: Any, prompt: dict, response: str, kinds: tuple[str, ...] = _KINDS) -> dict[str, list[bool]]:
     """{"strict": [...], "loose": [...]}: one verdict for each instruction of a prompt. Call it inside `reference()`.
+
+    kinds: the verdicts to give; strict alone takes an eighth of the time of both, since loose tries eight variants.
 
     Instructions are judged one at a time, because one checker can raise: `json` gives up on a response that opens
     thousands of brackets (a degenerate model's "[[[[..."), and lm-eval with it. Such a response is no valid JSON: not
@@ -65,47 +67,16 @@ def verdicts(utils: Any, prompt: dict, response: str) -> dict[str, list[bool]]:
     key = prompt.get("key")
     seed = prompt["prompt"] if key is None else key
     checks = {"strict": utils.test_instruction_following_strict, "loose": utils.test_instruction_following_loose}
-    found: dict[str, list[bool]] = {kind: [] for kind in _KINDS}
+    found: dict[str, list[bool]] = {kind: [] for kind in kinds}
     for identifier, kwargs in zip(prompt["instruction_id_list"], prompt["kwargs"], strict=True):
         example = utils.InputExample(key, [identifier], prompt["prompt"], [kwargs])
-        for kind, check in checks.items():
+        for kind in kinds:
             random.seed(seed)  # an int, or a str, which `random` hashes with SHA-512: the same in every process
             try:
-                found[kind].append(check(example, response).follow_all_instructions)
+                found[kind].append(checks[kind](example, response).follow_all_instructions)
             except RecursionError:
                 found[kind].append(False)
     return found
-
-
-def answer(response: str) -> str:
-    """The response without its reasoning: what follows the last `</think>`, as in lm-eval's `think_end_token`.
-
-    The opening tag may be missing, since some chat templates write it into the prompt. Departure from lm-eval:
-    reasoning that was cut off before `</think>` leaves no answer, so "" (lm-eval would judge the reasoning itself).
-    """
-    _, tag, after = response.rpartition("</think>")
-    text = after.lstrip() if tag else response
-    return "" if text.lstrip().startswith("<think>") else text
-
-
-def mean_stderr(clusters: list[list[bool]]) -> tuple[float, float | None]:
-    """The mean over all items and its standard error, clustered: items of one prompt are not independent.
-
-    The cluster-robust variance of a mean (Liang & Zeger 1986, Biometrika 73; Cameron & Miller 2015, J. Human Resources
-    50(2), section II; for evaluations Miller 2024, arXiv:2411.00640, which leaves out the factor G / (G - 1)):
-
-        V = G / (G - 1) * sum over clusters g of (sum over i in g of (x_i - mean))^2 / N^2
-
-    with N items in G clusters; the same as statsmodels' OLS on a constant with cov_type="cluster". With one item in
-    each cluster it is the sample standard deviation over sqrt(n), lm-eval's `mean_stderr`. One cluster has no standard
-    error: None. Sums are exactly rounded, so the order of clusters does not matter.
-    """
-    n, groups = sum(map(len, clusters)), len(clusters)
-    mean = sum(map(sum, clusters)) / n
-    if groups == 1:
-        return mean, None
-    squares = math.fsum((sum(cluster) - mean * len(cluster)) ** 2 for cluster in clusters)
-    return mean, math.sqrt(groups / (groups - 1) * squares) / n
 
 
 def score(
@@ -128,22 +99,22 @@ def score(
     keys whose response row has another prompt text than the prompts (joined by key all the same; IFEval's key 2785 has
     two wordings); per_prompt, in the order of `prompts`. Raises InputError; the names say in it which file is meant.
     """
-    _check_rows(prompts, prompts_name, ("prompt",))
-    _check_rows(responses, responses_name, ("prompt", "response"))
-    joined = _join(prompts, responses, prompts_name, responses_name)
-    reasons = _optional(joined, "finish_reason", str, responses_name)
-    tokens = _optional(joined, "tokens", int, responses_name)
+    check_rows(prompts, prompts_name, ("prompt",))
+    check_rows(responses, responses_name, ("prompt", "response"))
+    joined = join(prompts, responses, prompts_name, responses_name)
+    reasons = optional(joined, "finish_reason", str, responses_name)
+    tokens = optional(joined, "tokens", int, responses_name)
 
     with reference() as utils:
         for number, prompt in enumerate(prompts, start=1):
-            _check_instructions(utils, prompt, f"{prompts_name}, row {number} ({_label(prompt)})")
+            _check_instructions(utils, prompt, f"{prompts_name}, row {number} ({label(prompt)})")
         texts = [answer(row["response"]) if strip_think else row["response"] for row in joined]
         found = []
         for prompt, text in zip(prompts, texts, strict=True):
             try:
                 found.append(verdicts(utils, prompt, text))
             except re.error as error:  # keywords and section marks go into a pattern as they are
-                place = f"{prompts_name}, {_label(prompt)}"
+                place = f"{prompts_name}, {label(prompt)}"
                 raise InputError(f"{place}: a text in 'kwargs' is no valid regular expression ({error})") from error
 
     scores: dict[str, Any] = {
@@ -180,73 +151,6 @@ def _by_instruction(prompts: list[dict], lists: list[list[bool]]) -> dict[str, l
         for identifier, cluster in own.items():
             found.setdefault(identifier, []).append(cluster)
     return found
-
-
-def _label(row: dict, by: str = "key") -> str:
-    """How a message names a row: by its key, or by the beginning of its prompt."""
-    if by == "key" and row.get("key") is not None:
-        return f"key {row['key']!r}"
-    text = row["prompt"]
-    return f"the prompt that begins {text[:60] + ('...' if len(text) > 60 else '')!r}"
-
-
-def _check_rows(rows: list[dict], name: str, fields: tuple[str, ...]) -> None:
-    if not rows:
-        raise InputError(f"{name}: has no rows; expected one JSON object a line")
-    for number, row in enumerate(rows, start=1):
-        for field in fields:
-            if not isinstance(row.get(field), str):
-                what = f"{field!r} is {row[field]!r}, expected a text" if field in row else f"has no {field!r}"
-                hint = " (an empty text counts as a failed response)" if field == "response" else ""
-                needs = " and ".join(map(repr, fields))
-                raise InputError(f"{name}, row {number}: {what}; each row needs {needs}{hint}")
-        key = row.get("key")
-        if key is not None and (isinstance(key, bool) or not isinstance(key, int | str)):
-            raise InputError(f"{name}, row {number}: 'key' is {key!r}, expected a whole number or a text")
-
-
-def _join(prompts: list[dict], responses: list[dict], prompts_name: str, responses_name: str) -> list[dict]:
-    """The response rows in the order of the prompts, each exactly once."""
-    keyed = all(row.get("key") is not None for row in [*prompts, *responses])
-    by = "key" if keyed else "prompt"
-    tables: list[dict[Any, dict]] = []
-    for rows, name in ((prompts, prompts_name), (responses, responses_name)):
-        table: dict[Any, dict] = {}
-        for row in rows:
-            if row[by] in table:
-                remedy = "keep one" if keyed else "keep one, or give every row of both files a 'key' of its own"
-                raise InputError(f"{name}: {_label(row, by)} stands in two rows; {remedy}")
-            table[row[by]] = row
-        tables.append(table)
-    asked, given = tables
-    unknown = [row for value, row in given.items() if value not in asked]
-    if unknown:
-        raise InputError(
-            f"{responses_name}: {_label(unknown[0], by)} is not in {prompts_name} ({len(unknown)} of {len(given)} rows "
-            f"are unknown, joined by {by}); score against the prompts that the responses were generated from"
-        )
-    missing = [row for value, row in asked.items() if value not in given]
-    if missing:
-        raise InputError(
-            f"{responses_name}: no response to {_label(missing[0], by)} of {prompts_name} ({len(missing)} of "
-            f"{len(asked)} prompts lack one, joined by {by}); generate it, or give '' to count it as failed"
-        )
-    return [given[row[by]] for row in prompts]
-
-
-def _optional(rows: list[dict], field: str, kind: type, name: str) -> list[Any] | None:
-    """A field that all rows have or none (None): a mean over a part of the rows would look like one over all."""
-    values = [row.get(field) for row in rows]
-    absent = sum(value is None for value in values)
-    if absent == len(values):
-        return None
-    if absent:
-        raise InputError(f"{name}: {absent} of {len(values)} rows have no {field!r}; give it in every row or in none")
-    for row, value in zip(rows, values, strict=True):
-        if not isinstance(value, kind) or isinstance(value, bool):
-            expected = "a count (a whole number)" if kind is int else "a text"
-            raise InputError(f"{name}, {_label(row)}: {field!r} is {value!r}, expected {expected}")
-    return values
 
 
 def _check_instructions(utils: Any, prompt: dict, place: str) -> None:
