@@ -1,4 +1,4 @@
-# The DAG: data slices -> base -> SFT -> merge -> DPO -> answers -> scores. Targets are files:
+# The DAG: data slices -> base -> SFT -> merge -> DPO, KTO, RM, GRPO, RLOO -> answers -> scores. Targets are files:
 #   snakemake results/ifeval_dpo.json             one score, and whatever it needs
 #   snakemake                                     every experiment and seed that the config names
 #   snakemake results/... --configfile config/other.yaml [OVERLAY...]     (the target first)
@@ -24,8 +24,7 @@ include: "rules/eval.smk"
 rule all:
     default_target: True
     input:
-        scores("base"),
-        [scores(run) for run in PLAN.runs()],
+        [PLAN.results_of(run) for run in ["base", *PLAN.runs()]],
     localrule: True
 
 

@@ -33,8 +33,13 @@ def runs_of(*methods):
     return f"({'|'.join(sorted(names)) or '(?!)'}){SEED}"
 
 
-def scores(run):
-    return f"{PLAN.results}/ifeval_{run}.json"
+# What can answer: the base and every run but reward models.
+ANSWERING = f"base|{runs_of(*(set(PLAN.config.data['methods']) - {'rm'}))}"
+TASKS = "|".join(PLAN.config.evaluations)
+
+
+def prompts_of(wildcards):
+    return edges(PLAN.slice_inputs(PLAN.config.evaluations[wildcards.task]))
 
 
 def edges(files):
@@ -48,16 +53,16 @@ def edges(files):
 
 
 def slice_inputs(wildcards):
-    body = PLAN.config.data["data"]["slices"][wildcards.slice]
     files = PLAN.source_files(wildcards.slice)
-    if body["kind"] != "ifeval":
-        files += PLAN.slice_inputs(PLAN.prompts_slice) + PLAN.base_inputs()
+    if PLAN.config.trains_on(wildcards.slice):
+        for prompts in PLAN.config.evaluations.values():
+            files += PLAN.slice_inputs(prompts)
+        files += PLAN.base_inputs()
     return edges(files)
 
 
 def train_inputs(wildcards):
-    rows = PLAN.slice_inputs(PLAN.experiment(wildcards.run)["slice"])
-    return edges(PLAN.start_inputs(wildcards.run) + rows)
+    return edges(PLAN.train_inputs(wildcards.run))
 
 
 def model_inputs(wildcards):

@@ -3,15 +3,18 @@
 
 rule generate:
     input:
-        prompts=edges(PLAN.slice_inputs(PLAN.prompts_slice)),
+        prompts=prompts_of,
         model=model_inputs,
     output:
-        manifest="<results>/{run}/ifeval_responses.manifest.json",
-        responses="<results>/{run}/ifeval_responses.jsonl",
+        manifest="<results>/{run}/{task}_responses.manifest.json",
+        responses="<results>/{run}/{task}_responses.jsonl",
     log:
-        "<logs>/{run}/generate.log",
+        "<logs>/{run}/generate_{task}.log",
     benchmark:
-        "<benchmarks>/{run}/generate.tsv"
+        "<benchmarks>/{run}/generate_{task}.tsv"
+    wildcard_constraints:
+        run=ANSWERING,
+        task=TASKS,
     conda:
         ENV
     threads: THREADS
@@ -21,23 +24,26 @@ rule generate:
         runtime="3h",
     params:
         options=options,
-        step=lambda wildcards: PLAN.generate(wildcards.run),
+        step=lambda wildcards: PLAN.generate(wildcards.task, wildcards.run),
     shell:
         "python -m workflow_scripts.steps.generate --step {params.step:q} --inputs {input:q} --out {output.manifest:q}"
         " {params.options} --log {log:q}"
 
 
-rule score_ifeval:
+rule score:
     input:
-        manifest="<results>/{run}/ifeval_responses.manifest.json",
-        responses=ancient("<results>/{run}/ifeval_responses.jsonl"),
-        prompts=edges(PLAN.slice_inputs(PLAN.prompts_slice)),
+        manifest="<results>/{run}/{task}_responses.manifest.json",
+        responses=ancient("<results>/{run}/{task}_responses.jsonl"),
+        prompts=prompts_of,
     output:
-        scores="<results>/ifeval_{run}.json",
+        scores="<results>/{task}_{run}.json",
     log:
-        "<logs>/{run}/score_ifeval.log",
+        "<logs>/{run}/score_{task}.log",
     benchmark:
-        "<benchmarks>/{run}/score_ifeval.tsv"
+        "<benchmarks>/{run}/score_{task}.tsv"
+    wildcard_constraints:
+        run=ANSWERING,
+        task=TASKS,
     conda:
         ENV
     threads: 1
@@ -47,7 +53,34 @@ rule score_ifeval:
         runtime="30m",
     params:
         options=options,
-        step=lambda wildcards: PLAN.score(wildcards.run),
+        step=lambda wildcards: PLAN.score(wildcards.task, wildcards.run),
     shell:
-        "python -m workflow_scripts.steps.score_ifeval --step {params.step:q} --inputs {input:q} --out {output.scores:q}"
+        "python -m workflow_scripts.steps.score_{wildcards.task} --step {params.step:q} --inputs {input:q} --out {output.scores:q}"
+        " {params.options} --log {log:q}"
+
+
+rule eval_rm:
+    input:
+        model=model_inputs,
+        rows=lambda wildcards: edges(PLAN.slice_inputs(PLAN.experiment(wildcards.run)["slice"])),
+    output:
+        scores="<results>/{run}/rm_eval.json",
+    log:
+        "<logs>/{run}/eval_rm.log",
+    benchmark:
+        "<benchmarks>/{run}/eval_rm.tsv"
+    wildcard_constraints:
+        run=runs_of("rm"),
+    conda:
+        ENV
+    threads: THREADS
+    resources:
+        gpu=GPU,
+        mem_mb=16000,
+        runtime="1h",
+    params:
+        options=options,
+        step=lambda wildcards: PLAN.eval_rm(wildcards.run),
+    shell:
+        "python -m workflow_scripts.steps.eval_rm --step {params.step:q} --inputs {input:q} --out {output.scores:q}"
         " {params.options} --log {log:q}"

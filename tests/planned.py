@@ -3,12 +3,14 @@
 import json
 from pathlib import Path
 
-from workflow_scripts.core.config import Config, read_yaml
+from workflow_scripts.core.config import Config, merge, read_yaml
 from workflow_scripts.core.plan import Plan
 
 ROOT = Path(__file__).resolve().parents[1]
 SFT = ["sft_v1", "sft_v2", "sft_v2.seed2"]
 DPO = ["dpo", "dpo_ipo", "dpo_4bit", "dpo.seed2"]
+OTHERS = ["kto", "grpo", "grpo_numeric", "rloo"]
+EVALUATIONS = ["generate_ifeval", "score_ifeval", "generate_gsm8k", "score_gsm8k"]
 
 
 def config_over_a_local_file(tmp_path: Path) -> dict:
@@ -22,11 +24,12 @@ def config_over_a_local_file(tmp_path: Path) -> dict:
 
 
 def fingerprints(user: dict) -> dict[tuple[str, str], str]:
-    """Of each step of a config, with two seeds of the main chain."""
+    """Of each step of a config, with two seeds of the main chain. `grpo` is trained with the reward model."""
+    user = merge(user, {"experiments": {"grpo": {"reward": {"rm": 0.5, "ifeval": 0.5}}}})
     plan = Plan(Config(user))
     steps = [("slice", name) for name in plan.config.data["data"]["slices"]] + [("base", "")]
-    steps += [(kind, run) for kind in ("train", "merge", "generate", "score") for run in SFT + DPO]
-    steps += [("generate", "base"), ("score", "base")]
+    steps += [(kind, run) for kind in ("train", "merge", *EVALUATIONS) for run in SFT + DPO + OTHERS]
+    steps += [(kind, "base") for kind in EVALUATIONS] + [("train", "rm"), ("eval_rm", "rm")]
     return {step: plan.fingerprint(*step) for step in steps}
 
 
@@ -35,16 +38,16 @@ def stale(before: dict, after: dict) -> set:
 
 
 def runs(*names):
-    return {(kind, name) for kind in ("train", "merge", "generate", "score") for name in names}
+    return {(kind, name) for kind in ("train", "merge", *EVALUATIONS) for name in names}
 
 
-def evals(*names):
-    return {(kind, name) for kind in ("generate", "score") for name in names}
+def evals(*kinds):
+    return {(kind, name) for kind in kinds for name in [*SFT, *DPO, *OTHERS, "base"]}
 
 
-ALL_RUNS = runs(*SFT, *DPO)
-SCORES = {("score", name) for name in [*SFT, *DPO, "base"]}
-EVALS = evals(*SFT, *DPO, "base")
-SLICES = {("slice", "sft"), ("slice", "pairs")}
+RM = {("train", "rm"), ("eval_rm", "rm")}
+ALL_RUNS = runs(*SFT, *DPO, *OTHERS) | RM
+EVALS = evals(*EVALUATIONS)
+SLICES = {("slice", name) for name in ("sft", "pairs", "rm_pairs", "instructions", "sums")}
 BELOW_BASE = {("base", "")} | SLICES | ALL_RUNS | EVALS
-EVERYTHING = BELOW_BASE | {("slice", "ifeval")}
+EVERYTHING = BELOW_BASE | {("slice", "ifeval"), ("slice", "sums_eval")}

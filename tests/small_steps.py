@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from workflow_scripts.core import artifacts, config
+from workflow_scripts.core.config import rewards
 from workflow_scripts.core.fingerprint import file_sha256
 from workflow_scripts.tiny import world
 
@@ -68,13 +69,36 @@ def pairs_slice(folder: Path, n: int = 40, name: str = "pairs") -> Path:
     return write_slice(folder, name, world.preference_rows(n, seed=1))
 
 
+def unpaired_slice(folder: Path, desirable: int, undesirable: int, heldout: int = 8, name: str = "unpaired") -> Path:
+    """Single answers with a label, to prompts of their own. The held-out rows come on top, half of them desirable."""
+    labels = [True] * desirable + [False] * undesirable + [True, False] * (heldout // 2)
+    pairs = world.preference_rows(len(labels), seed=1)
+    rows = [
+        {"prompt": pair["prompt"], "completion": pair["chosen" if label else "rejected"], "label": label}
+        for pair, label in zip(pairs, labels, strict=True)
+    ]
+    return write_slice(folder, name, rows, heldout)
+
+
+def instructions_slice(folder: Path, n: int = 40, name: str = "instructions") -> Path:
+    return write_slice(folder, name, world.eval_rows(n, seed=1, split="pairs"))
+
+
+def sums_slice(folder: Path, n: int = 40, name: str = "sums") -> Path:
+    rows = world.numeric_rows(n, seed=1, split="pairs")
+    turns = [{**row, "prompt": [{"role": "user", "content": row["prompt"]}], "final": str(row["final"])} for row in rows]
+    return write_slice(folder, name, turns)
+
+
 def train_config(experiment: str, **more) -> dict:
     """The config of a train step; keys that are not the step's own are fields of TRL's config."""
     body = CONFIG.experiments[experiment]
-    config = {"method": body["method"], "quantise": body["quantise"], "train": copy.deepcopy(body["train"])}
+    config = copy.deepcopy({key: value for key, value in body.items() if key not in ("start_from", "slice")})
     config |= {"lora": copy.deepcopy(LORA), "optim": "adamw_torch"}
+    if "reward" in body:
+        config["reward"] = rewards(body)
     for key, value in more.items():
-        (config if key in ("quantise", "lora", "optim") else config["train"])[key] = value
+        (config if key in config else config["train"])[key] = value
     if config["quantise"] != "none":
         config["quant"] = QUANT
     return config
@@ -136,10 +160,15 @@ def copy_base(base: Path, folder: Path, template: tuple[str, str] = ("", ""), **
     return write_manifest(folder / "manifest.json", "base", f"base of {folder.name}", names)
 
 
-def train(out: Path, experiment: str, start: Path, rows: Path, seed: int = 1, **more) -> artifacts.Artifact:
-    """Train an adapter of `experiment` into out/adapter."""
+def train(
+    out: Path, experiment: str, start: Path, rows: Path, seed: int = 1, models: dict[str, tuple[Path, Path]] | None = None, **more
+) -> artifacts.Artifact:
+    """Train an adapter of `experiment` into out/adapter. models: reward model's name -> manifests of (its start, its adapter)."""
     config = train_config(experiment, **more)
-    return run(job(f"train_{config['method']}", out / "adapter" / "manifest.json", {"start": start, "rows": rows}, config, seed))
+    parents = {"start": start, "rows": rows}
+    for name, (model_start, adapter) in (models or {}).items():
+        parents |= {f"start of {name}": model_start, f"reward {name}": adapter}
+    return run(job(f"train_{config['method']}", out / "adapter" / "manifest.json", parents, config, seed))
 
 
 def merge(out: Path, start: Path, adapter: Path, quantise: str = "nf4") -> artifacts.Artifact:

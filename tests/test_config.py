@@ -41,6 +41,15 @@ def mistakes(tmp_path):
 
 
 LORA = "one block for all methods.*Set the global `lora:` on top"
+TRL_CONFIGS = {
+    "sft": "SFTConfig",
+    "dpo": "DPOConfig",
+    "kto": "KTOConfig",
+    "rm": "RewardConfig",
+    "grpo": "GRPOConfig",
+    "rloo": "RLOOConfig",
+}
+
 MISTAKES = {
     # overlay: (key path, what the line says, remedy included)
     "experiments: {dpo: {lora: {r: 8}}}": ("experiments.dpo.lora.r", LORA),
@@ -70,10 +79,10 @@ MISTAKES = {
     "data: {slices: {ifeval: {kind: sftt}}}": ("data.slices.ifeval.kind", "expected one of sft, preference, unpaired, numeric"),
     # unknown keys, on each level
     "experimnts: {}": ("experimnts", "unknown key; known here: .*experiments"),
-    "experiments: {dpo: {betta: 0.2}}": ("experiments.dpo.betta", "unknown key; known here: extends, method"),
+    "experiments: {dpo: {betta: 0.2}}": ("experiments.dpo.betta", "unknown key; known here: class_weights, extends"),
     "experiments: {dpo: {train: {betta: 0.2}}}": ("experiments.dpo.train.betta", "unknown key for method dpo; .* beta,"),
     "methods: {dpo: {train: {betta: 0.2}}}": ("methods.dpo.train.betta", "unknown key; known here: .*beta"),
-    "methods: {ppo: {}}": ("methods.ppo", "unknown key; known here: dpo, sft"),
+    "methods: {ppo: {}}": ("methods.ppo", "unknown key; known here: dpo, grpo, kto, rloo, rm, sft"),
     "data: {slices: {sft: {heldot: 3}}}": ("data.slices.sft.heldot", "unknown key; known here: format, group_by, heldout, kind"),
     "data: {slices: {sft: {source: {tiny: {share: 1}}}}}": ("data.slices.sft.source.tiny.share", "here: follow, numeric, split"),
     "base: {scratch: {train: {lr: 1}}}": ("base.scratch.train.lr", "unknown key; known here: adamw_learning_rate"),
@@ -83,7 +92,7 @@ MISTAKES = {
     "experiments: {x: {extends: sft_v2, method: dpo, train: {packing: true}}}": ("experiments.x.train.packing", "for method dpo"),
     # references
     "experiments: {dpo: {start_from: nowhere}}": (
-        "experiments.dpo.start_from", "found 'nowhere', expected one of base, dpo, dpo_4bit, dpo_ipo, sft_v1, sft_v2"),
+        "experiments.dpo.start_from", "found 'nowhere', expected one of base, dpo, dpo_4bit, dpo_ipo, grpo"),
     "experiments: {dpo: {start_from: nowhere}, a: {extends: dpo}}": ("experiments.dpo.start_from", "found 'nowhere'"),
     "methods: {sft: {start_from: nowhere}}": ("methods.sft.start_from", "found 'nowhere'"),
     "experiments: {sft_v2: {start_from: dpo}}": ("experiments.sft_v2.start_from", "a loop: dpo -> sft_v2 -> dpo; one of"),
@@ -92,10 +101,12 @@ MISTAKES = {
     "experiments: {w: {extends: x}, x: {extends: y}, y: {extends: x}}": ("experiments.y.extends", "a loop: x -> y -> x"),
     "experiments: {x: {extends: nothing}}": ("experiments.x.extends", "found 'nothing', expected one of dpo"),
     "experiments: {x: {train: {}}}": ("experiments.x.method", "missing; name a method, or an experiment with `extends:`"),
-    "experiments: {x: {method: ppo}}": ("experiments.x.method", "found the string 'ppo', expected one of sft, dpo"),
-    "experiments: {x: {method: sft, slice: pairs}}": ("experiments.x.slice", "found 'pairs', expected a slice of kind sft: sft"),
-    "methods: {dpo: {slice: pears}}": ("methods.dpo.slice", "found 'pears', expected a slice of kind preference: pairs"),
-    "eval: {ifeval: {prompts: sft}}": ("eval.ifeval.prompts", "found 'sft', expected a slice of kind ifeval"),
+    "experiments: {x: {method: ppo}}": ("experiments.x.method", "found the string 'ppo', expected one of sft, dpo, kto"),
+    "experiments: {x: {method: sft, slice: pairs}}": (
+        "experiments.x.slice", "found 'pairs', expected a slice of kind sft to train on: sft"),
+    "methods: {dpo: {slice: pears}}": ("methods.dpo.slice", "found 'pears', expected a slice of kind preference to"),
+    "eval: {ifeval: {prompts: pairs}}": ("eval.ifeval.prompts", "found 'pairs', expected a slice of kind ifeval"),
+    "eval: {gsm8k: {prompts: instructions}}": ("eval.gsm8k.prompts", "found 'instructions', expected a slice of kind numeric"),
     # names
     "experiments: {Dpo: {method: dpo}}": ("experiments.Dpo", "not a name to use here: lower-case letters, digits and _"),
     "experiments: {dpo.seed2: {method: dpo}}": ("experiments.dpo.seed2", "not a name to use here"),
@@ -113,9 +124,11 @@ MISTAKES = {
     # formats, groups, several files, a hub
     slice_x("{path: a}, format: hh"): (X + "format", "found 'hh', expected one of messages, sharegpt, alpaca, gsm8k"),
     slice_x("{path: a}, group_by: messages"): (X + "group_by", "found 'messages', a key of this pipeline's own rows; rename it"),
-    "data: {slices: {sft: {format: alpaca}}}": ("data.slices.sft.format", "not for evaluation prompts or rows of the tiny world"),
-    "data: {slices: {ifeval: {group_by: key}}}": ("data.slices.ifeval.group_by", "not for evaluation prompts"),
-    "data: {slices: {sft: {kind: numeric}}}": ("data.slices.sft.kind", "one of sft, preference, ifeval for the tiny world"),
+    "data: {slices: {sft: {format: alpaca}}}": ("data.slices.sft.format", "not for rows of kind ifeval or of the tiny world"),
+    "data: {slices: {ifeval: {group_by: key}}}": ("data.slices.ifeval.group_by", "not for rows of kind ifeval"),
+    "data: {slices: {sft: {kind: unpaired}}}": ("data.slices.sft.kind", "one of sft, preference, numeric, ifeval for the tiny"),
+    "data: {slices: {sums: {source: {tiny: {split: sft}}}}}": (
+        "data.slices.sums.source.tiny.split", "found 'sft', expected pairs or eval or dev for kind numeric"),
     slice_x("{paths: []}"): (X + "source.paths", "expected a list of at least 1 entries"),
     slice_x("{paths: [a/b, c/b]}"): (X + "source.paths", "two files are called b, and row ids could not tell them apart"),
     slice_x(f"{{{HUB}}}"): (X + "source.revision", "missing; name the full commit .*, or set allow_unpinned: true"),
@@ -268,7 +281,7 @@ def test_a_shipped_config_loads_plans_and_has_numbers_of_the_right_type(path):
         train = body["train"]
         for key in ("learning_rate", "warmup_steps", "weight_decay", "max_grad_norm"):
             assert type(train[key]) in (int, float), (name, key)
-        for key in ("per_device_train_batch_size", "gradient_accumulation_steps", "max_length", "logging_steps"):
+        for key in ("per_device_train_batch_size", "gradient_accumulation_steps", "logging_steps"):
             assert type(train[key]) is int, (name, key)
         assert type(train["gradient_checkpointing"]) is bool
 
@@ -286,13 +299,15 @@ def test_a_named_config_does_not_see_the_default_one(tmp_path):
 def test_every_key_of_the_schema_is_a_field_of_the_trl_config_that_it_goes_to():
     import trl
 
-    for method, classes in {"sft": trl.SFTConfig, "dpo": trl.DPOConfig}.items():
-        fields = {field.name for field in dataclasses.fields(classes)}
-        keys = {key for part in ("train", f"train_{method}") for key in configs.SCHEMA["$defs"][part]["properties"]}
+    parts = {method: [f"train_{method}", "train_rollouts"][: 2 if method in ("grpo", "rloo") else 1] for method in TRL_CONFIGS}
+    for method, name in TRL_CONFIGS.items():
+        fields = {field.name for field in dataclasses.fields(getattr(trl, name))}
+        keys = {key for part in ("train", *parts[method]) for key in configs.SCHEMA["$defs"][part]["properties"]}
         assert keys <= fields, sorted(keys - fields)
-        assert {"learning_rate", "max_length", "loss_type"} <= keys
-    defs = {name.removeprefix("train_") for name in configs.SCHEMA["$defs"] if name.startswith("train_")}
-    assert defs == set(configs.SCHEMA["properties"]["methods"]["properties"]) == {"sft", "dpo"}
+        assert "learning_rate" in keys
+        required = configs.SCHEMA["$defs"][f"method_{method}"]["properties"]["train"]["allOf"]
+        assert {one["$ref"].rsplit("/", 1)[-1] for one in required} == {"train", *parts[method]}
+    assert set(TRL_CONFIGS) == set(configs.SCHEMA["properties"]["methods"]["properties"])
 
 
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.name)
@@ -306,10 +321,7 @@ def test_each_experiment_of_a_shipped_config_makes_its_real_trl_config(path, tmp
         step = plan.step("train", name) | {"device": "cpu", "precision": "fp32"}
         step["config"] = step["config"] | {"optim": "adamw_torch"}
         job = SimpleNamespace(step=step, config=step["config"], work=tmp_path, track="none", run=name)
-        more = {"disable_dropout": False} if step["config"]["method"] == "dpo" else {}
-        made = {"sft": trl.SFTConfig, "dpo": trl.DPOConfig}[step["config"]["method"]](
-            **training.arguments(job), **step["config"]["train"], **more
-        )
+        made = getattr(trl, TRL_CONFIGS[step["config"]["method"]])(**training.arguments(job), **step["config"]["train"])
         assert made.use_cpu and made.seed == made.data_seed == 1 and made.report_to == [] and not made.bf16
         for key, value in step["config"]["train"].items():
             given = getattr(made, key)

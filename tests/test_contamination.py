@@ -81,7 +81,7 @@ def slicer(tmp_path, monkeypatch):
         for i, line in enumerate((ROOT / "data/ifeval/input_data.jsonl").open(encoding="utf-8"), 1)
     ]
     text = "".join(json.dumps(row) + "\n" for row in rows).encode()
-    made.parent("prompts", made.results / "data/ifeval.manifest.json", "ifeval.jsonl", text)
+    made.parent("ifeval_prompts", made.results / "data/ifeval.manifest.json", "ifeval.jsonl", text)
     return made
 
 

@@ -12,9 +12,9 @@ import pytest
 from tests.conftest import Clone
 
 DPO = "results/ifeval_dpo.json"
-ALL = {"slice_data": 3, "make_base": 1, "train_sft": 1, "merge": 1, "train_dpo": 1, "generate": 1, "score_ifeval": 1}
-DPO_ALONE = {"train_dpo": 1, "generate": 1, "score_ifeval": 1}
-FROM_SFT = {"train_sft": 1, "merge": 1, "train_dpo": 1, "generate": 1, "score_ifeval": 1}
+ALL = {"slice_data": 4, "make_base": 1, "train_sft": 1, "merge": 1, "train_dpo": 1, "generate": 1, "score": 1}
+DPO_ALONE = {"train_dpo": 1, "generate": 1, "score": 1}
+FROM_SFT = {"train_sft": 1, "merge": 1, "train_dpo": 1, "generate": 1, "score": 1}
 
 
 def hashes(clone: Clone) -> dict[str, str]:
@@ -84,10 +84,11 @@ def test_times_in_any_order_change_nothing(clone):
         ("experiments: {dpo_ipo: {train: {beta: 0.2}}}", {}),
         ("methods: {sft: {train: {learning_rate: 1.0e-3}}}", FROM_SFT),
         ("lora: {r: 8}", FROM_SFT),
-        ("eval: {batch_size: 6}", {"generate": 1, "score_ifeval": 1}),
-        ("eval: {ifeval: {strip_think: true}}", {"score_ifeval": 1}),
+        ("eval: {batch_size: 6}", {"generate": 1, "score": 1}),
+        ("eval: {ifeval: {strip_think: true}}", {"score": 1}),
         ("data: {slices: {pairs: {rows: 60}}}", {"slice_data": 1, **DPO_ALONE}),
-        ("data: {slices: {ifeval: {rows: 20}}}", ALL),
+        ("data: {slices: {ifeval: {rows: 20}}}", {**ALL, "slice_data": 3}),
+        ("methods: {rm: {train: {learning_rate: 1.0e-4}}}", {}),
         ("base: {scratch: {train: {steps: 31}}}", {**ALL, "slice_data": 2}),
         ("threads: 2", {**ALL, "slice_data": 2}),
         ("track: tensorboard", {}),
@@ -105,8 +106,8 @@ def test_a_change_of_the_config_plans_what_it_decides_and_no_more(clone, change,
     [
         ("workflow_scripts/steps/train_sft.py", "trainer.train()", "trainer.train()\n    trainer.state.epoch = 1.0", FROM_SFT),
         ("workflow_scripts/steps/train_dpo.py", "trainer.train()", "trainer.train()\n    trainer.state.epoch = 1.0", DPO_ALONE),
-        ("workflow_scripts/steps/generate.py", "num_beams=1", "num_beams=2", {"generate": 1, "score_ifeval": 1}),
-        ("workflow_scripts/core/ifeval.py", "random.seed(seed)", "random.seed(str(seed))", {"score_ifeval": 1}),
+        ("workflow_scripts/steps/generate.py", "num_beams=1", "num_beams=2", {"generate": 1, "score": 1}),
+        ("workflow_scripts/core/ifeval.py", "random.seed(seed)", "random.seed(str(seed))", {"score": 1}),
         ("workflow_scripts/core/progress.py", "10.0", "20.0", {}),
         ("workflow_scripts/tiny/chat_template.jinja", "<|im_start|>", "<|im_start|> ", {**ALL, "slice_data": 2}),
         ("envs/requirements.lock", "trl==1.16.0", "trl==1.17.0", FROM_SFT),
@@ -199,7 +200,40 @@ def test_without_a_configfile_the_tiny_world_is_planned_and_a_named_config_does_
 def test_the_default_target_is_every_experiment_and_the_base(clone):
     jobs = clone.plan()
     assert jobs["train_dpo"] == 2 and jobs["train_sft"] == 1  # dpo_ipo, dpo_4bit; sft_v1: the others are there
-    assert jobs["score_ifeval"] == 3
+    assert {jobs[f"train_{method}"] for method in ("kto", "rm", "rloo")} == {1} and jobs["train_grpo"] == 2
+    assert jobs["score"] == 7 + 10  # IFEval of the runs that lack it, GSM8K of all
+    assert jobs["eval_rm"] == 1
+
+
+def test_grpo_needs_no_other_method_and_with_a_reward_model_only_that(fresh):
+    chain = {**ALL, "slice_data": 4, "train_grpo": 1}
+    del chain["train_dpo"]
+    assert fresh.plan("results/ifeval_grpo.json") == chain
+    configs = fresh.overlay("experiments: {grpo: {reward: {rm: 0.5, ifeval: 0.5}}}")
+    assert fresh.plan("results/ifeval_grpo.json", configs=configs) == {**chain, "slice_data": 5, "train_rm": 1}
+
+
+def test_each_method_makes_its_artifact_and_its_results(clone):
+    names = ("kto", "rm", "grpo", "grpo_numeric", "rloo")
+    configs = clone.overlay(
+        "experiments: {grpo: {reward: {rm: 0.5, ifeval: 0.5}, require_reward_above_chance: false}}"  # it learns nothing here
+    )
+    targets = [f"results/{task}_{name}.json" for name in names if name != "rm" for task in ("ifeval", "gsm8k")]
+    clone.snakemake("results/rm/rm_eval.json", *targets, configs=configs)
+    for name in names:
+        manifest = json.loads((clone.folder / f"results/{name}/adapter/manifest.json").read_text())
+        assert (
+            manifest["step"]["parents"]["start"]
+            == json.loads((clone.folder / "results/sft_v2/merged/manifest.json").read_text())["fingerprint"]
+        )
+        assert set(manifest["objective"]["before"]) == set(manifest["objective"]["after"]), name
+    report = json.loads((clone.folder / "results/rm/rm_eval.json").read_text())
+    rm = json.loads((clone.folder / "results/rm/adapter/manifest.json").read_text())
+    assert report["accuracy"] == pytest.approx(rm["objective"]["after"]["accuracy"], abs=1e-6)
+    assert json.loads((clone.folder / "results/gsm8k_kto.json").read_text())["n_prompts"] == 20
+    assert clone.plan(*targets, "results/rm/rm_eval.json", configs=configs) == {}
+    weak = clone.snakemake("results/ifeval_grpo.json", configs=clone.overlay("experiments: {grpo: {reward: rm}}"), check=False)
+    assert weak.returncode == 1 and "not above chance" in weak.stderr
 
 
 def test_a_failing_step_leaves_nothing_half_written_and_says_why(clone):

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.planned import ALL_RUNS, DPO, EVALS, EVERYTHING, SCORES, SLICES, config_over_a_local_file, fingerprints, runs, stale
+from tests.planned import ALL_RUNS, DPO, EVALS, EVERYTHING, RM, SLICES, config_over_a_local_file, evals, fingerprints, runs, stale
 from workflow_scripts.core import fingerprint
 from workflow_scripts.core.config import Config
 from workflow_scripts.core.messages import InputError
@@ -67,12 +67,19 @@ def user(tmp_path):
     return config_over_a_local_file(tmp_path)
 
 
+SCORES = evals("score_ifeval")
+ROLLOUTS = runs("grpo", "grpo_numeric", "rloo")  # trained with lm-eval's checkers and with answers that are numbers
+
 CODE_EDITS = [
     ("steps/train_dpo.py", "trainer.train()", "trainer.train(None)", runs(*DPO)),
     ("steps/train_sft.py", "trainer.train()", "trainer.train(None)", ALL_RUNS),
     ("steps/generate.py", "num_beams=1", "num_beams=2", EVALS),
     ("steps/score_ifeval.py", '"strip_think"]', '"strip_think" + ""]', SCORES),
-    ("core/ifeval.py", "random.seed(seed)", "random.seed(str(seed))", SCORES),
+    ("steps/score_gsm8k.py", '"strip_think"]', '"strip_think" + ""]', evals("score_gsm8k")),
+    ("steps/train_rm.py", "trainer.train()", "trainer.train(None)", RM | runs("grpo")),
+    ("rl/rewards.py", "import json\n", "import json\n\nX = 1\n", ROLLOUTS),
+    ("rl/reward_model.py", "logaddexp(0, -margins)", "logaddexp(0.0, -margins)", RM | ROLLOUTS),
+    ("core/ifeval.py", "random.seed(seed)", "random.seed(str(seed))", SCORES | ROLLOUTS),
     ("core/training.py", "import math\n", "import math\n\nX = 1\n", ALL_RUNS),
     ("core/slicing.py", "text.lower()", "text.casefold()", EVERYTHING),
     ("core/formats.py", '"gpt": "assistant"', '"gpt": "user"', EVERYTHING),
@@ -105,8 +112,8 @@ def test_the_tiny_worlds_modules_count_only_where_the_source_is_the_tiny_world(t
 
 LOCK_EDITS = [
     ("trl==1.16.0", "trl==1.17.0", ALL_RUNS),
-    ("lm_eval==0.4.13", "lm_eval==0.4.14", SCORES),
-    ("langdetect==1.0.9", "langdetect==1.0.10", SCORES),
+    ("lm_eval==0.4.13", "lm_eval==0.4.14", SCORES | ROLLOUTS),
+    ("langdetect==1.0.9", "langdetect==1.0.10", SCORES | ROLLOUTS),
     ("torch==2.13.0", "torch==2.13.1", EVERYTHING),
     ("torch==2.13.0", "torch==2.13.0+cpu", set()),
     ("pytest==", "pytest==1", set()),
@@ -283,7 +290,7 @@ def test_the_same_config_gives_the_same_steps_whatever_the_hash_seed():
     program = (
         "import hashlib; from workflow_scripts.core import config, plan; p = plan.Plan(config.load('config/config.yaml')); "
         "print([hashlib.sha256(t.encode()).hexdigest() for t in (p.base(), p.slice('sft'), p.train('dpo'), p.merge('dpo'), "
-        "p.score('dpo_ipo.seed3'), p.generate('base'))])"
+        "p.score('ifeval', 'dpo_ipo.seed3'), p.generate('gsm8k', 'base'))])"
     )
     texts = {
         subprocess.run(

@@ -11,9 +11,10 @@ from tests.planned import (
     DPO,
     EVALS,
     EVERYTHING,
-    SCORES,
+    RM,
     SLICES,
     config_over_a_local_file,
+    evals,
     fingerprints,
     runs,
     stale,
@@ -28,6 +29,8 @@ def user(tmp_path):
     return config_over_a_local_file(tmp_path)
 
 
+PAIRS = {("slice", "pairs")} | runs(*DPO, "kto")  # what trains on the pairs; the reward model has its own
+
 EDITS = {
     "methods: {dpo: {train: {beta: 0.27}}}": runs(*DPO),
     "experiments: {dpo: {train: {beta: 0.27}}}": runs(*DPO),  # the other two extend it
@@ -40,14 +43,27 @@ EDITS = {
     "quant: {double: false}": ALL_RUNS,
     "eval: {batch_size: 51}": EVALS,
     "eval: {precision: bf16}": EVALS,
-    "eval: {ifeval: {max_new_tokens: 33}}": EVALS,
-    "eval: {ifeval: {strip_think: true}}": SCORES,
-    "data: {slices: {ifeval: {rows: 301}}}": EVERYTHING,
-    "data: {slices: {ifeval: {seed: 2}}}": EVERYTHING,
+    "eval: {ifeval: {max_new_tokens: 33}}": evals("generate_ifeval", "score_ifeval"),
+    "eval: {gsm8k: {max_new_tokens: 33}}": evals("generate_gsm8k", "score_gsm8k"),
+    "eval: {ifeval: {strip_think: true}}": evals("score_ifeval"),
+    "data: {slices: {ifeval: {rows: 301}}}": EVERYTHING - {("slice", "sums_eval")},
+    "data: {slices: {ifeval: {seed: 2}}}": EVERYTHING - {("slice", "sums_eval")},
+    "data: {slices: {sums_eval: {rows: 99}}}": {("slice", "sums_eval")}
+    | SLICES
+    | ALL_RUNS
+    | {("generate_gsm8k", "base"), ("score_gsm8k", "base")},
+    "methods: {kto: {train: {beta: 0.27}}}": runs("kto"),
+    "methods: {kto: {class_weights: {desirable: 1, undesirable: 2}}}": runs("kto"),
+    "methods: {rm: {train: {learning_rate: 1.1e-3}}}": RM | runs("grpo"),  # whose reward it is
+    "methods: {grpo: {train: {beta: 0.27}}}": runs("grpo", "grpo_numeric"),
+    "methods: {rloo: {train: {num_generations: 4}}}": runs("rloo"),
+    "experiments: {grpo_numeric: {require_reward_above_chance: false}}": runs("grpo_numeric"),
+    "data: {slices: {rm_pairs: {rows: 300}}}": {("slice", "rm_pairs")} | RM | runs("grpo"),
+    "data: {slices: {instructions: {rows: 300}}}": {("slice", "instructions")} | runs("grpo", "rloo"),
     "data: {slices: {sft: {rows: 2001}}}": {("slice", "sft")} | ALL_RUNS,
     "data: {slices: {sft: {heldout: 51}}}": {("slice", "sft")} | ALL_RUNS,
-    "data: {slices: {pairs: {rows: 11}}}": {("slice", "pairs")} | runs(*DPO),
-    "data: {slices: {pairs: {seed: 2}}}": {("slice", "pairs")} | runs(*DPO),
+    "data: {slices: {pairs: {rows: 11}}}": {("slice", "pairs")} | runs(*DPO, "kto"),
+    "data: {slices: {pairs: {seed: 2}}}": {("slice", "pairs")} | runs(*DPO, "kto"),
     "data: {max_drop: 0.5}": SLICES | ALL_RUNS,
     "data: {max_prompt_tokens: 91}": SLICES | ALL_RUNS,
     "data: {decontaminate: {rule: ngram}}": SLICES | ALL_RUNS,
@@ -102,7 +118,7 @@ def test_a_row_inside_the_selection_makes_what_trains_on_it_stale_and_a_row_outs
     before, path = fingerprints(user), tmp_path / "mine.jsonl"
     lines, taken = path.read_text().splitlines(), selected(user)
     inside, outside = min(taken), min(set(range(1, 21)) - taken)
-    for number, expected in ((outside, set()), (inside, {("slice", "pairs")} | runs(*DPO))):
+    for number, expected in ((outside, set()), (inside, PAIRS)):
         changed = list(lines)
         changed[number - 1] = changed[number - 1].replace("good", "better")
         path.write_text("\n".join(changed) + "\n")
@@ -129,7 +145,7 @@ def test_the_cache_of_contents_is_used_and_a_broken_one_is_no_harm(user, tmp_pat
     cache = tmp_path / "results/.work/content_cache.json"
     (key,) = json.loads(cache.read_text())
     cache.write_text(json.dumps({key: "another hash"}))
-    assert stale(before, fingerprints(user)) == {("slice", "pairs")} | runs(*DPO)
+    assert stale(before, fingerprints(user)) == PAIRS
     for broken in ("[1]", "{", ""):
         cache.write_text(broken)
         assert fingerprints(user) == before
@@ -160,7 +176,7 @@ def test_a_slice_of_several_files_has_them_as_inputs_and_is_stale_only_by_the_ro
         changed[i] = changed[i].replace("good", "better")
         (tmp_path / "more.jsonl").write_text("\n".join(changed) + "\n")
         found = stale(before, fingerprints(user))
-        assert found in (set(), {("slice", "pairs")} | runs(*DPO))
+        assert found in (set(), PAIRS)
         hits += bool(found)
     import random
 
@@ -177,7 +193,7 @@ def test_a_hub_slice_is_planned_without_a_network_by_name_revision_and_split(use
     assert "datasets" in step["packages"] and "datasets" not in plan.step("slice", "sft")["packages"]
     before = fingerprints(user)
     other = merge(user, {"data": {"slices": {"pairs": {"source": {"revision": "1" * 40}}}}})
-    assert stale(before, fingerprints(other)) == {("slice", "pairs")} | runs(*DPO)
+    assert stale(before, fingerprints(other)) == PAIRS
     del source["revision"]
     unpinned = Plan(Config(user | {"allow_unpinned": True})).step("slice", "pairs")
     assert "revision" not in unpinned["config"]["source"] and unpinned["external"]["revision"] is None

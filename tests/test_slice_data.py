@@ -45,7 +45,7 @@ class Slicer:
         self.folder, self.results = folder, folder / "results"
         self.parents = {}
         prompts = [{"key": 1, "prompt": QUESTION, "instruction_id_list": ["x"], "kwargs": [{}], "id": "p:1"}]
-        self.parent("prompts", self.results / "data/ifeval.manifest.json", "ifeval.jsonl", lines(prompts))
+        self.parent("ifeval_prompts", self.results / "data/ifeval.manifest.json", "ifeval.jsonl", lines(prompts))
         self.parent("base", self.results / "base/manifest.json", "config.json", b"{}")
 
     def parent(self, role: str, manifest: Path, name: str, data: bytes) -> None:

@@ -25,7 +25,16 @@ SCHEMA_FILE = ROOT / "config" / "schema.yaml"
 RUN_NAME = re.compile(r"(?P<experiment>[a-z][a-z0-9_]{0,40})(\.seed(?P<seed>[0-9]+))?")
 CONSTANT_BLOCKS = ("lora", "quant")
 # Kind of a slice -> (the tiny world's splits for it, the keys that stand beside `split`).
-TINY_SOURCES = {"sft": (("sft",), {"follow", "numeric"}), "preference": (("pairs",), set()), "ifeval": (("eval", "dev"), set())}
+TINY_SOURCES = {
+    "sft": (("sft",), {"follow", "numeric"}),
+    "preference": (("pairs",), set()),
+    "numeric": (("pairs", "eval", "dev"), set()),
+    "ifeval": (("pairs", "eval", "dev"), set()),
+}
+# Method -> kinds of the slices that it trains on. Methods with a reward take what their rewards need (`slice_kinds`).
+SLICE_KINDS = {"sft": ("sft",), "dpo": ("preference",), "kto": ("preference", "unpaired"), "rm": ("preference",)}
+EVALUATED = {"ifeval": "ifeval", "gsm8k": "numeric"}  # task -> the kind of the slice that its prompts are
+VERIFIERS = ("ifeval", "numeric")  # rewards that are functions; each needs the fields of the slice kind of its name
 
 
 class _StrictLoader(yaml.SafeLoader):
@@ -245,32 +254,71 @@ class Config:
     def _check_references(self) -> None:
         self._check_base()
         slices = self.data["data"]["slices"]
+        for task, slice_name in self.evaluations.items():
+            if slices.get(slice_name, {}).get("kind") != (kind := EVALUATED[task]):
+                raise self.fail(["eval", task, "prompts"], f"found {slice_name!r}, expected a slice of kind {kind}")
+            for key in ("heldout", "max_prompt_tokens"):
+                if key in slices[slice_name]:
+                    problem = "the prompts of an evaluation are taken as they are and are all held out; leave the key out"
+                    raise self.fail(["data", "slices", slice_name, key], problem)
         for name, body in slices.items():
             self._check_slice(name, body)
         for name, body in self.experiments.items():
             self._follow(name, "start_from", self._start)
-            kind, chosen = self.slice_kind(body["method"]), body["slice"]
-            fitting = ", ".join(sorted(key for key in slices if slices[key]["kind"] == kind))
-            if slices.get(chosen, {}).get("kind") != kind:
-                problem = f"found {chosen!r}, expected a slice of kind {kind}: {fitting or 'there is none yet'}"
+            self._check_start(name, body)
+            self._check_reward(name, body)
+            kinds, chosen = self.slice_kinds(body), body["slice"]
+            fitting = ", ".join(sorted(key for key in slices if self.trains_on(key) and slices[key]["kind"] in kinds))
+            if chosen not in slices or not self.trains_on(chosen) or slices[chosen]["kind"] not in kinds:
+                problem = f"found {chosen!r}, expected a slice of kind {' or '.join(kinds)} to train on: "
+                problem += fitting or "there is none yet"
                 raise self.fail(self._place(name, ["slice"]), problem)
-        prompts = self.data["eval"]["ifeval"]["prompts"]
-        if slices.get(prompts, {}).get("kind") != "ifeval":
-            raise self.fail(["eval", "ifeval", "prompts"], f"found {prompts!r}, expected a slice of kind ifeval")
+
+    def _check_start(self, name: str, body: dict) -> None:
+        start = self._start(name)
+        if start is not None and self.experiments[start]["method"] == "rm":
+            problem = f"found {start!r}, a reward model: it scores answers and writes none; start from another experiment"
+            raise self.fail(self._place(name, ["start_from"]), problem)
+
+    def _check_reward(self, name: str, body: dict) -> None:
+        """The rewards of an experiment are verifiers or reward models, and none of them is made from the experiment itself."""
+        place = self._place(name, ["reward"])
+        for reward in rewards(body):
+            if reward in VERIFIERS:
+                continue
+            models = ", ".join(one for one, other in self.experiments.items() if other["method"] == "rm")
+            known = f"expected {', '.join(VERIFIERS)} or a reward model's experiment: {models or 'there is none yet'}"
+            if reward not in self.experiments:
+                raise self.fail(place, f"found {reward!r}, {known}")
+            if (method := self.experiments[reward]["method"]) != "rm":
+                raise self.fail(place, f"found {reward!r}, an experiment of method {method}, which is no reward model; {known}")
+            if name in (chain := self._made_from(reward)):
+                loop = " -> ".join([name, *chain[: chain.index(name) + 1]])
+                raise self.fail(place, f"a loop: {loop}; the reward model must start elsewhere")
+
+    def _made_from(self, name: str) -> list[str]:
+        """`name` and every experiment that it is made from, by `start_from` and `reward`; each once, so that loops end."""
+        found: list[str] = []
+        todo = [name]
+        while todo:
+            one = todo.pop()
+            if one in self.experiments and one not in found:
+                found.append(one)
+                body = self.experiments[one]
+                todo += [body["start_from"], *(reward for reward in rewards(body) if reward not in VERIFIERS)]
+        return found
 
     def _check_slice(self, name: str, body: dict) -> None:
         """What a slice's kind asks of its other keys."""
         path, kind = ["data", "slices", name], body["kind"]
-        if kind == "ifeval":
-            if "heldout" in body:
-                raise self.fail([*path, "heldout"], "a slice of kind ifeval is all held out; leave the key out")
-            if "max_prompt_tokens" in body:
-                raise self.fail([*path, "max_prompt_tokens"], "evaluation prompts are taken as they are; leave the key out")
-        elif "heldout" not in body:
-            raise self.fail([*path, "heldout"], "missing; rows kept from training show whether a method trained at all")
-        elif not 1 <= body["heldout"] < body["rows"]:
-            problem = f"found {body['heldout']}, expected at least 1 and below rows ({body['rows']}); these rows show whether a "
-            raise self.fail([*path, "heldout"], problem + "method trained at all")
+        if self.trains_on(name):
+            if "heldout" not in body:
+                raise self.fail([*path, "heldout"], "missing; rows kept from training show whether a method trained at all")
+            if not 1 <= body["heldout"] < body["rows"]:
+                problem = (
+                    f"found {body['heldout']}, expected at least 1 and below rows ({body['rows']}); these rows show whether a "
+                )
+                raise self.fail([*path, "heldout"], problem + "method trained at all")
         self._check_rows(path, body)
         if "tiny" in body["source"]:
             if kind not in TINY_SOURCES:
@@ -288,7 +336,7 @@ class Config:
         kind, source = body["kind"], body["source"]
         for key in ("format", "group_by"):
             if key in body and (kind == "ifeval" or "tiny" in source):
-                raise self.fail([*path, key], "not for evaluation prompts or rows of the tiny world; leave it out")
+                raise self.fail([*path, key], "not for rows of kind ifeval or of the tiny world; leave it out")
         if "format" in body and body["format"] not in formats.names(kind):
             known = ", ".join(formats.names(kind))
             raise self.fail([*path, "format"], f"found {body['format']!r}, expected one of {known} for kind {kind}")
@@ -303,9 +351,23 @@ class Config:
             problem = "missing; name the full commit (40 hexadecimal digits), or set allow_unpinned: true and let the rows be "
             raise self.fail([*path, "source", "revision"], problem + "whatever the hub holds that day")
 
+    @property
+    def evaluations(self) -> dict[str, str]:
+        """Task -> the slice of its prompts, for the tasks that the config evaluates: ifeval always, gsm8k where it is named."""
+        return {task: self.data["eval"][task]["prompts"] for task in EVALUATED if task in self.data["eval"]}
+
+    def trains_on(self, slice_name: str) -> bool:
+        """False for prompts that are only answered and scored: taken whole, without `heldout`."""
+        body = self.data["data"]["slices"][slice_name]
+        return "heldout" in body or body["kind"] not in EVALUATED.values()
+
     @staticmethod
-    def slice_kind(method: str) -> str:
-        return {"sft": "sft", "dpo": "preference"}[method]
+    def slice_kinds(body: dict) -> tuple[str, ...]:
+        """The kinds of slices that a resolved experiment can train on. A verifier needs its own; a reward model only prompts."""
+        if "reward" not in body:
+            return SLICE_KINDS[body["method"]]
+        needed = tuple(reward for reward in rewards(body) if reward in VERIFIERS)
+        return needed or ("preference", "unpaired", "numeric", "ifeval")
 
     def run(self, name: str) -> tuple[str, int]:
         """(experiment, seed) of a run's name, such as `dpo` (seed 1) or `dpo.seed2`. InputError if there is none."""
@@ -315,6 +377,12 @@ class Config:
         if match["seed"] is not None and (int(match["seed"]) < 2 or match["seed"].startswith("0")):
             raise InputError(f"{name}: {match['experiment']} without a suffix is seed 1; suffixes start at .seed2")
         return match["experiment"], int(match["seed"] or 1)
+
+
+def rewards(body: dict) -> dict[str, float]:
+    """Reward -> weight of a resolved experiment: `reward: numeric` is a weight of 1; none for a method without a reward."""
+    reward = body.get("reward", {})
+    return {reward: 1.0} if isinstance(reward, str) else dict(sorted(reward.items()))
 
 
 def run_name(experiment: str, seed: int) -> str:

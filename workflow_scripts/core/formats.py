@@ -275,6 +275,14 @@ def _from_gsm8k(row: dict, kind: str, place: str) -> dict:
     return {"prompt": prompt, "answer": answer, "final": final[1].replace(",", "")}
 
 
+def _from_numeric(row: dict, kind: str, place: str) -> dict:
+    final = row["final"]
+    if isinstance(final, bool) or not GSM8K_FINAL.fullmatch(f"#### {final}"):
+        raise InputError(f"{place}: expected a number under final, found {_show(final)}")
+    prompt = _text_or_turns(row, "prompt", "user", place)
+    return {"prompt": prompt, "answer": _text(row, "answer", place), "final": str(final).replace(",", "")}
+
+
 PAIR = ("chosen", "rejected")
 FORMATS = (
     Format("messages", ("messages",), ("sft",), _from_messages),
@@ -287,4 +295,5 @@ FORMATS = (
     Format("hh", PAIR, ("preference",), _from_hh),
     Format("kto", ("prompt", "completion", "label"), ("unpaired",), _from_kto),
     Format("gsm8k", ("question", "answer"), ("numeric", "sft"), _from_gsm8k),
+    Format("numeric", ("prompt", "answer", "final"), ("numeric",), _from_numeric),
 )

@@ -16,13 +16,18 @@ from workflow_scripts.core.chat import tokenizer_of
 from workflow_scripts.core.device import DTYPES
 from workflow_scripts.core.messages import InputError
 
+HEAD = "score"  # of a reward model: hidden size -> 1, trained in fp32 and saved with the adapter
 
-def load(start: Artifact, work: Path, device: str, dtype: str, quant: dict | None = None) -> Any:
+
+def load(start: Artifact, work: Path, device: str, dtype: str, quant: dict | None = None, reward: bool = False) -> Any:
     """The causal LM of a base or merged artifact, in `dtype`, or in 4-bit NF4 if `quant` is given (computing in `dtype`).
 
+    `reward`: the same backbone with a head `score` of one number (not in 4-bit) instead of the LM head.
     A merge whose weights were deleted is rebuilt first. The weights are checked against the manifest.
     """
-    from transformers import AutoModelForCausalLM
+    import logging
+
+    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
     if start.data["kind"] == "merged":
         ensure_merged(start, work)
@@ -43,7 +48,13 @@ def load(start: Artifact, work: Path, device: str, dtype: str, quant: dict | Non
             bnb_4bit_compute_dtype=DTYPES[dtype],
         )
         options["device_map"] = {"": device}
-    model: Any = AutoModelForCausalLM.from_pretrained(start.folder, **options)
+    if reward:
+        options["num_labels"] = 1
+        logging.getLogger("transformers.modeling_utils").setLevel(logging.ERROR)  # "newly initialized: score", as it should be
+    auto = AutoModelForSequenceClassification if reward else AutoModelForCausalLM
+    model: Any = auto.from_pretrained(start.folder, **options)
+    if reward:
+        model.config.get_text_config().pad_token_id = tokenizer_of(start).pad_token_id  # the reward is read before the padding
     if quant is None:
         model = model.to(device)
     else:
@@ -59,8 +70,11 @@ def keep_trainable_on_cpu(model: Any) -> None:
             module.support_avx512bf16_for_cpu = False
 
 
-def lora(block: dict, model: Any, task: str = "CAUSAL_LM") -> Any:
-    """The constant block as a peft LoraConfig. InputError, with the model's linear layers, if a target module is missing."""
+def lora(block: dict, model: Any, reward: bool = False) -> Any:
+    """The constant block as a peft LoraConfig, with the head beside it for a `reward` model.
+
+    InputError, with the model's linear layers, if a target module is missing.
+    """
     from peft import LoraConfig
 
     linear = {name.rsplit(".", 1)[-1] for name, module in model.named_modules() if "Linear" in type(module).__name__}
@@ -71,7 +85,8 @@ def lora(block: dict, model: Any, task: str = "CAUSAL_LM") -> Any:
         )
     return LoraConfig(
         r=block["r"], lora_alpha=block["alpha"], lora_dropout=block["dropout"], bias=block["bias"],
-        target_modules=list(block["target_modules"]), task_type=task,
+        target_modules=list(block["target_modules"]), task_type="SEQ_CLS" if reward else "CAUSAL_LM",
+        modules_to_save=[HEAD] if reward else None,
     )  # fmt: skip
 
 
@@ -91,6 +106,9 @@ def settle_adapter(trainer: Any, seed: int) -> None:
     for module in trainer.model.modules():
         if isinstance(module, LoraLayer):
             module.reset_lora_parameters("default", init_lora_weights=True)
+    for name, parameter in trainer.model.named_parameters():
+        if parameter.requires_grad and f".{HEAD}." in name:
+            parameter.data.normal_(std=trainer.model.config.initializer_range)
     set_seed(seed)
 
 
@@ -103,7 +121,7 @@ def check_trainer(trainer: Any, block: dict, optim: str, dropout: bool = True) -
 
     trainable = {name: p for name, p in trainer.model.named_parameters() if p.requires_grad}
     assert trainable, "nothing is trainable"
-    stray = [name for name in trainable if "lora_" not in name]
+    stray = [name for name in trainable if "lora_" not in name and f".{HEAD}." not in name]
     assert not stray, f"trainable outside the LoRA block: {stray[:3]}"
     wrong = [name for name, p in trainable.items() if p.dtype != torch.float32]
     assert not wrong, f"adapter weights that are not fp32: {wrong[:3]}"

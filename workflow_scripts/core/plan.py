@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from workflow_scripts.core import fingerprint, slicing, sources
-from workflow_scripts.core.config import Config, run_name
+from workflow_scripts.core.config import VERIFIERS, Config, rewards, run_name
 from workflow_scripts.core.messages import InputError
 
 STEPS = "workflow_scripts.steps."
@@ -53,11 +53,31 @@ class Plan:
             return self.base_inputs()
         return [f"{self.results}/{start}/merged/manifest.json", *self.start_inputs(start), *self.adapter_inputs(start)]
 
+    def train_inputs(self, run: str) -> list[str]:
+        """Files that a run's training reads: the model that it starts from, its rows, and its reward models with their starts."""
+        files = self.start_inputs(run) + self.slice_inputs(self.experiment(run)["slice"])
+        for model in self.reward_models(run):
+            files += self.start_inputs(model) + self.adapter_inputs(model)
+        return list(dict.fromkeys(files))
+
     # -- the graph --------------------------------------------------------------------------------------------------
 
     @cached_property
     def prompts_slice(self) -> str:
         return self.config.data["eval"]["ifeval"]["prompts"]
+
+    def is_reward_model(self, run: str) -> bool:
+        return run != "base" and self.experiment(run)["method"] == "rm"
+
+    def reward_models(self, run: str) -> list[str]:
+        """The runs of the reward models that `run` is trained with, of the same seed."""
+        return [run_name(name, self.config.run(run)[1]) for name in rewards(self.experiment(run)) if name not in VERIFIERS]
+
+    def results_of(self, run: str) -> list[str]:
+        """The files that tell how good a run is: its scores, or for a reward model how well it tells answers apart."""
+        if self.is_reward_model(run):
+            return [f"{self.results}/{run}/rm_eval.json"]
+        return [f"{self.results}/{task}_{run}.json" for task in self.config.evaluations]
 
     def experiment(self, run: str) -> dict:
         return self.config.experiments[self.config.run(run)[0]]
@@ -88,18 +108,22 @@ class Plan:
     def merge(self, run: str) -> str:
         return self._text("merge", run)
 
-    def generate(self, run: str) -> str:
-        return self._text("generate", run)
+    def generate(self, task: str, run: str) -> str:
+        return self._text(f"generate_{task}", run)
 
-    def score(self, run: str) -> str:
-        return self._text("score", run)
+    def score(self, task: str, run: str) -> str:
+        return self._text(f"score_{task}", run)
+
+    def eval_rm(self, run: str) -> str:
+        return self._text("eval_rm", run)
 
     def check(self) -> None:
         """Resolve every step of the config once (seed 1), so that what can't be planned is said at once."""
         for name in self.config.data["data"]["slices"]:
             self.step("slice", name)
         for name in self.config.experiments:
-            self.step("score", name)
+            for kind in ["eval_rm"] if self.is_reward_model(name) else [f"score_{task}" for task in self.config.evaluations]:
+                self.step(kind, name)
 
     def _text(self, kind: str, name: str) -> str:
         return fingerprint.canonical(self.step(kind, name))
@@ -113,7 +137,11 @@ class Plan:
     def step(self, kind: str, name: str = "") -> dict:
         key = (kind, name)
         if key not in self._steps:
-            self._steps[key] = getattr(self, f"_{kind}_step")(*([name] if name else []))
+            verb, _, task = kind.partition("_")
+            if verb in ("generate", "score"):
+                self._steps[key] = getattr(self, f"_{verb}_step")(task, name)
+            else:
+                self._steps[key] = getattr(self, f"_{kind}_step")(*([name] if name else []))
         return self._steps[key]
 
     def _step(self, module: str, config: dict, parents: dict[str, str], tiny: bool = False, **more) -> dict:
@@ -138,9 +166,10 @@ class Plan:
         body = data["slices"][name]
         config: dict = dict(body)
         parents, more = {}, {}
-        if body["kind"] != "ifeval":  # evaluation prompts are taken as they are: nothing is dropped or held out
+        if self.config.trains_on(name):  # evaluation prompts are taken as they are: nothing is dropped or held out
             config |= {key: body.get(key, data[key]) for key in ("max_drop", "max_prompt_tokens", "decontaminate")}
-            parents = {"prompts": self.fingerprint("slice", self.prompts_slice), "base": self.fingerprint("base", "")}
+            parents = {f"{task}_prompts": self.fingerprint("slice", prompts) for task, prompts in self.config.evaluations.items()}
+            parents["base"] = self.fingerprint("base", "")
         source = body["source"]
         if files := self.source_files(name):
             bare = [file.rsplit("/", 1)[-1] for file in files]
@@ -214,12 +243,20 @@ class Plan:
 
     def _train_step(self, run: str) -> dict:
         body = self.experiment(run)
-        config = {key: body[key] for key in ("method", "quantise", "train")}
+        config = {key: value for key, value in body.items() if key not in ("start_from", "slice")}
         config["lora"] = self.config.data["lora"]
         if body["quantise"] != "none":
             config["quant"] = self.config.data["quant"]
         config["optim"] = "paged_adamw_32bit" if self.config.data["device"] == "cuda" else "adamw_torch"
         parents = {"start": self._start_fingerprint(run), "rows": self.fingerprint("slice", body["slice"])}
+        if "reward" in body:
+            config["reward"] = rewards(body)
+            for model in self.reward_models(run):
+                name = self.config.run(model)[0]
+                parents |= {
+                    f"reward {name}": self.fingerprint("train", model),
+                    f"start of {name}": self._start_fingerprint(model),
+                }
         return self._step(f"train_{body['method']}", config, parents, seed=self.config.run(run)[1], **self._machine())
 
     def _merge_step(self, run: str) -> dict:
@@ -228,20 +265,33 @@ class Plan:
         parents = {"start": self._start_fingerprint(run), "adapter": self.fingerprint("train", run)}
         return self._step("merge", config, parents, **self._machine())
 
-    def _generate_step(self, run: str) -> dict:
+    def _generate_step(self, task: str, run: str) -> dict:
         evaluation = self.config.data["eval"]
-        config = {"batch_size": evaluation["batch_size"], "max_new_tokens": evaluation["ifeval"]["max_new_tokens"]}
-        parents = {"prompts": self.fingerprint("slice", self.prompts_slice)}
+        config = {"batch_size": evaluation["batch_size"], "max_new_tokens": evaluation[task]["max_new_tokens"]}
+        parents = {"prompts": self.fingerprint("slice", self.config.evaluations[task])}
         if run == "base":
             parents["start"] = self.fingerprint("base", "")
         else:
             parents |= {"start": self._start_fingerprint(run), "adapter": self.fingerprint("train", run)}
         return self._step("generate", config, parents, **self._machine() | {"precision": evaluation["precision"]})
 
-    def _score_step(self, run: str) -> dict:
-        config = {"strip_think": self.config.data["eval"]["ifeval"]["strip_think"]}
+    def _score_step(self, task: str, run: str) -> dict:
+        config = {"strip_think": self.config.data["eval"][task]["strip_think"]}
         parents = {
-            "prompts": self.fingerprint("slice", self.prompts_slice),
-            "responses": self.fingerprint("generate", run),
+            "prompts": self.fingerprint("slice", self.config.evaluations[task]),
+            "responses": self.fingerprint(f"generate_{task}", run),
         }
-        return self._step("score_ifeval", config, parents)
+        return self._step(f"score_{task}", config, parents)
+
+    def _eval_rm_step(self, run: str) -> dict:
+        body = self.experiment(run)
+        config = {"quantise": body["quantise"], "batch_size": body["train"]["per_device_eval_batch_size"]}
+        config["max_length"] = body["train"]["max_length"]
+        if body["quantise"] != "none":
+            config["quant"] = self.config.data["quant"]
+        parents = {
+            "start": self._start_fingerprint(run),
+            "adapter": self.fingerprint("train", run),
+            "rows": self.fingerprint("slice", body["slice"]),
+        }
+        return self._step("eval_rm", config, parents, **self._machine())

@@ -194,8 +194,10 @@ def candidates_hash(files: list[str], rows: int, seed: int, kind: str, group_by:
 
 
 def prompt_turns(row: dict) -> list[dict]:
-    """The turns before a row's last answer."""
-    return row["messages"][:-1] if "messages" in row else row["prompt"]
+    """The turns before a row's last answer. The prompts of IFEval's format are texts: one turn."""
+    if "messages" in row:
+        return row["messages"][:-1]
+    return [{"role": "user", "content": row["prompt"]}] if isinstance(row["prompt"], str) else row["prompt"]
 
 
 def answer_texts(row: dict) -> list[str]:

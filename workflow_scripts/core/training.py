@@ -12,7 +12,7 @@ from workflow_scripts.core.messages import InputError
 from workflow_scripts.core.progress import Progress
 
 # Measurements of time: they go to run.json, not into a manifest or a curve that two equal runs share.
-CLOCK = ("runtime", "per_second", "total_flos", "preparation_time")
+CLOCK = ("runtime", "per_second", "total_flos", "preparation_time", "step_time")
 
 
 def arguments(job: Job) -> dict[str, Any]:
@@ -40,51 +40,75 @@ def arguments(job: Job) -> dict[str, Any]:
 
 def rows_of(rows: Artifact, heldout: bool, fields: tuple[str, ...]) -> Any:
     """The rows of a slice as a data set: `fields` for the trainer, and `id`, which TRL carries along unread (`check_rows`)."""
-    from datasets import Dataset
+    return data_set([{key: row[key] for key in ("id", *fields)} for row in usable(rows, heldout)])
 
+
+def usable(rows: Artifact, heldout: bool) -> list[dict]:
+    """The rows of a slice that are trained on, or those kept from training. InputError if there are none."""
     found = rows.rows(heldout)
     if not found:
         which = "held-out rows; without them nothing shows whether the method trained" if heldout else "rows to train on"
         raise InputError(f"{rows.path}: has no {which}; change `rows` or `heldout` of this slice")
-    return Dataset.from_list([{key: row[key] for key in ("id", *fields)} for row in found])
+    return found
 
 
-def check_rows(trainer: Any, rows: Artifact) -> None:
-    """InputError if a row of the slice did not get into the trainer.
+def data_set(rows: list[dict]) -> Any:
+    from datasets import Dataset
+
+    return Dataset.from_list(rows)
+
+
+def check_rows(trainer: Any, given: tuple[Any, Any], rows: Artifact) -> None:
+    """InputError if a row that was given did not get into the trainer.
 
     TRL drops rows whose prompt alone fills `max_length` without a word; two experiments of one slice would then train on
     different rows.
     """
-    for dataset, heldout in ((trainer.train_dataset, False), (trainer.eval_dataset, True)):
+    for wanted, dataset in zip(given, (trainer.train_dataset, trainer.eval_dataset), strict=True):
         if "id" not in dataset.column_names:  # packed: the rows are joined, none is dropped
             continue
         kept = set(dataset["id"])
-        lost = [row["id"] for row in rows.rows(heldout) if row["id"] not in kept]
-        if lost:
+        if lost := [one for one in wanted["id"] if one not in kept]:
             raise InputError(
                 f"{rows.path}: row {lost[0]} and {len(lost) - 1} more have a prompt that alone fills train.max_length "
                 f"({trainer.args.max_length} tokens), so nothing is left to train on; raise it, or lower data.max_prompt_tokens"
             )
 
 
-def settle(trainer: Any, job: Job, tokenizer: Any, rows: Artifact, dropout: bool = True) -> dict:
+def settle(
+    trainer: Any, job: Job, tokenizer: Any, given: tuple[Any, Any], rows: Artifact, dropout: bool = True, mask: bool = True
+) -> dict:
     """Make a built trainer what the comparison needs, and assert it. Returns what was asserted, for the manifest.
 
-    Every row of the slice is there; each batch's loss mask is checked; the adapter is fp32 with the start of its seed; dropout
-    (off only where `dropout` says so), optimiser and precision are the declared ones. The log is left to `Watch`.
+    Every row of `given`, the data sets for training and for the held-out objective, is there; each batch's loss mask is
+    checked (`mask`: where a batch has one); the adapter is fp32 with the start of its seed; dropout (off only where `dropout`
+    says so), optimiser and precision are the declared ones. The log is left to `Watch`.
     """
     trainer.remove_callback(PrinterCallback)
-    check_rows(trainer, rows)
-    max_length = job.config["train"]["max_length"]
-    context = getattr(trainer.model.config, "max_position_embeddings", None)
-    if context is not None and max_length > context:
-        raise InputError(
-            f"methods.{job.config['method']}.train.max_length: found {max_length}, but the model's context is {context} tokens; "
-            "lower it (and data.max_prompt_tokens below it)"
-        )
-    trainer.data_collator = chat.MaskCheck(trainer.data_collator, chat.end_of_turn(tokenizer), max_length)
+    check_rows(trainer, given, rows)
+    check_context(trainer, job, tokenizer, given)
+    if mask:
+        trainer.data_collator = chat.MaskCheck(trainer.data_collator, chat.end_of_turn(tokenizer), trainer.args.max_length)
     models.settle_adapter(trainer, job.step["seed"])
     return models.check_trainer(trainer, job.config["lora"], job.config["optim"], dropout)
+
+
+def check_context(trainer: Any, job: Job, tokenizer: Any, given: tuple[Any, Any]) -> None:
+    """InputError if a sequence could be longer than the model's context. Rollouts: the longest prompt plus what is generated."""
+    context = getattr(trainer.model.config, "max_position_embeddings", None)
+    train, place = job.config["train"], f"methods.{job.config['method']}.train"
+    if "max_completion_length" in train:
+        prompts = [prompt for dataset in given for prompt in dataset["prompt"]]
+        longest = max(len(tokenizer.apply_chat_template(one, add_generation_prompt=True)["input_ids"]) for one in prompts)
+        needed, key = longest + train["max_completion_length"], "max_completion_length"
+        found = f"found {train[key]}, and the longest prompt has {longest} tokens"
+    else:
+        needed, key = train["max_length"], "max_length"
+        found = f"found {needed}"
+    if context is not None and needed > context:
+        raise InputError(
+            f"{place}.{key}: {found}, but the model's context is {context} tokens; lower it (and data.max_prompt_tokens below it)"
+        )
 
 
 class Watch(TrainerCallback):
@@ -103,7 +127,7 @@ class Watch(TrainerCallback):
             value = (logs or {}).get(key)
             if value is None:
                 continue
-            self.note = f"loss {value:.4f}"
+            self.note = f"reward {logs['reward']:.4f}" if logs and "reward" in logs else f"loss {value:.4f}"
             if not math.isfinite(value):
                 raise InputError(
                     f"{self.label}: {key} is {value} at step {state.global_step}; lower the learning rate, or check the data"

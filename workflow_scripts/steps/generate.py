@@ -17,8 +17,11 @@ from typing import Any
 from workflow_scripts.core import artifacts, cli
 
 
-def answer(model: Any, tokenizer: Any, prompts: list[str], batch_size: int, max_new_tokens: int, label: str) -> list[dict]:
-    """`response`, `tokens` (its count, the end of turn included) and `finish_reason` (stop or length), in the prompts' order."""
+def answer(model: Any, tokenizer: Any, prompts: list[list[dict]], batch_size: int, max_new_tokens: int, label: str) -> list[dict]:
+    """Answers to prompts, each a conversation that ends with a user's turn.
+
+    `response`, `tokens` (its count, the end of turn included) and `finish_reason` (stop or length), in the prompts' order.
+    """
     import torch
 
     from workflow_scripts.core import chat
@@ -26,10 +29,7 @@ def answer(model: Any, tokenizer: Any, prompts: list[str], batch_size: int, max_
 
     end = chat.end_of_turn(tokenizer)
     tokenizer.padding_side = "left"
-    texts = [
-        tokenizer.apply_chat_template([{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True)
-        for prompt in prompts
-    ]
+    texts = [tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True) for prompt in prompts]
     lengths = [len(ids) for ids in tokenizer(texts, add_special_tokens=False)["input_ids"]]
     order = sorted(range(len(texts)), key=lambda i: (-lengths[i], texts[i]))
     answers: list[dict] = [{} for _ in texts]
@@ -58,7 +58,7 @@ def answer(model: Any, tokenizer: Any, prompts: list[str], batch_size: int, max_
 
 
 def main(job: artifacts.Job) -> None:
-    from workflow_scripts.core import chat, device, models
+    from workflow_scripts.core import chat, device, models, slicing
     from workflow_scripts.core.jsonl import write_jsonl
 
     config, step, parents = job.config, job.step, job.parents()
@@ -69,7 +69,7 @@ def main(job: artifacts.Job) -> None:
     else:
         model = models.load(start, job.work, step["device"], step["precision"])
     answers = answer(
-        model.eval(), chat.tokenizer_of(start), [row["prompt"] for row in prompts], config["batch_size"],
+        model.eval(), chat.tokenizer_of(start), [slicing.prompt_turns(row) for row in prompts], config["batch_size"],
         config["max_new_tokens"], f"answers of {job.run}",
     )  # fmt: skip
     with artifacts.complete(job, "responses", parents) as draft:

@@ -37,25 +37,30 @@ def main(job: artifacts.Job) -> None:
     kind, group_by = config["kind"], config.get("group_by")
     source, candidates = read_candidates(job, parents)
     facts: dict = {}
+    evaluation = "heldout" not in config  # its rows are taken whole: nothing is dropped, cut or held out
     if kind == "ifeval":
         rows, dropped = prompts(candidates, source), Counter[str]()
     else:
-        from workflow_scripts.core import chat
-
         if group_by:
             check_groups(candidates, group_by)
         rows, dropped, facts["formats"] = clean(candidates, kind, config.get("format"), group_by)
-        check = slicing.Decontaminator((row["prompt"] for row in parents["prompts"].rows()), **config["decontaminate"])
+        rows = [row | {"key": row["id"]} for row in rows] if evaluation else rows
+    if not evaluation:
+        from workflow_scripts.core import chat
+
+        avoided = [slicing.prompt_of(row) for role, one in parents.items() if role.endswith("_prompts") for row in one.rows()]
+        check = slicing.Decontaminator(avoided, **config["decontaminate"])
         rows, more = filter_rows(rows, check, chat.tokenizer_of(parents["base"]), config["max_prompt_tokens"])
         dropped += more
     share = sum(dropped.values()) / len(candidates)
     reasons = ", ".join(f"{count} {reason}" for reason, count in sorted(dropped.items()))
-    if dropped and share > config["max_drop"]:
+    if dropped and share > (limit := config.get("max_drop", 0.0)):
+        rule = "data.max_drop = " if "max_drop" in config else "for evaluation prompts, which are taken whole, "
         raise InputError(
             f"{source}: {sum(dropped.values())} of {len(candidates)} rows ({share:.1%}) can't be used: {reasons}. The limit is "
-            f"data.max_drop = {config['max_drop']:.1%}; clean the source, or raise the limit"
+            f"{rule}{limit:.1%}; clean the source, or raise the limit"
         )
-    if kind != "ifeval":
+    if not evaluation:
         rows = hold_out(rows, config["heldout"], job.out, group_by)
     print(
         f"{job.out.stem}: kept {len(rows)} of {len(candidates)} rows" + (f", dropped {reasons}" if reasons else ""),
@@ -91,6 +96,8 @@ def read_candidates(job: artifacts.Job, parents: dict[str, artifacts.Artifact]) 
             rows = world.sft_rows(config["rows"], config["seed"], **options)
         elif config["kind"] == "preference":
             rows = world.preference_rows(config["rows"], config["seed"], **options)
+        elif config["kind"] == "numeric":
+            rows = world.numeric_rows(config["rows"], config["seed"], split)
         else:
             rows = world.eval_rows(config["rows"], config["seed"], split=split, **options)
         name = f"the tiny world's {split} split"
@@ -152,7 +159,7 @@ def parse(line: str, place: str) -> dict:
 
 
 def prompts(candidates: list[Source], source: str) -> list[dict]:
-    """Evaluation prompts, taken whole, each with a key of its own."""
+    """Prompts with instructions that can be verified, each with a key of its own."""
     rows: list[dict] = []
     for _, row_id, place, row in candidates:
         if missing := [field for field in IFEVAL if field not in row]:

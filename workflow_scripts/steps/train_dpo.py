@@ -32,17 +32,17 @@ def main(job: artifacts.Job) -> None:
     tokenizer = chat.tokenizer_of(start)
     model = models.load(start, job.work, step["device"], step["precision"], config.get("quant"))
 
-    fields = ("prompt", "chosen", "rejected")
+    given = tuple(training.rows_of(rows, heldout, fields=("prompt", "chosen", "rejected")) for heldout in (False, True))
     trainer = DPOTrainer(
         model=model,
         args=DPOConfig(**training.arguments(job), **config["train"], disable_dropout=False),
-        train_dataset=training.rows_of(rows, heldout=False, fields=fields),
-        eval_dataset=training.rows_of(rows, heldout=True, fields=fields),
+        train_dataset=given[0],
+        eval_dataset=given[1],
         processing_class=tokenizer,
         peft_config=models.lora(config["lora"], model),
         callbacks=[training.Watch(job.run)],
     )
-    facts: dict = {"constant": training.settle(trainer, job, tokenizer, rows)}
+    facts: dict = {"constant": training.settle(trainer, job, tokenizer, given, rows)}
 
     keys = {"loss": "loss", "accuracy": "rewards/accuracies", "margin": "rewards/margins"}
     before = training.objective(trainer, keys)

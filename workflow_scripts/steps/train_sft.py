@@ -27,16 +27,17 @@ def main(job: artifacts.Job) -> None:
     tokenizer = chat.tokenizer_of(start)
     model = models.load(start, job.work, step["device"], step["precision"], config.get("quant"))
 
+    given = tuple(training.rows_of(rows, heldout, fields=("messages",)) for heldout in (False, True))
     trainer = SFTTrainer(
         model=model,
         args=SFTConfig(**training.arguments(job), **config["train"]),
-        train_dataset=training.rows_of(rows, heldout=False, fields=("messages",)),
-        eval_dataset=training.rows_of(rows, heldout=True, fields=("messages",)),
+        train_dataset=given[0],
+        eval_dataset=given[1],
         processing_class=tokenizer,
         peft_config=models.lora(config["lora"], model),
         callbacks=[training.Watch(job.run)],
     )
-    facts: dict = {"constant": training.settle(trainer, job, tokenizer, rows)}
+    facts: dict = {"constant": training.settle(trainer, job, tokenizer, given, rows)}
 
     keys = {"loss": "loss", "token_accuracy": "mean_token_accuracy"}
     before = training.objective(trainer, keys)

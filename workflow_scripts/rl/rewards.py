@@ -1,0 +1,103 @@
+"""Rewards of the methods that sample answers: plain functions that TRL calls on each batch of completions.
+
+A reward is named in the config: `numeric` (1 if the final answer is the row's number, else 0), `ifeval` (the share of a
+prompt's instructions that the answer follows, by lm-eval's own checkers), or the experiment of a reward model. A mixture is
+their weighted sum. The verifiers need fields that only slices of their kind have, which is checked before training.
+"""
+
+import json
+from collections.abc import Callable
+from typing import Any
+
+from workflow_scripts.core import artifacts, ifeval, training
+from workflow_scripts.core.artifacts import Artifact, Job
+from workflow_scripts.core.messages import InputError
+from workflow_scripts.rl import reward_model, verifiers
+
+FIELDS = {"numeric": ("final",), "ifeval": ("instruction_id_list", "kwargs")}
+
+Reward = Callable[..., list[float | None]]  # (prompts, completions, **columns of the rows) -> one number for each completion
+
+
+def rows_of(rows: Artifact, heldout: bool, rewards: dict[str, float]) -> Any:
+    """Prompts as conversations, with the whole row as text in `row`, from which the verifiers read what they need.
+
+    InputError if a row lacks a field of one of the rewards.
+    """
+    found = training.usable(rows, heldout)
+    for reward in rewards:
+        for row in found:
+            if missing := [field for field in FIELDS.get(reward, ()) if field not in row]:
+                raise InputError(
+                    f"{rows.path}: row {row['id']} has no {missing[0]}, which the reward {reward} needs; take a slice of kind "
+                    f"{reward}"
+                )
+    return training.data_set([{"id": row["id"], "prompt": turns(row["prompt"]), "row": json.dumps(row)} for row in found])
+
+
+def turns(prompt: str | list[dict]) -> list[dict]:
+    return [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+
+
+def numeric(prompts: list, completions: list, row: list[str], **columns: Any) -> list[float | None]:
+    return [
+        float(verifiers.numeric(completion[-1]["content"], json.loads(text)["final"]))
+        for completion, text in zip(completions, row, strict=True)
+    ]
+
+
+def followed(prompts: list, completions: list, row: list[str], **columns: Any) -> list[float | None]:
+    with ifeval.reference() as checkers:
+        return [
+            verifiers.ifeval_share(checkers, json.loads(text), completion[-1]["content"])
+            for completion, text in zip(completions, row, strict=True)
+        ]
+
+
+def functions(job: Job, parents: dict[str, Artifact]) -> dict[str, Reward]:
+    """Name -> function of the rewards of a step. Each is called by its name in TRL's metrics (`rewards/<name>/mean`)."""
+    made: dict[str, Reward] = {}
+    for name in job.config["reward"]:
+        if name in FIELDS:
+            made[name] = {"numeric": numeric, "ifeval": followed}[name]
+        else:
+            made[name] = learned(job, parents[f"start of {name}"], parents[f"reward {name}"])
+    for name, function in made.items():
+        function.__name__ = name
+    return made
+
+
+def learned(job: Job, start: Artifact, adapter: Artifact) -> Reward:
+    """The score of a reward model, which has to be better than chance on pairs that it was not trained on."""
+    check_reward_model(adapter, job.config["require_reward_above_chance"])
+    settings = adapter.data["step"]["config"]
+    quant = settings.get("quant") if settings["quantise"] != "none" else None
+    model, tokenizer = reward_model.load(start, adapter, job.work, job.step["device"], job.step["precision"], quant)
+
+    def rewards(prompts: list, completions: list, **columns: Any) -> list[float | None]:
+        talks = [prompt + completion for prompt, completion in zip(prompts, completions, strict=True)]
+        return [*reward_model.score(model, tokenizer, talks, len(talks), settings["train"]["max_length"])]
+
+    return rewards
+
+
+def check_reward_model(adapter: artifacts.Artifact, required: bool) -> None:
+    """InputError if the held-out accuracy in the reward model's manifest is not above 0.5 by its 95 % interval.
+
+    The interval is the exact one of Clopper & Pearson (1934, Biometrika 26), two-sided. Optimising against such a model is
+    optimising noise; `require_reward_above_chance: false` of the experiment allows it.
+    """
+    from scipy.stats import binomtest
+
+    after = adapter.data["objective"]["after"]
+    interval = binomtest(round(after["accuracy"] * after["n"]), after["n"]).proportion_ci(0.95)
+    text = (
+        f"{adapter.path}: held-out pair accuracy {after['accuracy']:.3f} of {after['n']} pairs, 95 % interval "
+        f"{interval.low:.3f} to {interval.high:.3f}"
+    )
+    if interval.low <= 0.5 and required:
+        raise InputError(
+            f"{text}: not above chance, so its rewards mean nothing. Train it on more pairs or at another rate, or set "
+            "require_reward_above_chance: false in the experiment that uses it"
+        )
+    print(text, flush=True)

@@ -1,0 +1,68 @@
+"""Train a LoRA adapter by group relative policy optimisation (Shao et al. 2024, arXiv:2402.03300, eqs. 3 and 4).
+
+For each prompt the policy samples G answers (`num_generations`) with rewards r_1..r_G. The advantage of answer i, the same
+for each of its tokens, is A = (r_i - mean(r)) / (std(r) + 1e-4), std with G - 1 (`scale_rewards: group`). The loss of a
+token is -min(ratio A, clip(ratio, 1 - epsilon, 1 + epsilon) A) + beta KL, with ratio = pi / pi at sampling and the estimate
+KL = exp(log ref - log pi) - (log ref - log pi) - 1 (Schulman's k3). `loss_type: grpo` takes the mean over each answer's
+tokens, then over answers, as the paper does (TRL's default is dapo, a mean over all tokens). With `num_iterations: 1` the
+ratio is 1 and nothing is clipped. A group whose rewards are all equal teaches nothing.
+
+The policy starts from the merged model with a fresh adapter on its 4-bit copy; the reference is the same model with the
+adapter off.
+Rewards: `rl/rewards.py`. The objective: the mean reward of sampled answers to held-out prompts.
+
+Departures from TRL's defaults: dropout is off, as in every method whose ratio must be 1 at first sight (a declared exception to
+the constant block); beta is not 0; the adapter is fp32; everything that decides an outcome comes from the config.
+
+    python -m workflow_scripts.steps.train_grpo --step results/grpo/adapter/manifest.json --out trial/adapter/manifest.json \\
+        --inputs results/sft_v2/merged/manifest.json results/data/instructions.manifest.json
+"""
+
+from workflow_scripts.core import artifacts, cli
+
+
+def main(job: artifacts.Job) -> None:
+    from trl import GRPOConfig, GRPOTrainer
+
+    from workflow_scripts.core import chat, device, models, training
+    from workflow_scripts.rl import rewards
+
+    config, step = job.config, job.step
+    parents = job.parents()
+    start, rows = parents["start"], parents["rows"]
+    given = tuple(rewards.rows_of(rows, heldout, config["reward"]) for heldout in (False, True))
+    device.prepare(step)
+    tokenizer = chat.tokenizer_of(start)
+    chat.end_of_turn(tokenizer)
+    functions = rewards.functions(job, parents)
+    model = models.load(start, job.work, step["device"], step["precision"], config.get("quant"))
+
+    trainer = GRPOTrainer(
+        model=model,
+        args=GRPOConfig(
+            **training.arguments(job),
+            **config["train"],
+            disable_dropout=True,
+            reward_weights=[config["reward"][name] for name in functions],
+        ),
+        reward_funcs=list(functions.values()),
+        train_dataset=given[0],
+        eval_dataset=given[1],
+        processing_class=tokenizer,
+        peft_config=models.lora(config["lora"], model),
+        callbacks=[training.Watch(job.run)],
+    )
+    facts: dict = {"constant": training.settle(trainer, job, tokenizer, given, rows, dropout=False, mask=False)}
+
+    keys = {"reward": "reward", "tokens": "completions/mean_length"} | {name: f"rewards/{name}/mean" for name in functions}
+    before = training.objective(trainer, keys)
+    trainer.train()
+    facts["objective"] = {"before": before, "after": training.objective(trainer, keys)}
+    facts["adapter_moved"] = training.changed(trainer)
+
+    with artifacts.complete(job, "adapter", parents) as draft:
+        training.save(trainer, draft, job, start, facts)
+
+
+if __name__ == "__main__":
+    cli.run(main, __doc__)

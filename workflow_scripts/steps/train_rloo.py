@@ -1,0 +1,67 @@
+"""Train a LoRA adapter by REINFORCE leave-one-out (Ahmadian et al. 2024, arXiv:2402.14740, eq. 8).
+
+For each prompt the policy samples G answers (`num_generations`). The reward of an answer is R_i = r_i - beta (log pi -
+log ref), the log-ratio summed over its tokens: the KL penalty is part of the reward, not of the loss. Its baseline is the
+mean of the *other* answers' rewards: A_i = R_i - sum over j != i of R_j / (G - 1). The loss is -min(ratio A, clip(ratio,
+1 - epsilon, 1 + epsilon) A) with the ratio of whole answers; with `num_iterations: 1` the ratio is 1, and its gradient is
+REINFORCE's.
+
+The policy starts from the merged model with a fresh adapter on its 4-bit copy; the reference is the same model with the
+adapter off.
+Rewards: `rl/rewards.py`. The objective: the mean reward of sampled answers to held-out prompts, before the KL penalty.
+
+Departures from TRL's defaults: dropout is off, as in every method whose ratio must be 1 at first sight (a declared exception to
+the constant block); the adapter is fp32; everything that decides an outcome comes from the config.
+
+    python -m workflow_scripts.steps.train_rloo --step results/rloo/adapter/manifest.json --out trial/adapter/manifest.json \\
+        --inputs results/sft_v2/merged/manifest.json results/data/instructions.manifest.json
+"""
+
+from workflow_scripts.core import artifacts, cli
+
+
+def main(job: artifacts.Job) -> None:
+    from trl import RLOOConfig, RLOOTrainer
+
+    from workflow_scripts.core import chat, device, models, training
+    from workflow_scripts.rl import rewards
+
+    config, step = job.config, job.step
+    parents = job.parents()
+    start, rows = parents["start"], parents["rows"]
+    given = tuple(rewards.rows_of(rows, heldout, config["reward"]) for heldout in (False, True))
+    device.prepare(step)
+    tokenizer = chat.tokenizer_of(start)
+    chat.end_of_turn(tokenizer)
+    functions = rewards.functions(job, parents)
+    model = models.load(start, job.work, step["device"], step["precision"], config.get("quant"))
+
+    trainer = RLOOTrainer(
+        model=model,
+        args=RLOOConfig(
+            **training.arguments(job),
+            **config["train"],
+            disable_dropout=True,
+            reward_weights=[config["reward"][name] for name in functions],
+        ),
+        reward_funcs=list(functions.values()),
+        train_dataset=given[0],
+        eval_dataset=given[1],
+        processing_class=tokenizer,
+        peft_config=models.lora(config["lora"], model),
+        callbacks=[training.Watch(job.run)],
+    )
+    facts: dict = {"constant": training.settle(trainer, job, tokenizer, given, rows, dropout=False, mask=False)}
+
+    keys = {"reward": "reward", "tokens": "completions/mean_length"} | {name: f"rewards/{name}/mean" for name in functions}
+    before = training.objective(trainer, keys)
+    trainer.train()
+    facts["objective"] = {"before": before, "after": training.objective(trainer, keys)}
+    facts["adapter_moved"] = training.changed(trainer)
+
+    with artifacts.complete(job, "adapter", parents) as draft:
+        training.save(trainer, draft, job, start, facts)
+
+
+if __name__ == "__main__":
+    cli.run(main, __doc__)

@@ -1,0 +1,87 @@
+"""Train a reward model on pairs: Bradley-Terry, as in Stiennon et al. 2020 (arXiv:2009.01325, section 3.4).
+
+The loss of a pair is -log sigmoid(r(prompt, chosen) - r(prompt, rejected)), where r is a linear head (`score`, without bias) on
+the hidden state of the last token, after the end of the answer's turn. Backbone: the 4-bit merged start with a fresh adapter;
+adapter and head are fp32 and train together.
+
+Departures from TRL's defaults: the block's dropout acts (TRL switches it off); adapter and head are fp32 and drawn from the
+seed; learning rate, schedule and length come from the config. TRL leaves out pairs longer than `max_length` without a word, and a
+reward read in the middle of an answer would mean little: they are counted, and above `max_left_out` training stops. The held-out
+accuracy is that of the pairs one by one, not a mean over batches; steps/eval_rm.py looks closer.
+
+    python -m workflow_scripts.steps.train_rm --step results/rm/adapter/manifest.json --out trial/adapter/manifest.json \\
+        --inputs results/sft_v2/merged/manifest.json results/data/pairs.manifest.json
+"""
+
+from typing import Any
+
+from workflow_scripts.core import artifacts, cli
+from workflow_scripts.core.messages import InputError
+
+
+def short_enough(tokenizer: Any, pairs: list[dict], max_length: int, limit: float, place: str) -> list[dict]:
+    """The pairs of which neither side is longer than `max_length` tokens. InputError if more than a share of `limit` are."""
+    kept = [
+        row
+        for row in pairs
+        if all(
+            len(tokenizer.apply_chat_template(row["prompt"] + row[side])["input_ids"]) <= max_length
+            for side in ("chosen", "rejected")
+        )
+    ]
+    if not kept or 1 - len(kept) / len(pairs) > limit:
+        raise InputError(
+            f"{place}: {len(pairs) - len(kept)} of {len(pairs)} pairs are longer than train.max_length ({max_length}), more "
+            f"than max_left_out allows ({limit:.0%}); raise one of them"
+        )
+    return kept
+
+
+def main(job: artifacts.Job) -> None:
+    from trl import RewardConfig, RewardTrainer
+
+    from workflow_scripts.core import chat, device, models, training
+    from workflow_scripts.rl import reward_model
+
+    config, step = job.config, job.step
+    parents = job.parents()
+    start, rows = parents["start"], parents["rows"]
+    device.prepare(step)
+    tokenizer = chat.tokenizer_of(start)
+    chat.end_of_turn(tokenizer)
+    max_length = config["train"]["max_length"]
+    pairs = {heldout: training.usable(rows, heldout) for heldout in (False, True)}
+    short = {
+        key: short_enough(tokenizer, value, max_length, config["max_left_out"], str(rows.path)) for key, value in pairs.items()
+    }
+    fields = ("id", "prompt", "chosen", "rejected")
+    given = tuple(training.data_set([{key: row[key] for key in fields} for row in short[heldout]]) for heldout in (False, True))
+    model = models.load(start, job.work, step["device"], step["precision"], config.get("quant"), reward=True)
+
+    trainer = RewardTrainer(
+        model=model,
+        args=RewardConfig(**training.arguments(job), **config["train"], disable_dropout=False),
+        train_dataset=given[0],
+        eval_dataset=given[1],
+        processing_class=tokenizer,
+        peft_config=models.lora(config["lora"], model, reward=True),
+        callbacks=[training.Watch(job.run)],
+    )
+    facts: dict = {"constant": training.settle(trainer, job, tokenizer, given, rows, mask=False)}
+
+    def objective() -> dict[str, float]:
+        batch_size = config["train"]["per_device_eval_batch_size"]
+        return reward_model.objective(*reward_model.score_pairs(trainer.model, tokenizer, short[True], batch_size, max_length))
+
+    before = objective()
+    trainer.train()
+    facts["objective"] = {"before": before, "after": objective()}
+    facts["adapter_moved"] = training.changed(trainer)
+    facts["left_out"] = {"train": len(pairs[False]) - len(short[False]), "heldout": len(pairs[True]) - len(short[True])}
+
+    with artifacts.complete(job, "adapter", parents) as draft:
+        training.save(trainer, draft, job, start, facts)
+
+
+if __name__ == "__main__":
+    cli.run(main, __doc__)
