@@ -8,6 +8,8 @@ rule merge:
         "<logs>/{run}/merge.log",
     benchmark:
         "<benchmarks>/{run}/merge.tsv"
+    wildcard_constraints:
+        run=ANSWERING,
     conda:
         ENV
     threads: THREADS

@@ -170,8 +170,18 @@ def attach(model: Any, start: Artifact, adapter: Artifact) -> Any:
     return PeftModel.from_pretrained(model, adapter.folder)
 
 
+def adapter_names(adapter: Artifact) -> set[str]:
+    """Names of the tensors in an adapter's file."""
+    from safetensors import safe_open
+
+    with safe_open(adapter.file("adapter_model.safetensors"), framework="pt") as file:
+        return set(file.keys())
+
+
 def merge(start: Artifact, adapter: Artifact, work: Path, device: str, dtype: torch.dtype) -> Any:
-    """The model of `start` with the adapter fused in: in fp32, cast to `dtype` once at the end."""
+    """The model of `start` with the adapter fused in: in fp32, cast to `dtype` once at the end. InputError for a reward model."""
+    if f"base_model.model.{HEAD}.weight" in adapter_names(adapter):
+        raise InputError(f"{adapter.folder}: a reward model's adapter; it scores answers and writes none")
     model = attach(load(start, work, device, "fp32"), start, adapter)
     return model.merge_and_unload(safe_merge=True).to(dtype)
 

@@ -15,6 +15,8 @@ from workflow_scripts.core import artifacts
 from workflow_scripts.core.artifacts import Artifact
 from workflow_scripts.core.messages import InputError
 
+METRICS = {"ifeval": "prompt_level_strict_acc", "gsm8k": "exact_match", "rm": "accuracy"}  # the first one of each score file
+
 # Phase of a run -> its manifest, from the run's folder.
 PHASES = {
     "adapter": "adapter/manifest.json",
@@ -37,8 +39,8 @@ class Run:
         return self.folder.parent / ".work"
 
 
-def scores_file(folder: Path) -> Path:
-    return folder.parent / f"ifeval_{folder.name}.json"
+def scores_file(folder: Path, task: str = "ifeval") -> Path:
+    return folder / "rm_eval.json" if task == "rm" else folder.parent / f"{task}_{folder.name}.json"
 
 
 def read_json(path: Path) -> dict | None:

@@ -22,7 +22,7 @@ from pathlib import Path
 from workflow_scripts.core.artifacts import WEIGHTS
 from workflow_scripts.tools import runs
 
-METRIC = "prompt_level_strict_acc"
+METRIC = runs.METRICS["ifeval"]
 
 
 def state(manifest: Path) -> str:
@@ -66,26 +66,30 @@ def describe(folder: Path, results: Path, now: float) -> dict:
     phases = {name: state(folder / file) for name, file in runs.PHASES.items()}
     if folder.name == "base":
         phases = {"base": state(folder / "manifest.json"), "responses": phases["responses"]}
-    phases["scores"] = state_of_scores(runs.scores_file(folder))
-    scores = runs.read_json(runs.scores_file(folder)) or {}
-    size, changed = disk([folder, runs.scores_file(folder)])
+    files = {task: runs.scores_file(folder, task) for task in runs.METRICS}
+    metrics = {task: runs.read_json(path) or {} for task, path in files.items()}
+    main = "rm" if files["rm"].exists() else "ifeval"  # a reward model answers nothing: its pairs are its score
+    phases["scores"] = state_of_scores(files[main], runs.METRICS[main])
+    scores = metrics["ifeval"]
+    size, changed = disk([folder, *files.values()])
     return {
         "run": str(folder.relative_to(results)),
         "phases": phases,
         "score": scores.get(METRIC),
         "stderr": scores.get(f"{METRIC}_stderr"),
         "prompts": scores.get("n_prompts"),
+        **{task: metrics[task].get(runs.METRICS[task]) for task in ("gsm8k", "rm")},
         "bytes": size,
         "age_s": None if changed is None else max(0, round(now - changed)),
     }
 
 
-def state_of_scores(path: Path) -> str:
+def state_of_scores(path: Path, metric: str) -> str:
     """A score file is its own manifest."""
     if not path.exists():
         return "-"
     data = runs.read_json(path)
-    if data is None or METRIC not in data:
+    if data is None or metric not in data:
         return "half made"
     return "outdated" if outdated(data) else "made"
 
@@ -130,9 +134,11 @@ def table(found: list[dict]) -> str:
         row = {"run": run["run"]} | {name: run["phases"].get(name, "") for name in names}
         spread = "" if run["stderr"] is None else f" +- {100 * run['stderr']:.1f}"
         row["prompt strict, %"] = "" if run["score"] is None else f"{100 * run['score']:.1f}{spread}"
+        for task, title in (("gsm8k", "gsm8k exact, %"), ("rm", "pairs right, %")):
+            row[title] = "" if run[task] is None else f"{100 * run[task]:.1f}"
         rows.append(row | {"size": human_bytes(run["bytes"]), "age": human_age(run["age_s"])})
     frame = pandas.DataFrame(rows)
-    shown = [name for name in frame.columns if name not in names or (frame[name] != "").any()]
+    shown = [name for name in frame.columns if (frame[name] != "").any()]
     return frame[shown].to_string(index=False)
 
 
