@@ -3,8 +3,9 @@
 import json
 from pathlib import Path
 
-from workflow_scripts.core.config import Config, merge, read_yaml
+from workflow_scripts.core.config import Config, merge
 from workflow_scripts.core.plan import Plan
+from workflow_scripts.core.yaml_files import read_yaml
 
 ROOT = Path(__file__).resolve().parents[1]
 SFT = ["sft_v1", "sft_v2", "sft_v2.seed2"]

@@ -10,9 +10,10 @@ import pytest
 import yaml
 
 from workflow_scripts.core import config as configs
-from workflow_scripts.core.config import Config, load, merge, read_yaml
+from workflow_scripts.core.config import Config, load, merge
 from workflow_scripts.core.messages import InputError
 from workflow_scripts.core.plan import Plan
+from workflow_scripts.core.yaml_files import read_yaml
 
 ROOT = Path(__file__).resolve().parents[1]
 DEFAULT = ROOT / "config" / "config.yaml"
@@ -329,3 +330,13 @@ def test_each_experiment_of_a_shipped_config_makes_its_real_trl_config(path, tmp
             assert not isinstance(given, str) or isinstance(value, str), (name, key)
         if step["config"]["train"]["warmup_steps"] == 0.03:
             assert made.get_warmup_steps(100) == 3  # a share, though the field's name says steps
+
+
+def test_a_reward_replaces_the_one_that_it_is_laid_over_as_a_whole(tmp_path):
+    (tmp_path / "over.yaml").write_text(
+        "experiments: {mixed: {extends: grpo, reward: {rm: 0.5, ifeval: 0.5}}, one: {extends: mixed, reward: {rm: 1.0}}}"
+    )
+    made = load(DEFAULT, tmp_path / "over.yaml")
+    assert configs.rewards(made.experiments["mixed"]) == {"ifeval": 0.5, "rm": 0.5}
+    assert configs.rewards(made.experiments["one"]) == {"rm": 1.0}
+    assert configs.rewards(made.experiments["grpo"]) == {"ifeval": 1.0}

@@ -19,9 +19,10 @@ from tests.planned import (
     runs,
     stale,
 )
-from workflow_scripts.core.config import Config, merge, read_yaml
+from workflow_scripts.core.config import Config, merge
 from workflow_scripts.core.messages import InputError
 from workflow_scripts.core.plan import Plan
+from workflow_scripts.core.yaml_files import read_yaml
 
 
 @pytest.fixture

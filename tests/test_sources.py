@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests import small_steps
-from workflow_scripts.core import artifacts, chat, config, slicing, sources
+from workflow_scripts.core import artifacts, chat, config, slicing, sources, yaml_files
 from workflow_scripts.core.fingerprint import ROOT, file_sha256
 from workflow_scripts.core.messages import InputError
 from workflow_scripts.core.plan import Plan
@@ -22,7 +22,7 @@ END = "<|end_story|>"
 
 def user_config(tmp_path: Path, **base) -> dict:
     """The default config over another base model."""
-    made = config.merge(config.read_yaml(ROOT / "config/config.yaml"), {"pathvars": {"results": str(tmp_path / "results")}})
+    made = config.merge(yaml_files.read_yaml(ROOT / "config/config.yaml"), {"pathvars": {"results": str(tmp_path / "results")}})
     made["base"] = {"dtype": "fp32", "training_template": "chatml_text", **base}
     return made
 
@@ -317,5 +317,5 @@ def test_the_shipped_configs_plan_without_the_model(files, monkeypatch, tmp_path
     planned = Plan(made)
     planned.check()
     assert planned.results == f"results/{files[-1]}"
-    assert set(made.experiments) == {"sft_v1", "sft_v2", "dpo", "dpo_study"}
+    assert set(made.experiments) == {"sft_v1", "sft_v2", "dpo", "dpo_study", "kto", "rm", "grpo", "rloo"}
     assert made.experiments["dpo_study"]["train"]["learning_rate"] == 5.0e-6

@@ -12,13 +12,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import yaml
 from jsonschema import Draft202012Validator, validators
 
 from workflow_scripts.core import formats
 from workflow_scripts.core.fingerprint import ROOT
 from workflow_scripts.core.messages import InputError
 from workflow_scripts.core.schema_errors import dotted, explain
+from workflow_scripts.core.yaml_files import read_yaml
 
 METHODS_FILE = ROOT / "config" / "methods.yaml"
 SCHEMA_FILE = ROOT / "config" / "schema.yaml"
@@ -37,50 +37,18 @@ EVALUATED = {"ifeval": "ifeval", "gsm8k": "numeric"}  # task -> the kind of the 
 VERIFIERS = ("ifeval", "numeric")  # rewards that are functions; each needs the fields of the slice kind of its name
 
 
-class _StrictLoader(yaml.SafeLoader):
-    """SafeLoader that refuses a key given twice, where PyYAML would silently keep the last one, and keys that aren't text."""
-
-
-def _mapping(loader: _StrictLoader, node: yaml.MappingNode) -> dict:
-    seen: set = set()
-    for key_node, _ in node.value:
-        if key_node.tag == "tag:yaml.org,2002:merge":
-            continue  # `<<: *anchor`
-        key = loader.construct_object(key_node, deep=True)
-        if not isinstance(key, str):
-            line = key_node.start_mark.line + 1
-            raise InputError(f"{loader.name}: line {line}: YAML reads this key as {key!r}, expected text; put it in quotes")
-        if key in seen:
-            raise InputError(f"{loader.name}: line {key_node.start_mark.line + 1}: the key {key!r} stands here twice")
-        seen.add(key)
-    return loader.construct_mapping(node, deep=True)
-
-
-_StrictLoader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _mapping)
-
-
-def read_yaml(path: Path | str) -> dict:
-    """The mapping in a YAML file. InputError on a syntax error, a doubled key, or anything but a mapping."""
-    try:
-        with open(path, encoding="utf-8") as file:
-            data = yaml.load(file, Loader=_StrictLoader)  # noqa: S506, a SafeLoader
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read: {error.strerror}") from None
-    except yaml.YAMLError as error:
-        raise InputError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
-    if data is None:
-        return {}
-    if not isinstance(data, dict):
-        raise InputError(f"{path}: expected a mapping of keys on top, found {type(data).__name__}")
-    return data
-
-
 def merge(base: dict, over: dict) -> dict:
     """`over` laid over `base`, mappings key by key, anything else replaced. Neither is changed."""
     merged = dict(base)
     for key, value in over.items():
         merged[key] = merge(merged[key], value) if isinstance(value, dict) and isinstance(merged.get(key), dict) else value
     return merged
+
+
+def lay(base: dict, over: dict) -> dict:
+    """`merge` for experiments: a reward, like class weights, replaces that of the base whole, since a mixture is one choice."""
+    whole = {key: over[key] for key in ("reward", "class_weights") if key in over}
+    return merge(base, over) | whole
 
 
 def _beyond(user: dict, files: dict) -> dict:
@@ -206,11 +174,11 @@ class Config:
         experiments = self.data["experiments"]
         body: dict = {}
         for ancestor in reversed(self._follow(name, "extends", lambda one: experiments[one].get("extends"))):
-            body = merge(body, experiments[ancestor])
+            body = lay(body, experiments[ancestor])
         body.pop("extends", None)
         if "method" not in body:
             raise self.fail(["experiments", name, "method"], "missing; name a method, or an experiment with `extends:`")
-        return merge(self.data["methods"][body["method"]], body)
+        return lay(self.data["methods"][body["method"]], body)
 
     def _place(self, name: str, path: list) -> list:
         """Where the key at `path` of an experiment stands: in itself, in one that it extends, or in its method."""

@@ -18,77 +18,38 @@ schedule and length come from the config; each batch's completion mask is checke
 """
 
 import json
-import random
 from typing import Any
 
 from workflow_scripts.core import artifacts, cli
-from workflow_scripts.core.messages import InputError
-
-TRIES = 20  # shuffles, of which the one with the fewest prompts twice in a batch is taken
+from workflow_scripts.core.unpaired import spread, unpair, weights
 
 
-def unpair(rows: list[dict]) -> list[dict]:
-    """One row for each answer: `id`, `prompt`, `completion`, `label`. Rows that are unpaired already stay as they are."""
-    found = []
-    for row in rows:
-        if "chosen" in row:
-            for side in ("chosen", "rejected"):
-                made = {"id": f"{row['id']}/{side}", "completion": row[side], "label": side == "chosen"}
-                found.append({"prompt": row["prompt"], **made})
-        else:
-            found.append({key: row[key] for key in ("id", "prompt", "completion", "label")})
-    return found
+def accuracy(trainer: Any, rows: list[dict]) -> float | None:
+    """Of all pairs of a desirable and an undesirable answer to one prompt, the share whose desirable one has the higher reward.
 
-
-def spread(rows: list[dict], batch: int, seed: int) -> tuple[list[dict], int]:
-    """(the rows in a random order in which no batch has a prompt twice, how often one has all the same).
-
-    Batches are filled from a shuffled list; a row whose prompt is in the batch already waits for the next one. A last batch of
-    one row, whose mismatched answer would be its own, is left out.
+    The reward of a held-out row is beta (log pi - log ref), the reference being the adapter off. None where no prompt has both.
     """
-    best: tuple[int, list[dict]] | None = None
-    for attempt in range(TRIES):
-        waiting = list(rows)
-        random.Random(f"{seed}/{attempt}").shuffle(waiting)
-        order: list[dict] = []
-        twice = 0
-        while waiting:
-            inside: set[str] = set()
-            late: list[dict] = []
-            taken: list[dict] = []
-            for row in waiting:
-                prompt = json.dumps(row["prompt"])
-                fits = len(taken) < batch and prompt not in inside
-                (taken if fits else late).append(row)
-                inside |= {prompt} if fits else set()
-            if len(taken) < batch and late:  # nothing left but prompts that are in this batch
-                missing = batch - len(taken)
-                twice += len(late[:missing])
-                taken, late = taken + late[:missing], late[missing:]
-            order, waiting = order + taken, late
-        if best is None or twice < best[0]:
-            best = (twice, order)
-        if twice == 0:
-            break
-    assert best is not None
-    twice, order = best
-    return (order[:-1] if len(order) % batch == 1 else order), twice
+    import torch
 
+    rewards: list[float] = []
+    model = trainer.model.eval()
 
-def weights(rows: list[dict], chosen: str | dict, place: str) -> dict[str, Any]:
-    """`desirable_weight` and `undesirable_weight` of TRL's config. InputError if one of the two classes has no row."""
-    desirable = sum(row["label"] for row in rows)
-    undesirable = len(rows) - desirable
-    if not desirable or not undesirable:
-        which = "undesirable (label false)" if desirable else "desirable (label true)"
-        raise InputError(f"{place}: none of the {len(rows)} rows is {which}; KTO needs both kinds of answers")
-    if chosen != "ratio":
-        assert isinstance(chosen, dict)
-        return {"desirable_weight": chosen["desirable"], "undesirable_weight": chosen["undesirable"]}
-    return {
-        "desirable_weight": max(1.0, undesirable / desirable),
-        "undesirable_weight": max(1.0, desirable / undesirable),
-    }
+    def log_prob(batch: dict) -> Any:
+        logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits[:, :-1].float()
+        tokens = batch["input_ids"][:, 1:, None]
+        return (logits.log_softmax(-1).gather(-1, tokens)[..., 0] * batch["completion_mask"][:, 1:]).sum(-1)
+
+    with torch.inference_mode():
+        for inputs in trainer.get_eval_dataloader():
+            batch = trainer._prepare_inputs(inputs)
+            with model.disable_adapter():
+                reference = log_prob(batch)
+            rewards += (trainer.beta * (log_prob(batch) - reference)).tolist()
+    groups: dict[str, tuple[list[float], list[float]]] = {}
+    for row, reward in zip(rows, rewards, strict=True):
+        groups.setdefault(json.dumps(row["prompt"]), ([], []))[row["label"]].append(reward)
+    right = [better > worse for bad, good in groups.values() for better in good for worse in bad]
+    return round(sum(right) / len(right), 6) if right else None
 
 
 def main(job: artifacts.Job) -> None:
@@ -131,9 +92,13 @@ def main(job: artifacts.Job) -> None:
         "reward_desirable": "rewards/chosen",
         "reward_undesirable": "rewards/rejected",
     }
-    before = training.objective(trainer, keys)
+
+    def objective() -> dict:
+        return training.objective(trainer, keys) | {"accuracy": accuracy(trainer, ordered[True][0])}
+
+    before = objective()
     trainer.train()
-    facts["objective"] = {"before": before, "after": training.objective(trainer, keys)}
+    facts["objective"] = {"before": before, "after": objective()}
     facts["adapter_moved"] = training.changed(trainer)
     facts["class_weights"] = class_weights
     facts["prompts_twice_in_a_batch"] = ordered[False][1]
