@@ -20,5 +20,5 @@ rule make_base:
         files=base_files,
         step=lambda wildcards: PLAN.base(),
     shell:
-        "python -m workflow_scripts.steps.make_base --step {params.step:q} --inputs {input:q} {params.files} --out {output.manifest:q}"
+        "exec python -m workflow_scripts.steps.make_base --step {params.step:q} --inputs {input:q} {params.files} --out {output.manifest:q}"
         " {params.options} --log {log:q}"

@@ -74,7 +74,8 @@ def model_inputs(wildcards):
 
 def options(wildcards, input):
     """What decides no number. Snakemake does not record a parameter whose function takes `input`, and so never reruns for it."""
-    return f"--work {shlex.quote(PLAN.work)} --track {PLAN.config.data['track']}"
+    data = PLAN.config.data
+    return f"--work {shlex.quote(PLAN.work)} --track {data['track']} --checkpoint-minutes {data['checkpoint_minutes']}"
 
 
 def base_files(wildcards, input):

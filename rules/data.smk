@@ -19,5 +19,5 @@ rule slice_data:
         options=options,
         step=lambda wildcards: PLAN.slice(wildcards.slice),
     shell:
-        "python -m workflow_scripts.steps.slice_data --step {params.step:q} --inputs {input:q} --out {output.manifest:q}"
+        "exec python -m workflow_scripts.steps.slice_data --step {params.step:q} --inputs {input:q} --out {output.manifest:q}"
         " {params.options} --log {log:q}"

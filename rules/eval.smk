@@ -26,7 +26,7 @@ rule generate:
         options=options,
         step=lambda wildcards: PLAN.generate(wildcards.task, wildcards.run),
     shell:
-        "python -m workflow_scripts.steps.generate --step {params.step:q} --inputs {input:q} --out {output.manifest:q}"
+        "exec python -m workflow_scripts.steps.generate --step {params.step:q} --inputs {input:q} --out {output.manifest:q}"
         " {params.options} --log {log:q}"
 
 
@@ -55,7 +55,7 @@ rule score:
         options=options,
         step=lambda wildcards: PLAN.score(wildcards.task, wildcards.run),
     shell:
-        "python -m workflow_scripts.steps.score_{wildcards.task} --step {params.step:q} --inputs {input:q} --out {output.scores:q}"
+        "exec python -m workflow_scripts.steps.score_{wildcards.task} --step {params.step:q} --inputs {input:q} --out {output.scores:q}"
         " {params.options} --log {log:q}"
 
 
@@ -82,5 +82,5 @@ rule eval_rm:
         options=options,
         step=lambda wildcards: PLAN.eval_rm(wildcards.run),
     shell:
-        "python -m workflow_scripts.steps.eval_rm --step {params.step:q} --inputs {input:q} --out {output.scores:q}"
+        "exec python -m workflow_scripts.steps.eval_rm --step {params.step:q} --inputs {input:q} --out {output.scores:q}"
         " {params.options} --log {log:q}"

@@ -21,5 +21,5 @@ rule merge:
         options=options,
         step=lambda wildcards: PLAN.merge(wildcards.run),
     shell:
-        "python -m workflow_scripts.steps.merge --step {params.step:q} --inputs {input:q} --out {output.manifest:q}"
+        "exec python -m workflow_scripts.steps.merge --step {params.step:q} --inputs {input:q} --out {output.manifest:q}"
         " {params.options} --log {log:q}"

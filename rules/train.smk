@@ -28,5 +28,5 @@ for method in PLAN.config.data["methods"]:
             options=options,
             step=lambda wildcards: PLAN.train(wildcards.run),
         shell:
-            "python -m workflow_scripts.steps.{params.module} --step {params.step:q} --inputs {input:q} --out {output.manifest:q}"
+            "exec python -m workflow_scripts.steps.{params.module} --step {params.step:q} --inputs {input:q} --out {output.manifest:q}"
             " {params.options} --log {log:q}"

@@ -71,12 +71,12 @@ SCORES = evals("score_ifeval")
 ROLLOUTS = runs("grpo", "grpo_numeric", "rloo")  # trained with lm-eval's checkers and with answers that are numbers
 
 CODE_EDITS = [
-    ("steps/train_dpo.py", "trainer.train()", "trainer.train(None)", runs(*DPO)),
-    ("steps/train_sft.py", "trainer.train()", "trainer.train(None)", ALL_RUNS),
+    ("steps/train_dpo.py", "callbacks=[training.Watch(job.run)]", "callbacks=[training.Watch(str(job.run))]", runs(*DPO)),
+    ("steps/train_sft.py", "callbacks=[training.Watch(job.run)]", "callbacks=[training.Watch(str(job.run))]", ALL_RUNS),
     ("steps/generate.py", "num_beams=1", "num_beams=2", EVALS),
     ("steps/score_ifeval.py", '"strip_think"]', '"strip_think" + ""]', SCORES),
     ("steps/score_gsm8k.py", '"strip_think"]', '"strip_think" + ""]', evals("score_gsm8k")),
-    ("steps/train_rm.py", "trainer.train()", "trainer.train(None)", RM | runs("grpo")),
+    ("steps/train_rm.py", "callbacks=[training.Watch(job.run)]", "callbacks=[training.Watch(str(job.run))]", RM | runs("grpo")),
     ("rl/rewards.py", "import json\n", "import json\n\nX = 1\n", ROLLOUTS),
     ("rl/reward_model.py", "logaddexp(0, -margins)", "logaddexp(0.0, -margins)", RM | ROLLOUTS),
     ("core/ifeval.py", "random.seed(seed)", "random.seed(str(seed))", SCORES | ROLLOUTS),

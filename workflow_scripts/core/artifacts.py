@@ -41,6 +41,10 @@ class Artifact:
     def weights_sha256(self) -> str:
         return self.data["files"][WEIGHTS]
 
+    def stands_for(self) -> set[str]:
+        """Its own fingerprint, and those of the steps in whose place the user has accepted it (tools/accept)."""
+        return {self.fingerprint, *(entry["to"] for entry in accepted(self))}
+
     def file(self, name: str) -> Path:
         """A file that the manifest lists, checked against its sha256."""
         path = self.folder / name
@@ -76,6 +80,28 @@ def read(path: Path | str) -> Artifact:
     return Artifact(path, data)
 
 
+def accepted_file(manifest: Path) -> Path:
+    """Where accepted changes of an artifact are noted: beside its manifest. A score file's note has a name apart from scores'."""
+    if manifest.name.endswith("manifest.json"):
+        return manifest.with_name(manifest.name.removesuffix("manifest.json") + "accepted.json")
+    return manifest.with_name(f"accepted.{manifest.name}")
+
+
+def accepted(artifact: Artifact) -> list[dict]:
+    """The changes that were accepted for this artifact, oldest first: to (a fingerprint), step, what, why, when.
+
+    What was accepted for another artifact of this name, which has been made again since, does not count.
+    """
+    path = accepted_file(artifact.path)
+    try:
+        entries = json.loads(path.read_text(encoding="utf-8"))["accepted"]
+        return [entry for entry in entries if entry["from"] == artifact.fingerprint and entry["to"] and entry["step"]]
+    except FileNotFoundError:
+        return []
+    except (OSError, ValueError, KeyError, TypeError):
+        raise InputError(f"{path}: not a note of `make accept`; delete it, and accept the change again if it still counts") from None
+
+
 @dataclass
 class Job:
     """One step to run: its JSON, the files that it may read, and where its manifest goes."""
@@ -85,6 +111,7 @@ class Job:
     out: Path
     work: Path
     track: str = "none"
+    checkpoint_minutes: float = 10.0
     started: float = field(default_factory=time.time)
 
     @property
@@ -97,11 +124,14 @@ class Job:
         return self.out.parent.parent.name if self.out.parent.name in ("adapter", "merged") else self.out.parent.name
 
     def parents(self) -> dict[str, Artifact]:
-        """Role -> artifact, for each parent of the step, matched by fingerprint. InputError where one is missing."""
+        """Role -> artifact, for each parent of the step, matched by fingerprint. InputError where one is missing.
+
+        An artifact that was accepted in place of the one that is planned counts as that one.
+        """
         given = [read(path) for path in self.inputs if path.name.endswith("manifest.json")]
         found = {}
         for role, wanted in self.step["parents"].items():
-            match = [artifact for artifact in given if artifact.fingerprint == wanted]
+            match = [artifact for artifact in given if wanted in artifact.stands_for()]
             if not match:
                 raise InputError(
                     f"{self.out}: none of its inputs is the {role} that this step was planned with (fingerprint "

@@ -9,6 +9,7 @@ hand. An InputError is one line on standard error and exit status 1.
 import argparse
 import json
 import os
+import signal
 import sys
 import traceback
 from collections.abc import Callable
@@ -17,7 +18,7 @@ from pathlib import Path
 from workflow_scripts.core import progress, runinfo, work
 from workflow_scripts.core.artifacts import Job
 from workflow_scripts.core.fingerprint import fingerprint
-from workflow_scripts.core.messages import InputError
+from workflow_scripts.core.messages import InputError, Interrupted
 
 
 def parser(doc: str) -> argparse.ArgumentParser:
@@ -28,6 +29,7 @@ def parser(doc: str) -> argparse.ArgumentParser:
     made.add_argument("--work", type=Path, default=Path("results/.work"), help="locks and unfinished work")
     made.add_argument("--log", type=Path, help="write all messages here instead of to the terminal")
     made.add_argument("--track", default="none", choices=["none", "tensorboard", "wandb"], help="live training curves")
+    made.add_argument("--checkpoint-minutes", type=float, default=10.0, help="how often a training saves where it is")
     return made
 
 
@@ -106,8 +108,8 @@ def run(main: Callable[[Job], None], doc: str | None) -> None:
         if args.log is not None:
             os.environ.setdefault("TENSORBOARD_LOGGING_DIR", str(args.log.parent / "tensorboard"))
         runinfo.check_packages(step)
-        job = Job(step, args.inputs, args.out, args.work, args.track)
-        with work.exclusive(args.work, fingerprint(step), say):
+        job = Job(step, args.inputs, args.out, args.work, args.track, args.checkpoint_minutes)
+        with work.exclusive(args.work, work.place(args.out), say), work.exclusive(args.work, fingerprint(step), say):
             if work.republish(args.work, fingerprint(step), args.out):
                 say("already made with this fingerprint: taken over")
                 return
@@ -115,6 +117,9 @@ def run(main: Callable[[Job], None], doc: str | None) -> None:
     except InputError as error:
         say(f"error: {error}")
         sys.exit(1)
+    except Interrupted as where:
+        say(str(where))
+        sys.exit(128 + signal.SIGTERM)
     except Exception as error:
         traceback.print_exc()
         say(

@@ -3,3 +3,7 @@
 
 class InputError(Exception):
     """Something that the user gave is wrong. The text names the place, what was found, what was expected and the remedy."""
+
+
+class Interrupted(Exception):
+    """The step was asked to end and did, in a state from which it can go on. The text says where."""

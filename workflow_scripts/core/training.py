@@ -1,11 +1,12 @@
 """What the trainers share: arguments that are not the method's, progress, the held-out objective, and the saved artifact."""
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 from transformers import PrinterCallback, TrainerCallback
 
-from workflow_scripts.core import chat, models
+from workflow_scripts.core import chat, checkpoints, models
 from workflow_scripts.core.artifacts import Artifact, Draft, Job
 from workflow_scripts.core.fingerprint import fingerprint
 from workflow_scripts.core.messages import InputError
@@ -13,6 +14,7 @@ from workflow_scripts.core.progress import Progress
 
 # Measurements of time: they go to run.json, not into a manifest or a curve that two equal runs share.
 CLOCK = ("runtime", "per_second", "total_flos", "preparation_time", "step_time")
+SINCE_RESUME = ("train_loss",)  # transformers' mean over the steps since the last resume: no figure of the run
 
 
 def arguments(job: Job) -> dict[str, Any]:
@@ -26,7 +28,7 @@ def arguments(job: Job) -> dict[str, Any]:
         "bf16": step["precision"] == "bf16",
         "fp16": step["precision"] == "fp16",
         "optim": job.config["optim"],
-        "save_strategy": "no",
+        "save_strategy": "no",  # core/checkpoints.py says when
         "eval_strategy": "no",
         "logging_strategy": "steps",
         "logging_first_step": True,
@@ -138,6 +140,15 @@ class Watch(TrainerCallback):
             self.progress.close()
 
 
+def fit(trainer: Any, job: Job, measure: Callable[[], dict]) -> dict:
+    """Train, from the step's last checkpoint where there is one. Returns the objective before and after, for the manifest."""
+    args = trainer.args
+    rollout = getattr(args, "steps_per_generation", 1) * getattr(args, "num_iterations", 1)  # micro-steps on one set of answers
+    boundary = rollout // math.gcd(rollout, args.gradient_accumulation_steps) if hasattr(args, "steps_per_generation") else 1
+    before, after = checkpoints.train(trainer, fingerprint(job.step), job.checkpoint_minutes, boundary, measure)
+    return {"objective": {"before": before, "after": after}, "adapter_moved": changed(trainer)}
+
+
 def objective(trainer: Any, keys: dict[str, str]) -> dict[str, float]:
     """The method's own objective on the held-out rows: our name -> value, from the trainer's `eval_` metrics by `keys`."""
     metrics = trainer.evaluate()
@@ -159,9 +170,16 @@ def save(trainer: Any, draft: Draft, job: Job, start: Artifact, facts: dict) -> 
     config["target_modules"] = sorted(config["target_modules"])  # a set in peft: its order would change with the process
     config_file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
     history = [
-        {key: value for key, value in row.items() if not any(word in key for word in CLOCK)} for row in trainer.state.log_history
+        {key: value for key, value in row.items() if key not in SINCE_RESUME and not any(word in key for word in CLOCK)}
+        for row in trainer.state.log_history
     ]
-    pandas.DataFrame(history).to_csv(draft.folder / "metrics.csv", index=False)
+    curves = pandas.DataFrame(history)
+    columns = [
+        "step",
+        "epoch",
+        *sorted(set(curves.columns) - {"step", "epoch"}),
+    ]  # a resumed run reads them back in another order
+    curves[columns].to_csv(draft.folder / "metrics.csv", index=False)
     draft.manifest |= {"base": {"path": str(start.folder), "weights_sha256": start.weights_sha256}, **facts}
     timing = {
         k: v

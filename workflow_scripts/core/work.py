@@ -9,6 +9,7 @@ the same step, costs nothing: the same fingerprint is published again.
 import base64
 import contextlib
 import fcntl
+import hashlib
 import json
 import os
 import shutil
@@ -20,9 +21,14 @@ from pathlib import Path
 from workflow_scripts.core.fingerprint import canonical, file_sha256
 
 
+def place(out: Path) -> str:
+    """The name of the lock of an output's place: steps of an older and of a newer config that make the same file take turns."""
+    return f"place-{hashlib.sha256(str(out.resolve()).encode()).hexdigest()[:24]}"
+
+
 @contextlib.contextmanager
 def exclusive(work: Path, fingerprint: str, say: Callable[[str], None]) -> Iterator[None]:
-    """Hold the lock of a step. Who finds it taken waits, and says for whom; a lock dies with the process that holds it."""
+    """Hold the lock of a step, or of a place. Who finds it taken waits, and says for whom; a lock dies with its process."""
     locks = work / "locks"
     locks.mkdir(parents=True, exist_ok=True)
     with open(locks / f"{fingerprint}.lock", "a+") as file:

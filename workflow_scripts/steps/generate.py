@@ -12,15 +12,27 @@ little (padding, kernels), so it is part of the evaluation's fingerprint.
         --inputs results/sft_v2/merged/manifest.json results/dpo/adapter/manifest.json results/data/ifeval.manifest.json
 """
 
+import json
+from pathlib import Path
 from typing import Any
 
 from workflow_scripts.core import artifacts, cli
+from workflow_scripts.core.fingerprint import fingerprint
 
 
-def answer(model: Any, tokenizer: Any, prompts: list[list[dict]], batch_size: int, max_new_tokens: int, label: str) -> list[dict]:
+def answer(
+    model: Any,
+    tokenizer: Any,
+    prompts: list[list[dict]],
+    batch_size: int,
+    max_new_tokens: int,
+    label: str,
+    saved: Path | None = None,
+) -> list[dict]:
     """Answers to prompts, each a conversation that ends with a user's turn.
 
     `response`, `tokens` (its count, the end of turn included) and `finish_reason` (stop or length), in the prompts' order.
+    `saved`: a file that keeps each finished batch, so that a killed run does not answer again what it has answered.
     """
     import torch
 
@@ -34,12 +46,17 @@ def answer(model: Any, tokenizer: Any, prompts: list[list[dict]], batch_size: in
     order = sorted(range(len(texts)), key=lambda i: (-lengths[i], texts[i]))
     answers: list[dict] = [{} for _ in texts]
     bar = Progress(len(texts), label)
+    done = read_batches(saved)
     for first in range(0, len(order), batch_size):
         rows = order[first : first + batch_size]
+        if (finished := done.get(tuple(rows))) is not None:
+            for i, made in zip(rows, finished, strict=True):
+                answers[i] = made
+            continue
         batch = tokenizer([texts[i] for i in rows], return_tensors="pt", padding=True, add_special_tokens=False)
         batch = {name: batch[name].to(model.device) for name in ("input_ids", "attention_mask")}
         with torch.inference_mode():
-            made = model.generate(
+            generated = model.generate(
                 **batch,
                 do_sample=False,
                 num_beams=1,
@@ -47,14 +64,35 @@ def answer(model: Any, tokenizer: Any, prompts: list[list[dict]], batch_size: in
                 eos_token_id=end,
                 pad_token_id=tokenizer.pad_token_id,
             )
-        for i, tokens in zip(rows, made[:, batch["input_ids"].shape[1] :].tolist(), strict=True):
+        for i, tokens in zip(rows, generated[:, batch["input_ids"].shape[1] :].tolist(), strict=True):
             stopped = end in tokens
             tokens = tokens[: tokens.index(end) + 1] if stopped else tokens
             text = tokenizer.decode(tokens[:-1] if stopped else tokens, skip_special_tokens=True)
             answers[i] = {"response": text, "tokens": len(tokens), "finish_reason": "stop" if stopped else "length"}
+        if saved is not None:
+            with open(saved, "a", encoding="utf-8") as file:
+                file.write(json.dumps({"rows": rows, "answers": [answers[i] for i in rows]}) + "\n")
         bar.step(first + len(rows))
     bar.close()
     return answers
+
+
+def read_batches(saved: Path | None) -> dict[tuple[int, ...], list[dict]]:
+    """Places of a batch's prompts -> its answers. A line that a kill cut off ends the file: it is removed, and made again."""
+    found: dict[tuple[int, ...], list[dict]] = {}
+    if saved is None or not saved.exists():
+        return found
+    whole = []
+    for line in saved.read_text(encoding="utf-8").splitlines():
+        try:
+            batch = json.loads(line)
+        except ValueError:
+            break
+        found[tuple(batch["rows"])] = batch["answers"]
+        whole.append(line + "\n")
+    saved.write_text("".join(whole), encoding="utf-8")
+    print(f"{sum(map(len, found))} prompts were answered before: taken over", flush=True)
+    return found
 
 
 def main(job: artifacts.Job) -> None:
@@ -68,9 +106,11 @@ def main(job: artifacts.Job) -> None:
         model = models.merge(start, parents["adapter"], job.work, step["device"], device.DTYPES[step["precision"]])
     else:
         model = models.load(start, job.work, step["device"], step["precision"])
+    saved = job.work / fingerprint(step) / "answers.jsonl"
+    saved.parent.mkdir(parents=True, exist_ok=True)
     answers = answer(
         model.eval(), chat.tokenizer_of(start), [slicing.prompt_turns(row) for row in prompts], config["batch_size"],
-        config["max_new_tokens"], f"answers of {job.run}",
+        config["max_new_tokens"], f"answers of {job.run}", saved,
     )  # fmt: skip
     with artifacts.complete(job, "responses", parents) as draft:
         rows = [{"key": row["key"], "prompt": row["prompt"], **made} for row, made in zip(prompts, answers, strict=True)]

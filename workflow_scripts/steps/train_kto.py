@@ -96,10 +96,7 @@ def main(job: artifacts.Job) -> None:
     def objective() -> dict:
         return training.objective(trainer, keys) | {"accuracy": accuracy(trainer, ordered[True][0])}
 
-    before = objective()
-    trainer.train()
-    facts["objective"] = {"before": before, "after": objective()}
-    facts["adapter_moved"] = training.changed(trainer)
+    facts |= training.fit(trainer, job, objective)
     facts["class_weights"] = class_weights
     facts["prompts_twice_in_a_batch"] = ordered[False][1]
 

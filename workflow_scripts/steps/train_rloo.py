@@ -54,10 +54,7 @@ def main(job: artifacts.Job) -> None:
     facts: dict = {"constant": training.settle(trainer, job, tokenizer, given, rows, dropout=False, mask=False)}
 
     keys = {"reward": "reward", "tokens": "completions/mean_length"} | {name: f"rewards/{name}/mean" for name in functions}
-    before = training.objective(trainer, keys)
-    trainer.train()
-    facts["objective"] = {"before": before, "after": training.objective(trainer, keys)}
-    facts["adapter_moved"] = training.changed(trainer)
+    facts |= training.fit(trainer, job, lambda: training.objective(trainer, keys))
 
     with artifacts.complete(job, "adapter", parents) as draft:
         training.save(trainer, draft, job, start, facts)

@@ -73,10 +73,7 @@ def main(job: artifacts.Job) -> None:
         batch_size = config["train"]["per_device_eval_batch_size"]
         return reward_model.objective(*reward_model.score_pairs(trainer.model, tokenizer, short[True], batch_size, max_length))
 
-    before = objective()
-    trainer.train()
-    facts["objective"] = {"before": before, "after": objective()}
-    facts["adapter_moved"] = training.changed(trainer)
+    facts |= training.fit(trainer, job, objective)
     facts["left_out"] = {"train": len(pairs[False]) - len(short[False]), "heldout": len(pairs[True]) - len(short[True])}
 
     with artifacts.complete(job, "adapter", parents) as draft:

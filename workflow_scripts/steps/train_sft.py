@@ -40,10 +40,7 @@ def main(job: artifacts.Job) -> None:
     facts: dict = {"constant": training.settle(trainer, job, tokenizer, given, rows)}
 
     keys = {"loss": "loss", "token_accuracy": "mean_token_accuracy"}
-    before = training.objective(trainer, keys)
-    trainer.train()
-    facts["objective"] = {"before": before, "after": training.objective(trainer, keys)}
-    facts["adapter_moved"] = training.changed(trainer)
+    facts |= training.fit(trainer, job, lambda: training.objective(trainer, keys))
 
     with artifacts.complete(job, "adapter", parents) as draft:
         training.save(trainer, draft, job, start, facts)

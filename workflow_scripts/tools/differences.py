@@ -1,0 +1,161 @@
+"""What differs between two versions of a step's JSON, in the words of who changed it: config keys, files of code, packages.
+
+The parents are left out: whether a parent will be made again is known only with the whole plan (see `explain`). Nothing is
+passed over in silence: a part of the JSON that has no words here is shown by its own name.
+"""
+
+import ast
+import json
+from typing import Any
+
+from workflow_scripts.core import fingerprint
+from workflow_scripts.core.config import Config
+from workflow_scripts.core.schema_errors import dotted
+
+UNSET = "(not set)"
+LONGEST = 60  # characters of a value; a longer one is cut
+# Parts of a step's JSON that are not settings, or that a function of its own puts into words.
+APART = ("config", "parents", "code", "packages", "external", "step")
+# Settings that are one choice: shown whole, not key by key.
+WHOLE = ("reward", "class_weights", "target_modules", "decontaminate")
+# Keys of a reward model's evaluation -> where the training has them.
+EVAL_RM = {"batch_size": "per_device_eval_batch_size", "max_length": "max_length"}
+
+
+def differences(config: Config, kind: str, name: str, old: dict, new: dict) -> list[str]:
+    """One line for each thing that differs between two versions of the step `kind` of `name` (`Plan.step`'s arguments).
+
+    old: the step's JSON in a manifest; new: the one that is planned now, from `config`.
+    """
+    old, new = plain(old), plain(new)
+    lines = []
+    if old.get("step") != new["step"] and kind != "train":  # a training's module follows its method, which is a key
+        lines.append(f"step: {text(old.get('step', UNSET))} -> {new['step']}")
+    lines += _settings(config, kind, name, old, new)
+    lines += _external(config, kind, name, old.get("external", {}), new.get("external", {}))
+    lines += _code(old.get("code", {}), new["code"])
+    lines += _packages(old.get("packages", {}), new["packages"])
+    return lines
+
+
+def plain(step: dict) -> dict:
+    """A step's JSON as a manifest would hold it: 1.0 and 1 are one setting."""
+    return json.loads(fingerprint.canonical(step))
+
+
+def changed(old: dict, new: dict, path: tuple[str, ...] = ()) -> list[tuple[tuple[str, ...], Any, Any]]:
+    """(path of the key, old, new) of each value that differs, by the order of the keys; UNSET where a side lacks the key."""
+    found = []
+    for key in sorted(set(old) | set(new)):
+        before, after = old.get(key, UNSET), new.get(key, UNSET)
+        if before == after:
+            continue
+        if isinstance(before, dict) and isinstance(after, dict) and key not in WHOLE:
+            found += changed(before, after, (*path, key))
+        else:
+            found.append(((*path, key), before, after))
+    return found
+
+
+def text(value: Any) -> str:
+    """A value as YAML would have it, on one line, cut where it is long."""
+    shown = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False).replace('"', "")
+    shown = " ".join(shown.split())
+    return shown if len(shown) <= LONGEST else f"{shown[: LONGEST - 3]}..."
+
+
+def arrow(key: str, old: Any, new: Any) -> str:
+    """`key: old -> new`; where the cut would hide the difference, only that it changed."""
+    before, after = text(old), text(new)
+    return f"{key}: changed ({before})" if before == after else f"{key}: {before} -> {after}"
+
+
+def place(config: Config, kind: str, name: str, path: list[str]) -> str:
+    """The key at `path` of a step's config, as it stands in the user's files: `methods.dpo.train.beta`, `data.max_drop`."""
+    verb, _, task = kind.partition("_")
+    top = path[0]
+    if top in config.data and top in ("lora", "quant"):
+        return dotted(path)
+    if kind in ("train", "merge", "eval_rm"):
+        if top == "optim":
+            return "optim (follows device)"
+        if kind == "eval_rm" and top in EVAL_RM:
+            path = ["train", EVAL_RM[top]]
+        return dotted(config._place(config.run(name)[0], path))
+    if kind == "slice":
+        own = config.data["data"]["slices"][name]
+        if "decontaminate" in path or (top not in own and top in config.data["data"]):
+            return dotted(["data", *path])
+        if top == "source":
+            path = ["source", *({"file": "path", "files": "paths"}.get(key, key) for key in path[1:])]
+        return dotted(["data", "slices", name, *path])
+    if verb in ("generate", "score"):
+        return dotted(["eval", *([] if top == "batch_size" else [task]), *path])
+    return dotted([kind, *path])
+
+
+def _settings(config: Config, kind: str, name: str, old: dict, new: dict) -> list[str]:
+    """Keys of the config, then seed, precision, device, threads and what else stands on top of the JSON."""
+    lines = []
+    for path, before, after in changed(old.get("config", {}), new["config"]):
+        if path == ("quant",) and UNSET in (before, after):
+            continue  # comes and goes with `quantise`, which is shown
+        lines.append(arrow(place(config, kind, name, list(path)), before, after))
+    rest_old, rest_new = ({key: value for key, value in step.items() if key not in APART} for step in (old, new))
+    for path, before, after in changed(rest_old, rest_new):
+        key = dotted(list(path))
+        if key == "precision" and kind.startswith("generate_"):
+            key = "eval.precision"
+        if key.startswith("allow_"):  # the key stands in a step only where it is true
+            before, after = (False if value == UNSET else value for value in (before, after))
+        lines.append(arrow(key, before, after))
+    return lines
+
+
+def _external(config: Config, kind: str, name: str, old: dict, new: dict) -> list[str]:
+    """What the files that a step reads from outside hold. A hub's name and revision are keys of the config: shown there."""
+    lines = []
+    for (key, *_), _before, after in changed(old, new):
+        if key == "candidate_rows" and after != UNSET:
+            source = config.data["data"]["slices"][name]["source"]
+            files = source.get("paths") or [source["path"]]
+            lines.append(f"external content: candidate rows of {', '.join(files)} changed")
+        elif key == "content" and after != UNSET:
+            lines.append(f"external content: files of {config.data['base']['path']} changed")
+        elif key in ("candidate_rows", "content"):
+            lines.append("external content: none any more")
+    return lines
+
+
+def _code(old: dict[str, str], new: dict[str, str]) -> list[str]:
+    """The modules of the step's import closure that were changed, added or taken away, as files."""
+    said: dict[str, list[str]] = {"changed": [], "added": [], "removed": []}
+    for (module,), before, after in ((("".join(path),), b, a) for path, b, a in changed(old, new)):
+        what = "added" if before == UNSET else "removed" if after == UNSET else "changed"
+        said[what].append(_file(module) + (" (or a file that it names)" if what == "changed" and _names_files(module) else ""))
+    parts = [f"{', '.join(files)} {what}" for what, files in said.items() if files]
+    return [f"code: {'; '.join(parts)}"] if parts else []
+
+
+def _file(module: str) -> str:
+    """`steps.train_dpo` -> `steps/train_dpo.py`; a package is its __init__.py."""
+    if module == fingerprint.PACKAGE:
+        return "__init__.py"
+    path = module.replace(".", "/")
+    return f"{path}/__init__.py" if (fingerprint.ROOT / fingerprint.PACKAGE / path).is_dir() else f"{path}.py"
+
+
+def _names_files(module: str) -> bool:
+    """True if the module names a template or a table, whose content counts as the module's own."""
+    path = fingerprint.ROOT / fingerprint.PACKAGE / _file(module)
+    try:
+        tree = ast.parse(path.read_bytes())
+    except (OSError, SyntaxError):
+        return False
+    constants = (node.value for node in ast.walk(tree) if isinstance(node, ast.Constant) and isinstance(node.value, str))
+    return any(fingerprint._resource(value, path.parent) for value in constants)
+
+
+def _packages(old: dict[str, str], new: dict[str, str]) -> list[str]:
+    parts = [f"{package} {before} -> {after}" for (package,), before, after in changed(old, new)]
+    return [f"packages: {', '.join(parts)}"] if parts else []
