@@ -213,6 +213,7 @@ def test_a_file_that_a_string_names_is_code(tree, module, source):
 # All that a counted module may use of the plumbing, and why no number comes from it.
 PLUMBING_USED = {
     "messages.InputError": "stops a step",
+    "messages.Interrupted": "ends a step",
     "progress.Progress": "prints",
     "cli.run": "is the way in: gets `main`, returns nothing (the test below)",
     "fingerprint.fingerprint": "names a folder and a manifest",

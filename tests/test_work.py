@@ -247,7 +247,7 @@ def test_a_second_process_waits_names_the_holder_and_takes_over_the_result(tmp_p
     (tmp_path / "wait").unlink()
     assert first.wait(30) == 0 and second.wait(30) == 0
     said = second.communicate()[1].splitlines()
-    assert said[0].startswith(f"out/manifest.json: waiting: the same step is being made by process {first.pid} on ")
+    assert said[0].startswith(f"out/manifest.json: waiting: the same output is being made by process {first.pid} on ")
     assert said[1:] == ["out/manifest.json: already made with this fingerprint: taken over"]
     assert (tmp_path / "ran").read_text() == "ran\n"
 
@@ -263,6 +263,19 @@ def test_the_lock_dies_with_its_holder_and_who_waits_makes_the_step(tmp_path, st
     (tmp_path / "wait").unlink()
     assert second.wait(30) == 0
     assert (tmp_path / "ran").read_text() == "ran\nran\n" and (tmp_path / "out/data.txt").read_text() == "content"
+
+
+def test_steps_of_two_configs_that_make_one_output_take_turns_and_the_later_one_stays(tmp_path, start):
+    flag = tmp_path / "go on"
+    flag.touch()
+    older = start(step_of(tmp_path, text="older", wait=str(flag)))
+    until(lambda: (tmp_path / "ran").exists())
+    newer = start(step_of(tmp_path, text="newer"))
+    assert f"waiting: the same output is being made by process {older.pid}" in newer.stderr.readline()
+    flag.unlink()
+    assert older.wait(30) == newer.wait(30) == 0
+    assert (tmp_path / "out/data.txt").read_text() == "newer"
+    assert json.loads((tmp_path / "out/manifest.json").read_text())["step"]["config"]["text"] == "newer"
 
 
 def test_other_steps_do_not_wait(tmp_path, step):

@@ -91,6 +91,20 @@ def _redirect(log: Path | None) -> int:
     return real
 
 
+def _describe(adapter: Path, say: Callable[[str], None]) -> None:
+    """A model card beside an adapter, from the manifests. Not part of the artifact: it changes with the card's wording."""
+    from workflow_scripts.tools import card, runs
+
+    try:
+        text = card.card(runs.open_run(adapter.parent))
+    except InputError as error:
+        say(f"no model card: {error}")
+        return
+    part = adapter / f".README.{os.getpid()}.part"
+    part.write_text(text, encoding="utf-8")
+    os.replace(part, adapter / "README.md")
+
+
 def run(main: Callable[[Job], None], doc: str | None) -> None:
     """Run a step: read the arguments, take its lock, take over a finished copy if there is one, else call `main`."""
     args = parser(doc or "").parse_args()
@@ -112,8 +126,10 @@ def run(main: Callable[[Job], None], doc: str | None) -> None:
         with work.exclusive(args.work, work.place(args.out), say), work.exclusive(args.work, fingerprint(step), say):
             if work.republish(args.work, fingerprint(step), args.out):
                 say("already made with this fingerprint: taken over")
-                return
-            main(job)
+            else:
+                main(job)
+            if args.out.parent.name == "adapter":
+                _describe(args.out.parent, say)
     except InputError as error:
         say(f"error: {error}")
         sys.exit(1)

@@ -251,6 +251,13 @@ class Config:
     def _check_reward(self, name: str, body: dict) -> None:
         """The rewards of an experiment are verifiers or reward models, and none of them is made from the experiment itself."""
         place = self._place(name, ["reward"])
+        if len(verifiers := [reward for reward in rewards(body) if reward in VERIFIERS]) > 1:
+            problem = (
+                f"found {' and '.join(verifiers)} in one mixture, but no row has what both need; take one experiment for each"
+            )
+            raise self.fail(place, problem)
+        if "reward" in body:
+            self._check_groups(name, body["train"])
         for reward in rewards(body):
             if reward in VERIFIERS:
                 continue
@@ -263,6 +270,18 @@ class Config:
             if name in (chain := self._made_from(reward)):
                 loop = " -> ".join([name, *chain[: chain.index(name) + 1]])
                 raise self.fail(place, f"a loop: {loop}; the reward model must start elsewhere")
+
+    def _check_groups(self, name: str, train: dict) -> None:
+        """A batch holds whole groups of answers to one prompt: TRL says so only once the phases before are done."""
+        steps = train.get("steps_per_generation", train["gradient_accumulation_steps"])
+        for size, group, times in (
+            ("per_device_train_batch_size", "num_generations", steps),
+            ("per_device_eval_batch_size", "num_generations_eval", 1),
+        ):
+            if train[size] * times % train[group]:
+                rollout = f"{train[size]} x {times} answers" if times > 1 else f"{train[size]} answers"
+                problem = f"found {train[size]}: a rollout of {rollout} must be a multiple of {group} ({train[group]})"
+                raise self.fail(self._place(name, ["train", size]), problem)
 
     def _made_from(self, name: str) -> list[str]:
         """`name` and every experiment that it is made from, by `start_from` and `reward`; each once, so that loops end."""

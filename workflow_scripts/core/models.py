@@ -123,6 +123,8 @@ def check_trainer(trainer: Any, block: dict, optim: str, dropout: bool = True) -
     assert trainable, "nothing is trainable"
     stray = [name for name in trainable if "lora_" not in name and f".{HEAD}." not in name]
     assert not stray, f"trainable outside the LoRA block: {stray[:3]}"
+    heads = [name for name, _ in trainer.model.named_parameters() if f".{HEAD}.modules_to_save." in name]
+    assert set(heads) <= set(trainable), f"the head of the reward model is frozen: {heads}"
     wrong = [name for name, p in trainable.items() if p.dtype != torch.float32]
     assert not wrong, f"adapter weights that are not fp32: {wrong[:3]}"
     rates = {m.p for name, m in trainer.model.named_modules() if isinstance(m, nn.Dropout) and "lora_dropout" in name}

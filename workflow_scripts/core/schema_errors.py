@@ -39,6 +39,11 @@ def _unknown(path: list, value: dict, known: set[str]) -> list[tuple[list, str]]
 def _explain_forms(error: ValidationError, schema: dict) -> list[tuple[list, str]]:
     """Of the forms that a mapping may take (each with keys of its own), explain the one that the user began to write."""
     path, value = list(error.absolute_path), cast(Any, error.instance)
+    rule = cast(dict, error.schema)
+    if any("$ref" not in form for form in rule["oneOf"]):  # a word or a small mapping: its description says all
+        inside = [e for e in error.context or () if e.path or isinstance(value, dict) and e.validator != "type"]
+        lines = [line for e in inside if isinstance(value, dict) and "const" != e.validator for line in explain(e, schema)]
+        return lines[:1] or [(path, f"found {_found(value)}, expected {rule['description']}")]
     forms = [schema["$defs"][form["$ref"].rsplit("/", 1)[-1]]["properties"] for form in cast(dict, error.schema)["oneOf"]]
     known = set().union(*forms)
     if not isinstance(value, dict):

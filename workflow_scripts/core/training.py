@@ -150,8 +150,17 @@ def fit(trainer: Any, job: Job, measure: Callable[[], dict]) -> dict:
 
 
 def objective(trainer: Any, keys: dict[str, str]) -> dict[str, float]:
-    """The method's own objective on the held-out rows: our name -> value, from the trainer's `eval_` metrics by `keys`."""
+    """The method's own objective on the held-out rows: our name -> value, from the trainer's `eval_` metrics by `keys`.
+
+    TRL's metrics are means over batches, so all batches get one size: the largest that is no larger than the config's, divides
+    the rows (or sampled answers), and holds whole groups.
+    """
+    args = trainer.args
+    group = getattr(args, "num_generations_eval", None) or 1
+    size, rows = args.per_device_eval_batch_size, len(trainer.eval_dataset) * group
+    args.per_device_eval_batch_size = max(n for n in range(group, max(size, group) + 1, group) if rows % n == 0)
     metrics = trainer.evaluate()
+    args.per_device_eval_batch_size = size
     return {name: round(float(metrics[f"eval_{key}"]), 6) for name, key in keys.items()}
 
 

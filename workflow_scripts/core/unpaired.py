@@ -30,24 +30,30 @@ def spread(rows: list[dict], batch: int, seed: int) -> tuple[list[dict], int]:
     """
     best: tuple[int, list[dict]] | None = None
     for attempt in range(TRIES):
-        waiting = list(rows)
-        random.Random(f"{seed}/{attempt}").shuffle(waiting)
+        coming = [(json.dumps(row["prompt"]), row) for row in rows]
+        random.Random(f"{seed}/{attempt}").shuffle(coming)
+        coming.reverse()  # taken from the end
+        late: list[tuple[str, dict]] = []
         order: list[dict] = []
         twice = 0
-        while waiting:
+        while coming or late:
             inside: set[str] = set()
-            late: list[dict] = []
             taken: list[dict] = []
-            for row in waiting:
-                prompt = json.dumps(row["prompt"])
-                fits = len(taken) < batch and prompt not in inside
-                (taken if fits else late).append(row)
-                inside |= {prompt} if fits else set()
+            waiting: list[tuple[str, dict]] = []
+            late.reverse()
+            while len(taken) < batch and (late or coming):
+                prompt, row = (late or coming).pop()
+                if prompt in inside:
+                    waiting.append((prompt, row))
+                else:
+                    taken.append(row)
+                    inside.add(prompt)
+            late = waiting + late[::-1]
             if len(taken) < batch and late:  # nothing left but prompts that are in this batch
                 missing = batch - len(taken)
                 twice += len(late[:missing])
-                taken, late = taken + late[:missing], late[missing:]
-            order, waiting = order + taken, late
+                taken, late = taken + [row for _, row in late[:missing]], late[missing:]
+            order += taken
         if best is None or twice < best[0]:
             best = (twice, order)
         if twice == 0:

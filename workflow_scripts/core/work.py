@@ -36,7 +36,7 @@ def exclusive(work: Path, fingerprint: str, say: Callable[[str], None]) -> Itera
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             file.seek(0)
-            say(f"waiting: the same step is being made by {file.read().strip() or 'another process'}")
+            say(f"waiting: the same output is being made by {file.read().strip() or 'another process'}")
             fcntl.flock(file, fcntl.LOCK_EX)
         file.truncate(0)
         file.write(f"process {os.getpid()} on {socket.gethostname()} since {time.strftime('%Y-%m-%d %H:%M:%S')}")

@@ -12,7 +12,8 @@ adapter off.
 Rewards: `rl/rewards.py`. The objective: the mean reward of sampled answers to held-out prompts.
 
 Departures from TRL's defaults: dropout is off, as in every method whose ratio must be 1 at first sight (a declared exception to
-the constant block); beta is not 0; the adapter is fp32; everything that decides an outcome comes from the config.
+the constant block); beta is not 0, and the KL term is the paper's (`use_bias_correction_kl: false`; TRL weighs it by the ratio,
+of the same value at first sight and of another gradient); the adapter is fp32; what decides an outcome comes from the config.
 
     python -m workflow_scripts.steps.train_grpo --step results/grpo/adapter/manifest.json --out trial/adapter/manifest.json \\
         --inputs results/sft_v2/merged/manifest.json results/data/instructions.manifest.json

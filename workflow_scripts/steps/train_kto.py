@@ -2,7 +2,7 @@
 
 Each row is one answer with a label. With r = log pi(answer) - log ref(answer), summed over the answer's tokens, a desirable
 answer has the loss w_D (1 - sigmoid(beta (r - z))), an undesirable one w_U (1 - sigmoid(beta (z - r))). The reference point
-z >= 0 estimates KL(pi || ref) from answers that belong to other prompts of the same batch (the next row's): so the batch
+z >= 0 estimates KL(pi || ref) from answers that belong to other prompts of the same batch (the row before): so the batch
 on a device is part of the method and has at least two rows, and rows of one prompt are kept out of each other's batch, where
 they would answer the very prompt that they are a mismatch for. z carries no gradient.
 
@@ -24,10 +24,12 @@ from workflow_scripts.core import artifacts, cli
 from workflow_scripts.core.unpaired import spread, unpair, weights
 
 
-def accuracy(trainer: Any, rows: list[dict]) -> float | None:
-    """Of all pairs of a desirable and an undesirable answer to one prompt, the share whose desirable one has the higher reward.
+def told_apart(trainer: Any, rows: list[dict]) -> dict[str, float | None]:
+    """How the policy rewards the held-out answers: beta (log pi - log ref) for each, the reference being the adapter off.
 
-    The reward of a held-out row is beta (log pi - log ref), the reference being the adapter off. None where no prompt has both.
+    The mean reward of each class, their margin, and `accuracy`: of all pairs of a desirable and an undesirable answer to one
+    prompt, the share whose desirable one has the higher reward; None where no prompt has both. Row by row, since TRL's own
+    figures are means over batches, and leave out batches of one class.
     """
     import torch
 
@@ -49,7 +51,14 @@ def accuracy(trainer: Any, rows: list[dict]) -> float | None:
     for row, reward in zip(rows, rewards, strict=True):
         groups.setdefault(json.dumps(row["prompt"]), ([], []))[row["label"]].append(reward)
     right = [better > worse for bad, good in groups.values() for better in good for worse in bad]
-    return round(sum(right) / len(right), 6) if right else None
+    means = {label: sum(r for r, row in zip(rewards, rows, strict=True) if row["label"] == label) for label in (True, False)}
+    means = {label: total / sum(row["label"] == label for row in rows) for label, total in means.items()}
+    return {
+        "margin": round(means[True] - means[False], 6),
+        "reward_desirable": round(means[True], 6),
+        "reward_undesirable": round(means[False], 6),
+        "accuracy": round(sum(right) / len(right), 6) if right else None,
+    }
 
 
 def main(job: artifacts.Job) -> None:
@@ -62,8 +71,9 @@ def main(job: artifacts.Job) -> None:
     start, rows = parents["start"], parents["rows"]
     batch = config["train"]["per_device_train_batch_size"]
     answers = {heldout: unpair(training.usable(rows, heldout)) for heldout in (False, True)}
-    class_weights = weights(answers[False], config["class_weights"], str(rows.path))
     ordered = {heldout: spread(found, batch, step["seed"]) for heldout, found in answers.items()}
+    weights(ordered[True][0], config["class_weights"], f"{rows.path}, held-out rows")
+    class_weights = weights(ordered[False][0], config["class_weights"], str(rows.path))
     device.prepare(step)
     tokenizer = chat.tokenizer_of(start)
     model = models.load(start, job.work, step["device"], step["precision"], config.get("quant"))
@@ -86,15 +96,8 @@ def main(job: artifacts.Job) -> None:
     )
     facts: dict = {"constant": training.settle(trainer, job, tokenizer, given, rows)}
 
-    keys = {
-        "loss": "loss",
-        "margin": "rewards/margins",
-        "reward_desirable": "rewards/chosen",
-        "reward_undesirable": "rewards/rejected",
-    }
-
     def objective() -> dict:
-        return training.objective(trainer, keys) | {"accuracy": accuracy(trainer, ordered[True][0])}
+        return training.objective(trainer, {"loss": "loss"}) | told_apart(trainer, ordered[True][0])
 
     facts |= training.fit(trainer, job, objective)
     facts["class_weights"] = class_weights

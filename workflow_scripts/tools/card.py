@@ -24,7 +24,14 @@ METRICS = {
     "prompt_level_loose_acc": "prompt, loose",
     "inst_level_loose_acc": "instruction, loose",
 }
-FULL = {"sft": "supervised fine-tuning", "dpo": "direct preference optimisation"}
+FULL = {
+    "sft": "supervised fine-tuning",
+    "dpo": "direct preference optimisation",
+    "kto": "Kahneman-Tversky optimisation",
+    "rm": "reward modelling (Bradley-Terry)",
+    "grpo": "group relative policy optimisation",
+    "rloo": "REINFORCE leave-one-out",
+}
 
 
 def base_of(start: Artifact) -> Artifact:
@@ -85,7 +92,9 @@ def _table(head: list[str], rows: list[list[str]]) -> list[str]:
 def _front(run: runs.Run) -> list[str]:
     """The metadata block that a hub reads. No licence: see the module."""
     base = source_of(base_of(run.start))
-    lines = ["---", "library_name: " + ("peft" if run.adapter else "transformers"), "pipeline_tag: text-generation"]
+    scores = run.adapter is not None and run.adapter.data["step"]["config"]["method"] == "rm"
+    task = "text-classification" if scores else "text-generation"
+    lines = ["---", "library_name: " + ("peft" if run.adapter else "transformers"), f"pipeline_tag: {task}"]
     if base["source"] == "hub" and "id" in base:
         lines.append(f"base_model: {base['id']}")
     tags = ["phaseline", *([run.adapter.data["step"]["config"]["method"], "lora"] if run.adapter else [])]
