@@ -8,7 +8,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo setup setup-cuda setup-mac test test-all test-gpu lint lock clean smollm2 status chat push pin
+.PHONY: demo setup setup-cuda setup-mac test test-all test-gpu lint lock clean clean-checkpoints smollm2 status why accept adopt verify chat push pin
 
 demo: setup
 	@$(BIN)/python -c "import os; print(f'phaseline: {os.cpu_count()} cores; about five minutes on two')"
@@ -79,6 +79,24 @@ lint: setup
 status: setup
 	@$(BIN)/python -m workflow_scripts.tools.status $(or $(RESULTS),results)
 
+# Why would snakemake run what it would run:  make why T=results/ifeval_dpo.json [CONFIG="config/a.yaml config/b.yaml"]
+why: setup
+	@$(if $(T),,echo "say which target: make why T=results/ifeval_dpo.json"; exit 1)
+	@$(BIN)/python -m workflow_scripts.tools.explain $(T) $(if $(CONFIG),--configfile $(CONFIG))
+
+# This change does not matter for T and what differs only by it:  make accept T=results/ifeval_dpo.json REASON="..." [CONFIG=...]
+accept: setup
+	@$(if $(T),,echo 'say which output: make accept T=results/ifeval_dpo.json REASON="..."'; exit 1)
+	@$(BIN)/python -m workflow_scripts.tools.accept $(T) --reason "$$REASON" $(if $(CONFIG),--configfile $(CONFIG))
+
+# Results that came without .snakemake: verify and record them:  make adopt [RESULTS=results] [CONFIG=...]
+adopt: setup
+	@$(BIN)/python -m workflow_scripts.tools.adopt $(RESULTS) $(if $(CONFIG),--configfile $(CONFIG))
+
+# Is everything what its manifest says, and made from what is here:  make verify [RESULTS=results]
+verify: setup
+	@$(BIN)/python -m workflow_scripts.tools.verify $(or $(RESULTS),results)
+
 # Talk to a run:  make chat RUN=dpo   (RUN=qwen05b/dpo for another config's)
 chat: setup
 	@$(if $(RUN),,echo "say which run: make chat RUN=dpo"; exit 1)
@@ -97,6 +115,10 @@ pin: setup
 # Writes the versions that are installed now into the lock file, without local tags (+cpu).
 lock:
 	$(BIN)/python -m pip freeze --exclude-editable | sed 's/+[a-z0-9.]*$$//' > envs/requirements.lock
+
+# Checkpoints that nothing will go on from:  make clean-checkpoints [CONFIG="config/a.yaml config/b.yaml"] [DRY=1]
+clean-checkpoints: setup
+	@$(BIN)/python -m workflow_scripts.tools.clean $(if $(CONFIG),--configfile $(CONFIG)) $(if $(DRY),--dry-run)
 
 clean:
 	rm -rf results logs benchmarks .snakemake

@@ -8,12 +8,16 @@ from workflow_scripts.core import config as configs
 from workflow_scripts.core.messages import InputError
 from workflow_scripts.core.plan import Plan
 from workflow_scripts.core import hub, work
+from workflow_scripts.tools import adopt
 
 gc.disable()  # planning allocates and hardly frees: a fifth of the time of a large plan
 
 try:
     PLAN = Plan(configs.Config(config, [str(file) for file in workflow.configfiles]))
     PLAN.check()
+    # Snakemake trusts what it has no record of. (A job that parses this on another machine needs no records.)
+    if workflow.is_main_process and workflow.workflow_settings.persistence_backend.name == "FILE":
+        adopt.check(PLAN.config, PLAN.results)
 except InputError as error:
     sys.stderr.write(f"{error}\n")
     sys.exit(1)

@@ -222,6 +222,7 @@ PLUMBING_USED = {
     "runinfo.collect": "run.json, which nothing reads",
     "work.publish": "moves finished files",
     "work.exclusive": "waits",
+    "work.claim": "says whose working folder it is",
     "hub.unreachable": "the text of an error",
 }
 

@@ -99,7 +99,7 @@ def accepted(artifact: Artifact) -> list[dict]:
     except FileNotFoundError:
         return []
     except (OSError, ValueError, KeyError, TypeError):
-        raise InputError(f"{path}: not a note of `make accept`; delete it, and accept the change again if it still counts") from None
+        raise InputError(f"{path}: not a note of `make accept`; delete it, and accept the change again") from None
 
 
 @dataclass
@@ -188,6 +188,6 @@ def complete(job: Job, kind: str, parents: dict[str, Artifact]) -> Iterator[Draf
             dump(runinfo.collect(job.started, draft.run)), encoding="utf-8"
         )
     (stage / job.out.name).write_text(dump(manifest), encoding="utf-8")
-    (home / "where.json").write_text(dump({"out": str(job.out), "step": job.step}), encoding="utf-8")
+    work.claim(job.work, mark, job.out, job.step)
     os.rename(stage, done)
     work.publish(done, job.out)

@@ -127,6 +127,7 @@ def run(main: Callable[[Job], None], doc: str | None) -> None:
             if work.republish(args.work, fingerprint(step), args.out):
                 say("already made with this fingerprint: taken over")
             else:
+                work.claim(args.work, fingerprint(step), args.out, step)
                 main(job)
             if args.out.parent.name == "adapter":
                 _describe(args.out.parent, say)

@@ -10,9 +10,10 @@ import json
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
-from workflow_scripts.core.config import EVALUATED
+from workflow_scripts.core.config import EVALUATED, RUN_NAME
 from workflow_scripts.core.fingerprint import canonical, file_sha256
 
 METADATA = Path(".snakemake/metadata")
@@ -73,9 +74,9 @@ def find(results: str) -> Iterator[Place]:
         yield place_of(results, "slice", path.name.removesuffix(".manifest.json"))
     for entry in os.scandir(folder) if folder.is_dir() else ():
         task, _, run = entry.name.removesuffix(".json").partition("_")
-        if not entry.name.startswith(".") and entry.is_dir():
+        if RUN_NAME.fullmatch(entry.name) and entry.is_dir():
             runs.add(entry.name)
-        elif entry.name.endswith(".json") and task in EVALUATED and run:
+        elif entry.name.endswith(".json") and task in EVALUATED and RUN_NAME.fullmatch(run):
             runs.add(run)  # a score file stands when the run's folder is gone
     for run in sorted(runs - {"data"}, key=lambda name: (name != "base", name)):
         for kind in kinds_of(run):
@@ -86,9 +87,10 @@ def find(results: str) -> Iterator[Place]:
 
 def folders(results: str) -> list[str]:
     """`results` and the results folders below it: those that hold artifacts."""
-    found = [results] if next(find(results), None) else []
+    runs = {place.name for place in find(results)}
+    found = [results] if runs else []
     for entry in sorted(os.scandir(results), key=lambda entry: entry.name) if os.path.isdir(results) else []:
-        if entry.is_dir(follow_symlinks=False) and not entry.name.startswith(".") and entry.name not in ("data", "base"):
+        if entry.is_dir(follow_symlinks=False) and not entry.name.startswith(".") and entry.name not in runs | {"data", "base"}:
             found += folders(f"{results}/{entry.name}")
     return found
 
@@ -96,11 +98,20 @@ def folders(results: str) -> list[str]:
 # -- records ------------------------------------------------------------------------------------------------------------------
 
 
+@cache
+def _longest_name(folder: Path) -> int:
+    """Bytes that a file name may have there."""
+    try:
+        return os.pathconf(folder, "PC_NAME_MAX") or 255
+    except (OSError, ValueError):  # a folder that is not there yet
+        return 255
+
+
 def record_file(out: str, folder: Path | None = None) -> Path:
     """The file of an output's record. Names longer than the file system takes are cut into folders, as Snakemake does."""
     folder = METADATA if folder is None else folder
     name = base64.urlsafe_b64encode(out.encode()).decode()
-    size = 254
+    size = _longest_name(folder) - 1
     parts = [name[i : i + size] for i in range(0, len(name), size)]
     return folder.joinpath(*[f"@{part}" for part in parts[:-1]], parts[-1])
 

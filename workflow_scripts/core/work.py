@@ -44,6 +44,15 @@ def exclusive(work: Path, fingerprint: str, say: Callable[[str], None]) -> Itera
         yield
 
 
+def claim(work: Path, fingerprint: str, out: Path, step: dict) -> None:
+    """Say whose working folder this is, before anything is in it: for whoever clears up after a kill."""
+    home = work / fingerprint
+    home.mkdir(parents=True, exist_ok=True)
+    part = home / f"where.json.{os.getpid()}"
+    part.write_text(json.dumps({"out": str(out), "step": step}, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+    os.replace(part, home / "where.json")
+
+
 def whole(manifest: Path, fingerprint: str, folder: Path) -> bool:
     """True if the manifest is of this fingerprint and each file that it lists is in `folder` with its sha256."""
     try:

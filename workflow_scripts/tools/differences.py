@@ -9,7 +9,7 @@ import json
 from typing import Any
 
 from workflow_scripts.core import fingerprint
-from workflow_scripts.core.config import Config
+from workflow_scripts.core.config import CONSTANT_BLOCKS, Config
 from workflow_scripts.core.schema_errors import dotted
 
 UNSET = "(not set)"
@@ -17,7 +17,7 @@ LONGEST = 60  # characters of a value; a longer one is cut
 # Parts of a step's JSON that are not settings, or that a function of its own puts into words.
 APART = ("config", "parents", "code", "packages", "external", "step")
 # Settings that are one choice: shown whole, not key by key.
-WHOLE = ("reward", "class_weights", "target_modules", "decontaminate")
+WHOLE = ("reward", "class_weights")
 # Keys of a reward model's evaluation -> where the training has them.
 EVAL_RM = {"batch_size": "per_device_eval_batch_size", "max_length": "max_length"}
 
@@ -74,7 +74,7 @@ def place(config: Config, kind: str, name: str, path: list[str]) -> str:
     """The key at `path` of a step's config, as it stands in the user's files: `methods.dpo.train.beta`, `data.max_drop`."""
     verb, _, task = kind.partition("_")
     top = path[0]
-    if top in config.data and top in ("lora", "quant"):
+    if top in CONSTANT_BLOCKS:
         return dotted(path)
     if kind in ("train", "merge", "eval_rm"):
         if top == "optim":
@@ -84,7 +84,7 @@ def place(config: Config, kind: str, name: str, path: list[str]) -> str:
         return dotted(config._place(config.run(name)[0], path))
     if kind == "slice":
         own = config.data["data"]["slices"][name]
-        if "decontaminate" in path or (top not in own and top in config.data["data"]):
+        if top not in own and top in config.data["data"]:  # one value for all slices
             return dotted(["data", *path])
         if top == "source":
             path = ["source", *({"file": "path", "files": "paths"}.get(key, key) for key in path[1:])]
@@ -130,7 +130,7 @@ def _external(config: Config, kind: str, name: str, old: dict, new: dict) -> lis
 def _code(old: dict[str, str], new: dict[str, str]) -> list[str]:
     """The modules of the step's import closure that were changed, added or taken away, as files."""
     said: dict[str, list[str]] = {"changed": [], "added": [], "removed": []}
-    for (module,), before, after in ((("".join(path),), b, a) for path, b, a in changed(old, new)):
+    for (module,), before, after in changed(old, new):
         what = "added" if before == UNSET else "removed" if after == UNSET else "changed"
         said[what].append(_file(module) + (" (or a file that it names)" if what == "changed" and _names_files(module) else ""))
     parts = [f"{', '.join(files)} {what}" for what, files in said.items() if files]
@@ -157,5 +157,11 @@ def _names_files(module: str) -> bool:
 
 
 def _packages(old: dict[str, str], new: dict[str, str]) -> list[str]:
-    parts = [f"{package} {before} -> {after}" for (package,), before, after in changed(old, new)]
+    """Python, and the locked versions of the libraries that the step uses."""
+    parts = []
+    for (package,), before, after in changed(old, new):
+        if before == UNSET or after == UNSET:
+            parts.append(f"{package} {'added' if before == UNSET else 'removed'}")
+        else:
+            parts.append(f"{package} {before} -> {after}")
     return [f"packages: {', '.join(parts)}"] if parts else []

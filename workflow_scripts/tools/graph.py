@@ -1,0 +1,93 @@
+"""The phases of a plan by name, what each is made from, and the files that each declares. Light: nothing is read or run."""
+
+import re
+from collections.abc import Iterable
+from typing import NamedTuple
+
+from workflow_scripts.core import records
+from workflow_scripts.core.plan import Plan
+
+
+class Phase(NamedTuple):
+    """A step of the plan, by the arguments of `Plan.step`."""
+
+    kind: str
+    name: str
+
+    @property
+    def label(self) -> str:
+        """The phase's name for people."""
+        verb, _, task = self.kind.partition("_")
+        words = {"base": "base", "slice": f"data {self.name}", "train": f"{self.name} adapter", "merge": f"{self.name} merged"}
+        words |= {"generate": f"{self.name} {task} answers", "score": f"{self.name} {task} scores", "eval": f"{self.name} eval"}
+        return words[verb]
+
+
+BASE = Phase("base", "")
+
+
+def outputs(plan: Plan, phase: Phase) -> tuple[str, ...]:
+    """The files that the phase's rule declares, its manifest first."""
+    return records.place_of(plan.results, *phase).outputs
+
+
+def start(plan: Plan, run: str) -> Phase:
+    """The full-precision model that a run starts from."""
+    before = plan.start_run(run)
+    return BASE if before == "base" else Phase("merge", before)
+
+
+def parents(plan: Plan, phase: Phase) -> dict[str, Phase]:
+    """Role -> phase, for each parent of the phase's step: `Plan.step(...)["parents"]` with names in place of fingerprints."""
+    kind, run = phase
+    verb, _, task = kind.partition("_")
+    prompts = {name: Phase("slice", slice_name) for name, slice_name in plan.config.evaluations.items()}
+    if kind == "slice":
+        decontaminated = plan.config.trains_on(run)
+        return {f"{name}_prompts": one for name, one in prompts.items()} | {"base": BASE} if decontaminated else {}
+    if kind == "base":
+        return {"prompts": Phase("slice", plan.prompts_slice)} if plan.base_needs() else {}
+    if verb == "score":
+        return {"prompts": prompts[task], "responses": Phase(f"generate_{task}", run)}
+    found = {"prompts": prompts[task]} if verb == "generate" else {}
+    if run == "base":
+        return found | {"start": BASE}
+    found["start"] = start(plan, run)
+    if kind in ("train", "eval_rm"):
+        found["rows"] = Phase("slice", plan.experiment(run)["slice"])
+    if kind != "train":
+        return found | {"adapter": Phase("train", run)}
+    for model in plan.reward_models(run):
+        name = plan.config.run(model)[0]
+        found |= {f"reward {name}": Phase("train", model), f"start of {name}": start(plan, model)}
+    return found
+
+
+def phases_by_file(plan: Plan, named: Iterable[str]) -> dict[str, Phase]:
+    """Declared file -> phase, for every phase of the plan and of the seeds that occur in the paths `named`."""
+    found = [BASE, *(Phase("slice", name) for name in plan.config.data["data"]["slices"])]
+    seeded = {match[0] for path in named for match in re.finditer(r"[a-z][a-z0-9_]*\.seed[1-9][0-9]*", path)}
+    seeded |= {name.removeprefix(f"{task}_") for name in seeded for task in plan.config.evaluations}
+    known = plan.config.experiments
+    extra = [name for name in sorted(seeded) if name.split(".")[0] in known and not name.endswith(".seed1")]
+    for run in dict.fromkeys(["base", *plan.runs(), *extra]):
+        kinds = [f"{verb}_{task}" for verb in ("generate", "score") for task in plan.config.evaluations]
+        if run != "base":
+            kinds = ["train", "eval_rm"] if plan.is_reward_model(run) else ["train", "merge", *kinds]
+        found += [Phase(kind, run) for kind in kinds]
+    return {file: phase for phase in found for file in outputs(plan, phase)}
+
+
+def in_order(plan: Plan, wanted: Iterable[Phase]) -> list[Phase]:
+    """These phases and all that they are made from, each after its parents."""
+    done: dict[Phase, None] = {}
+
+    def visit(phase: Phase) -> None:
+        if phase not in done:
+            for parent in parents(plan, phase).values():
+                visit(parent)
+            done[phase] = None
+
+    for phase in wanted:
+        visit(phase)
+    return list(done)
