@@ -309,3 +309,13 @@ def test_planning_imports_no_heavy_library():
         "print(sorted({'torch', 'numpy', 'transformers', 'trl', 'pandas', 'datasets', 'snakemake'} & set(sys.modules)))"
     )
     assert subprocess.run([sys.executable, "-c", program], cwd=ROOT, check=True, capture_output=True, text=True).stdout == "[]\n"
+
+
+def test_the_package_of_the_steps_counts_for_every_step_and_a_hidden_file_for_none(tree, user):
+    before = fingerprints(user)
+    (tree.root / "workflow_scripts/resources/nltk_data/tokenizers/.DS_Store").write_text("left there by a file manager")
+    clear_caches()
+    assert fingerprints(user) == before
+    (tree.root / "workflow_scripts/steps/__init__.py").write_text("X = 1\n")
+    clear_caches()
+    assert stale(before, fingerprints(user)) == set(before)

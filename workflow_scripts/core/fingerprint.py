@@ -112,7 +112,8 @@ def _read_module(module: str) -> tuple[str, tuple[str, ...], tuple[str, ...]]:
             assert node.module is not None
             names = [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
         elif isinstance(node, ast.Constant) and isinstance(node.value, str) and (found := _resource(node.value, path.parent)):
-            for file in sorted(p for p in (found.rglob("*") if found.is_dir() else [found]) if p.is_file()):
+            files = [found] if found.is_file() else [p for p in found.rglob("*") if p.is_file() and not p.name.startswith(".")]
+            for file in sorted(files):  # hidden ones are left there by file managers
                 digest.update(f"{file.relative_to(ROOT)} {file_sha256(file)}".encode())
         for name in names:
             if name.split(".")[0] != PACKAGE:
@@ -130,7 +131,8 @@ def closure(module: str, tiny: bool) -> tuple[str, ...]:
     `tiny` says whether the tiny world's generators count: they run only where the source of a step is the tiny world.
     """
     seen: set[str] = set()
-    todo = [module]
+    parts = module.split(".")
+    todo = [".".join(parts[:n]) for n in range(1, len(parts) + 1)]  # running a module runs the packages above it first
     while todo:
         name = todo.pop()
         left_out = name in IMPORTS if tiny else name == TINY or name.startswith(TINY + ".")
