@@ -97,7 +97,11 @@ def preflight():
 
 
 def clear_recorded():
-    work.clear_recorded(Path(PLAN.work))
+    try:
+        work.clear_recorded(Path(PLAN.work))
+    except OSError as error:
+        sys.stderr.write(f"{error.filename}: {error.strerror}; make the results folder writable, or free some space\n")
+        sys.exit(1)
 
 
 wildcard_constraints:

@@ -8,7 +8,7 @@ import pytest
 from tests.conftest import Clone
 from tests.test_adopt import ALONE, BETA, DPO, FROM_SFT, adopted, forget, verified
 from tests.test_records import laid_out, lay_out, made, plan_of  # noqa: F401 (fixtures)
-from workflow_scripts.core import artifacts, records
+from workflow_scripts.core import artifacts, fingerprint, records
 
 SFT = "results/sft_v2/adapter/manifest.json"
 ADAPTER = "results/dpo/adapter/manifest.json"
@@ -152,8 +152,9 @@ def test_an_artifact_that_was_made_again_is_not_what_was_accepted(made, monkeypa
     old = artifacts.read(manifest)
     assert old.stands_for() == {old.fingerprint, note(made, SFT)[0]["to"]}
     data = json.loads(manifest.read_text())
-    manifest.write_text(json.dumps(data | {"fingerprint": "f" * 32}))
-    assert artifacts.read(manifest).stands_for() == {"f" * 32}
+    step = data["step"] | {"seed": 99}
+    manifest.write_text(json.dumps(data | {"step": step, "fingerprint": fingerprint.fingerprint(step)}))
+    assert artifacts.read(manifest).stands_for() == {fingerprint.fingerprint(step)}
 
 
 # -- refusing -----------------------------------------------------------------------------------------------------------------

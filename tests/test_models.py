@@ -135,8 +135,8 @@ def test_optimiser_moments_that_are_not_fp32_are_caught(base, slices, tmp_path, 
 
     right = DPOTrainer.train
 
-    def train(self):
-        done = right(self)
+    def train(self, **options):
+        done = right(self, **options)
         next(iter(self.optimizer.state.values()))["exp_avg"] = torch.zeros(4, dtype=torch.bfloat16)
         return done
 

@@ -72,7 +72,7 @@ def test_some_answers_stop_and_some_are_cut_and_none_shows_a_special_token(rows,
 
 
 def test_the_order_of_the_prompts_changes_nothing(model, tokenizer, rows, responses):
-    prompts = [row["prompt"] for row in rows]
+    prompts = [[{"role": "user", "content": row["prompt"]}] for row in rows]
     back = answer(model, tokenizer, prompts[::-1], BATCH, NEW_TOKENS, "x")[::-1]
     assert back == [{key: row[key] for key in ("response", "tokens", "finish_reason")} for row in responses]
 
@@ -86,7 +86,7 @@ def test_prompts_are_padded_on_the_left(model, tokenizer, rows, monkeypatch):
         return right(self, **given)
 
     monkeypatch.setattr(type(model), "generate", spy)
-    answer(model, tokenizer, [row["prompt"] for row in rows[:14]], BATCH, 2, "x")
+    answer(model, tokenizer, [[{"role": "user", "content": row["prompt"]}] for row in rows[:14]], BATCH, 2, "x")
     masks = [mask for given in seen for mask in given["attention_mask"]]
     assert len(masks) == 14 and any((mask == 0).any() for mask in masks)
     for mask in masks:

@@ -68,7 +68,7 @@ def outcome(adapter: artifacts.Artifact) -> tuple:
 
 @pytest.mark.parametrize("method", METHODS)
 def test_ended_by_sigterm_twice_and_resumed_is_as_if_never_ended(method, base, rows, tmp_path, capsys):
-    job = step_of(method, base, rows, tmp_path / "run")
+    job, handler = step_of(method, base, rows, tmp_path / "run"), signal.getsignal(signal.SIGTERM)
     for step in (1, 3):
         with pytest.MonkeyPatch.context() as patch, pytest.raises(Interrupted, match=f"at step {step} of .* checkpoint"):
             end_at(step, patch)
@@ -80,7 +80,7 @@ def test_ended_by_sigterm_twice_and_resumed_is_as_if_never_ended(method, base, r
     shutil.rmtree(job.out.parent)
     assert outcome(small_steps.run(job)) == outcome(resumed)
     assert "resumed" not in capsys.readouterr().out
-    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    assert signal.getsignal(signal.SIGTERM) == handler
 
 
 def test_rollouts_that_are_used_twice_are_saved_only_where_they_end(base, rows, tmp_path):

@@ -13,6 +13,7 @@ import yaml
 
 from tests import small_steps
 from workflow_scripts.core import artifacts
+from workflow_scripts.core.fingerprint import fingerprint
 from workflow_scripts.core.messages import InputError
 from workflow_scripts.tiny import world
 from workflow_scripts.tools import card, chat, runs, status
@@ -171,8 +172,14 @@ def test_what_cannot_be_talked_to_is_one_line(read_only, args, words, monkeypatc
     assert re.search(words, error), error
 
 
+def made_again(manifest: Path) -> None:
+    """As if made by another step: with another seed."""
+    step = json.loads(manifest.read_text())["step"] | {"seed": 99}
+    edit(manifest, step=step, fingerprint=fingerprint(step))
+
+
 def test_a_run_whose_start_was_made_again_is_refused(home):
-    edit(home / "results/sft_v2/merged/manifest.json", fingerprint="f" * 32)
+    made_again(home / "results/sft_v2/merged/manifest.json")
     with pytest.raises(InputError, match="made from another start .* run snakemake again"):
         runs.open_run(Path("results/dpo"))
 
@@ -288,7 +295,7 @@ def test_the_card_states_method_data_scores_objective_and_fingerprints(read_only
 
 def test_scores_of_another_adapter_stay_out(home):
     assert card.scores_of(runs.open_run(Path("results/dpo"))) is not None
-    edit(home / "results/dpo/adapter/manifest.json", fingerprint="retrained")
+    made_again(home / "results/dpo/adapter/manifest.json")
     assert card.scores_of(runs.open_run(Path("results/dpo"))) is None
     assert "None of this very model yet." in card.card(runs.open_run(Path("results/dpo")))
 

@@ -226,6 +226,29 @@ def test_what_is_locked_or_unfinished_is_not_cleared(tmp_path, step):
     assert work.clear_recorded(job.work, metadata) == [fingerprint(step)]
 
 
+def test_what_was_begun_again_and_not_recorded_is_not_cleared_for_an_older_record(tmp_path, step):
+    """Its outputs were deleted and are being made again: Snakemake keeps the older record, and a marker beside it."""
+    job, metadata = job_of(tmp_path, step), tmp_path / "metadata"
+    make(job)
+    record(metadata, job.out, [repr(canonical(step))])
+    (marker,) = (tmp_path / "incomplete" / path.name for path in metadata.iterdir())
+    marker.parent.mkdir()
+    marker.touch()
+    assert work.clear_recorded(job.work, metadata) == []
+    marker.unlink()
+    assert work.clear_recorded(job.work, metadata) == [fingerprint(step)]
+
+
+def test_a_manifest_whose_fingerprint_is_not_that_of_its_step_is_refused_with_the_remedy(tmp_path, step):
+    job = job_of(tmp_path, step)
+    make(job)
+    data = json.loads(job.out.read_text())
+    for change in ({"fingerprint": "0" * 32}, {"step": data["step"] | {"seed": 99}}):
+        job.out.write_text(json.dumps(data | change))
+        with pytest.raises(InputError, match="edited since it was made .*; delete it and run snakemake again"):
+            artifacts.read(job.out)
+
+
 @pytest.mark.parametrize("text", ["", '{"out": "res', "[]", "{}"])
 def test_a_note_that_was_cut_off_by_a_kill_does_not_stop_the_next_run(tmp_path, step, text):
     job = job_of(tmp_path, step)
@@ -252,6 +275,19 @@ def test_a_second_process_waits_names_the_holder_and_takes_over_the_result(tmp_p
     assert said[0].startswith(f"out/manifest.json: waiting: the same output is being made by process {first.pid} on ")
     assert said[1:] == ["out/manifest.json: already made with this fingerprint: taken over"]
     assert (tmp_path / "ran").read_text() == "ran\n"
+
+
+def test_who_waits_leaves_the_log_of_the_holder_alone_and_begins_its_own(tmp_path, start):
+    (tmp_path / "wait").touch()
+    step, log = step_of(tmp_path, wait=str(tmp_path / "wait")), tmp_path / "step.log"
+    first = start(step, "--log", "step.log")
+    until(lambda: log.exists() and "some output" in log.read_text())
+    second = start(step, "--log", "step.log")
+    until(lambda: "waiting" in log.read_text())
+    assert "some output" in log.read_text()
+    (tmp_path / "wait").unlink()
+    assert first.wait(30) == 0 and second.wait(30) == 0
+    assert "taken over" in log.read_text() and "some output" not in log.read_text()
 
 
 def test_the_lock_dies_with_its_holder_and_who_waits_makes_the_step(tmp_path, start):

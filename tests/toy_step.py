@@ -24,7 +24,7 @@ def main(job):
     if config.get("crash"):
         raise ValueError("boom\\n  at two lines")
     with artifacts.complete(job, "thing", job.parents()) as draft:
-        print("some output")
+        print("some output", flush=True)
         (draft.folder / "data.txt").write_text(config["text"])
         while "wait" in config and Path(config["wait"]).exists():
             time.sleep(0.02)

@@ -58,16 +58,14 @@ class Checkpoints(TrainerCallback):
         self.trainer, self.fingerprint, self.boundary, self.resumed = trainer, fingerprint, boundary, resumed
         self.seconds, self.last = 60 * minutes, time.monotonic()
         self.asked_to_stop = self.stopped = False
-        self._handler: Any = None
 
     def on_train_begin(self, args, state, control, **kwargs):
         self.last = time.monotonic()
-        self._handler = signal.signal(signal.SIGTERM, self._ask_to_stop)
         if self.resumed is not None:
             restore_sums(self.trainer, json.loads((self.resumed / SUMS).read_text()))
             print(f"resumed at step {state.global_step} of {state.max_steps} from {self.resumed}", flush=True)
 
-    def _ask_to_stop(self, number, frame) -> None:
+    def ask_to_stop(self, number, frame) -> None:
         self.asked_to_stop = True
         print("SIGTERM: saving at the next step that can be resumed from", flush=True)
 
@@ -90,9 +88,6 @@ class Checkpoints(TrainerCallback):
         for other in folder.parent.glob("checkpoint-*"):  # only now that this one is whole
             if other != folder:
                 shutil.rmtree(other, ignore_errors=True)
-
-    def on_train_end(self, args, state, control, **kwargs):
-        signal.signal(signal.SIGTERM, self._handler or signal.SIG_DFL)
 
 
 def sums(trainer: Any) -> dict:
@@ -134,7 +129,11 @@ def train(trainer: Any, fingerprint: str, minutes: float, boundary: int, measure
         before = json.loads((folder / BEFORE).read_text())
     watch = Checkpoints(trainer, fingerprint, minutes, boundary, resumed)
     trainer.add_callback(watch)
-    trainer.train(resume_from_checkpoint=None if resumed is None else str(resumed))
+    before_us = signal.signal(signal.SIGTERM, watch.ask_to_stop)
+    try:
+        trainer.train(resume_from_checkpoint=None if resumed is None else str(resumed))
+    finally:
+        signal.signal(signal.SIGTERM, before_us)
     if watch.stopped:
         raise Interrupted(
             f"ended by SIGTERM at step {trainer.state.global_step} of {trainer.state.max_steps}, with a checkpoint; run "

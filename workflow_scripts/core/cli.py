@@ -80,7 +80,7 @@ def _redirect(log: Path | None) -> int:
     real = os.dup(2)
     if log is not None:
         log.parent.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
+        descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)  # emptied once the step has its lock
         sys.stdout.flush()
         sys.stderr.flush()
         os.dup2(descriptor, 1)
@@ -124,6 +124,8 @@ def run(main: Callable[[Job], None], doc: str | None) -> None:
         runinfo.check_packages(step)
         job = Job(step, args.inputs, args.out, args.work, args.track, args.checkpoint_minutes)
         with work.exclusive(args.work, work.place(args.out), say), work.exclusive(args.work, fingerprint(step), say):
+            if args.log is not None:
+                os.truncate(args.log, 0)  # the lines before are of an earlier run, or of who held the lock
             if work.republish(args.work, fingerprint(step), args.out):
                 say("already made with this fingerprint: taken over")
             else:

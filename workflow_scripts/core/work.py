@@ -89,8 +89,13 @@ def republish(work: Path, fingerprint: str, out: Path) -> bool:
 
 
 def _recorded(out: str, step: dict, metadata: Path) -> bool:
-    """True if Snakemake's record of `out` holds this step's JSON as its parameter."""
+    """True if Snakemake's record of `out` holds this step's JSON as its parameter, and no job for it was begun since.
+
+    An older record of the same step stays while its job runs again; what was begun and not recorded has a marker of its own.
+    """
     record = metadata / base64.urlsafe_b64encode(out.encode()).decode()
+    if (metadata.parent / "incomplete" / record.name).exists():
+        return False
     try:
         data = json.loads(record.read_text())
     except (OSError, ValueError):
