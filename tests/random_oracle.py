@@ -303,6 +303,7 @@ CODE: dict[str, list[str]] = {
     "core/slicing.py": [*SLICE, "generate"],
     "core/formats.py": [*SLICE, "generate", "score_gsm8k"],
     "core/scores.py": [*SCORE, *ROLLOUTS],
+    "core/scoring.py": SCORE,
     "core/gsm8k.py": ["score_gsm8k"],
     "core/unpaired.py": ["train_kto"],
     "core/ifeval.py": ["score_ifeval", *ROLLOUTS],

@@ -36,6 +36,7 @@ def job_of(tmp_path, step, inputs=(), name="manifest.json"):
 
 
 def make(job, files=(("data.txt", "content"),), parents=None):
+    work.claim(job.work, fingerprint(job.step), job.out, job.step)  # as the command line does before a step begins
     with artifacts.complete(job, "thing", parents or {}) as draft:
         for name, text in files:
             (draft.folder / name).write_text(text)

@@ -188,6 +188,5 @@ def complete(job: Job, kind: str, parents: dict[str, Artifact]) -> Iterator[Draf
             dump(runinfo.collect(job.started, draft.run)), encoding="utf-8"
         )
     (stage / job.out.name).write_text(dump(manifest), encoding="utf-8")
-    work.claim(job.work, mark, job.out, job.step)
     os.rename(stage, done)
     work.publish(done, job.out)

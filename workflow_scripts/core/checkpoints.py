@@ -14,6 +14,7 @@ import os
 import shutil
 import signal
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -97,7 +98,6 @@ def sums(trainer: Any) -> dict:
         "total_loss": trainer._total_loss_scalar,
         "last_logged": trainer._globalstep_last_logged,
         "tokens": getattr(trainer, "_total_train_tokens", None),
-        "rollout_tokens": trainer.state.num_input_tokens_seen,
         "metrics": {mode: dict(values) for mode, values in getattr(trainer, "_metrics", {}).items()},
     }
     return json.loads(json.dumps(found))
@@ -106,14 +106,13 @@ def sums(trainer: Any) -> dict:
 def restore_sums(trainer: Any, found: dict) -> None:
     trainer._tr_loss.fill_(found["tr_loss"])
     trainer._total_loss_scalar, trainer._globalstep_last_logged = found["total_loss"], found["last_logged"]
-    trainer.state.num_input_tokens_seen = found["rollout_tokens"]
     if found["tokens"] is not None:
         trainer._total_train_tokens = found["tokens"]
     for mode, values in found["metrics"].items():
         trainer._metrics[mode].update(values)
 
 
-def train(trainer: Any, fingerprint: str, minutes: float, boundary: int, measure: Any) -> tuple[dict, dict]:
+def train(trainer: Any, fingerprint: str, minutes: float, boundary: int, measure: Callable[[], dict]) -> tuple[dict, dict]:
     """Train to the end, from the last checkpoint if there is one. Returns what `measure` says before and after training.
 
     Raises Interrupted if SIGTERM ended the training early; a checkpoint was written then.

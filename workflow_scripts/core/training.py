@@ -143,8 +143,9 @@ class Watch(TrainerCallback):
 def fit(trainer: Any, job: Job, measure: Callable[[], dict]) -> dict:
     """Train, from the step's last checkpoint where there is one. Returns the objective before and after, for the manifest."""
     args = trainer.args
-    rollout = getattr(args, "steps_per_generation", 1) * getattr(args, "num_iterations", 1)  # micro-steps on one set of answers
-    boundary = rollout // math.gcd(rollout, args.gradient_accumulation_steps) if hasattr(args, "steps_per_generation") else 1
+    # Micro-steps on one set of sampled answers; without rollouts, 1: every step can be resumed from.
+    rollout = getattr(args, "steps_per_generation", 1) * getattr(args, "num_iterations", 1)
+    boundary = rollout // math.gcd(rollout, args.gradient_accumulation_steps)
     before, after = checkpoints.train(trainer, fingerprint(job.step), job.checkpoint_minutes, boundary, measure)
     return {"objective": {"before": before, "after": after}, "adapter_moved": changed(trainer)}
 
@@ -182,12 +183,8 @@ def save(trainer: Any, draft: Draft, job: Job, start: Artifact, facts: dict) -> 
         {key: value for key, value in row.items() if key not in SINCE_RESUME and not any(word in key for word in CLOCK)}
         for row in trainer.state.log_history
     ]
-    curves = pandas.DataFrame(history)
-    columns = [
-        "step",
-        "epoch",
-        *sorted(set(curves.columns) - {"step", "epoch"}),
-    ]  # a resumed run reads them back in another order
+    curves = pandas.DataFrame(history)  # in an order of ours: a resumed run reads its columns back in another one
+    columns = ["step", "epoch", *sorted(set(curves.columns) - {"step", "epoch"})]
     curves[columns].to_csv(draft.folder / "metrics.csv", index=False)
     draft.manifest |= {"base": {"path": str(start.folder), "weights_sha256": start.weights_sha256}, **facts}
     timing = {

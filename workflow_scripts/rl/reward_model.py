@@ -16,6 +16,14 @@ def load(start: Artifact, adapter: Artifact, work: Path, device: str, precision:
     return models.attach(model, start, adapter).eval(), tokenizer_of(start)
 
 
+def lengths(tokenizer: Any, pair: dict) -> tuple[int, int]:
+    """Tokens of the whole conversation with the chosen answer and with the rejected one."""
+    chosen, rejected = (
+        tokenizer.apply_chat_template(pair["prompt"] + pair[side])["input_ids"] for side in ("chosen", "rejected")
+    )
+    return len(chosen), len(rejected)
+
+
 def score(model: Any, tokenizer: Any, conversations: list[list[dict]], batch_size: int, max_length: int) -> list[float]:
     """The reward of each conversation (turns with role and content, an answer last), in their order.
 

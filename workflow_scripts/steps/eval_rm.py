@@ -64,15 +64,14 @@ def main(job: artifacts.Job) -> None:
     model, tokenizer = reward_model.load(start, adapter, job.work, step["device"], step["precision"], quant)
     held = training.usable(rows, heldout=True)
 
-    def tokens(row: dict, side: str) -> int:
-        return len(tokenizer.apply_chat_template(row["prompt"] + row[side])["input_ids"])
-
-    pairs = [row for row in held if max(tokens(row, "chosen"), tokens(row, "rejected")) <= config["max_length"]]
+    whole = [reward_model.lengths(tokenizer, row) for row in held]
+    pairs = [row for row, length in zip(held, whole, strict=True) if max(length) <= config["max_length"]]
     chosen, rejected = reward_model.score_pairs(
         model, tokenizer, pairs, config["batch_size"], config["max_length"], f"pairs of {job.out.parent.name}"
     )
     prompts = [len(tokenizer.apply_chat_template(row["prompt"], add_generation_prompt=True)["input_ids"]) for row in pairs]
-    lengths = [(tokens(row, "chosen") - n, tokens(row, "rejected") - n) for row, n in zip(pairs, prompts, strict=True)]
+    fitting = [length for length in whole if max(length) <= config["max_length"]]
+    lengths = [(better - n, worse - n) for (better, worse), n in zip(fitting, prompts, strict=True)]
     found = report(chosen, rejected, lengths)
     low, high = found["accuracy_ci95"]
     print(f"{job.out}: {found['accuracy']:.1%} of {len(pairs)} held-out pairs in the right order ({low:.1%} to {high:.1%})")

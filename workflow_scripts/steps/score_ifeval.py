@@ -8,73 +8,26 @@ PROMPTS has the format of IFEval's input_data.jsonl; each row of RESPONSES has `
 the prompt. The same files give the same bytes. An input that cannot be scored is one line on stderr and exit status 1.
 """
 
-import argparse
-import json
-import sys
 from pathlib import Path
 
-from workflow_scripts.core import artifacts, cli, ifeval
-from workflow_scripts.core.jsonl import read_jsonl, write_atomically
-from workflow_scripts.core.messages import InputError
+from workflow_scripts.core import artifacts, ifeval, scoring
 
 METRICS = ("prompt_level_strict_acc", "inst_level_strict_acc", "prompt_level_loose_acc", "inst_level_loose_acc")
 
 
 def main(prompts: Path, responses: Path, output: Path, strip_think: bool) -> dict:
-    """Score, write the scores to `output` (by rename, when they are whole) and print the table. Returns the scores."""
-    if output.resolve() in (prompts.resolve(), responses.resolve()):
-        raise InputError(f"{output}: is one of the inputs and would be overwritten; give --output another name")
-    scores = ifeval.score(read_jsonl(prompts), read_jsonl(responses), strip_think, str(prompts), str(responses))
-    write_atomically(output, (json.dumps(scores, sort_keys=True, indent=1, allow_nan=False) + "\n").encode("utf-8"))
-    reworded = scores["reworded_keys"]
-    if reworded:
-        where = f"key {reworded[0]!r}" + (f" and {len(reworded) - 1} more" if len(reworded) > 1 else "")
-        print(f"note: {responses}: another prompt text than in {prompts} under {where}; joined by key", file=sys.stderr)
-    print(table(scores))
-    return scores
-
-
-def table(scores: dict) -> str:
-    """Four lines, one for each metric: the share in percent, its standard error in percentage points, n."""
-    lines = []
-    for metric in METRICS:
-        stderr = scores[f"{metric}_stderr"]
-        spread = "   n/a" if stderr is None else f"{100 * stderr:6.2f}"
-        unit = "prompts" if metric.startswith("prompt") else "instructions"
-        lines.append(f"{metric:<24}{100 * scores[metric]:7.2f} +- {spread}  ({scores[f'n_{unit}']} {unit})")
-    return "\n".join(lines)
-
-
-def make_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m workflow_scripts.steps.score_ifeval",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("--prompts", type=Path, required=True, metavar="PROMPTS.jsonl")
-    parser.add_argument("--responses", type=Path, required=True, metavar="RESPONSES.jsonl")
-    parser.add_argument("--output", type=Path, required=True, metavar="SCORES.json")
-    parser.add_argument("--strip-think", action="store_true", help="judge only what follows the last </think>")
-    return parser
+    return scoring.by_hand(ifeval.score, table, prompts, responses, output, strip_think)
 
 
 def main_step(job: artifacts.Job) -> None:
-    """The pipeline's way in: the scores are the manifest themselves, with the step that made them."""
-    parents = job.parents()
-    prompts, responses = parents["prompts"], parents["responses"]
-    rows = read_jsonl(responses.file(responses.path.name.replace(".manifest.json", ".jsonl")))
-    scores = ifeval.score(prompts.rows(), rows, job.config["strip_think"], str(prompts.path), str(responses.path))
-    print(table(scores))
-    with artifacts.complete(job, "scores", parents) as draft:
-        draft.manifest |= scores
+    scoring.in_pipeline(ifeval.score, table, job)
+
+
+def table(scores: dict) -> str:
+    """Four lines, one for each metric."""
+    units = {metric: "prompts" if metric.startswith("prompt") else "instructions" for metric in METRICS}
+    return "\n".join(scoring.line(scores, metric, scores[f"n_{unit}"], unit) for metric, unit in units.items())
 
 
 if __name__ == "__main__":
-    if "--step" in sys.argv:
-        cli.run(main_step, __doc__)
-        sys.exit()
-    arguments = make_parser().parse_args()
-    try:
-        main(arguments.prompts, arguments.responses, arguments.output, arguments.strip_think)
-    except InputError as error:
-        sys.exit(str(error))  # one line on stderr, exit status 1
+    scoring.run("score_ifeval", __doc__, main, main_step)

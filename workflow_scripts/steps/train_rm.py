@@ -21,14 +21,9 @@ from workflow_scripts.core.messages import InputError
 
 def short_enough(tokenizer: Any, pairs: list[dict], max_length: int, limit: float, place: str) -> list[dict]:
     """The pairs of which neither side is longer than `max_length` tokens. InputError if more than a share of `limit` are."""
-    kept = [
-        row
-        for row in pairs
-        if all(
-            len(tokenizer.apply_chat_template(row["prompt"] + row[side])["input_ids"]) <= max_length
-            for side in ("chosen", "rejected")
-        )
-    ]
+    from workflow_scripts.rl import reward_model
+
+    kept = [row for row in pairs if max(reward_model.lengths(tokenizer, row)) <= max_length]
     if not kept or 1 - len(kept) / len(pairs) > limit:
         raise InputError(
             f"{place}: {len(pairs) - len(kept)} of {len(pairs)} pairs are longer than train.max_length ({max_length}), more "
