@@ -150,13 +150,13 @@ def test_no_default_of_trl_sneaks_in(base, slices, tmp_path):
     """Each value of the config arrives, and whatever TRL sets otherwise than transformers is set by us."""
     import dataclasses
 
+    import trl
     from transformers import TrainingArguments
-    from trl import DPOConfig, SFTConfig
 
     from workflow_scripts.core import training
 
     plain = {field.name: field.default for field in dataclasses.fields(TrainingArguments)}
-    for experiment, cls in (("sft_v2", SFTConfig), ("dpo", DPOConfig)):
+    for experiment, cls in (("sft_v2", trl.SFTConfig), ("dpo", trl.DPOConfig)):
         config = small_steps.train_config(experiment)
         job = small_steps.job("x", tmp_path / "adapter" / "manifest.json", {}, config)
         ours = training.arguments(job) | config["train"] | ({"disable_dropout": False} if experiment == "dpo" else {})
@@ -171,3 +171,37 @@ def test_no_default_of_trl_sneaks_in(base, slices, tmp_path):
                 assert getattr(found, "value", found) == value, key
         assert trainer.args.loss_type in (ours["loss_type"], [ours["loss_type"]])
         assert {m.p for m in lora_dropouts(trainer)} == {0.05}
+
+
+@pytest.mark.parametrize(
+    ("experiment", "name", "by_the_step"),
+    [
+        ("kto", "KTOConfig", {"disable_dropout", "train_sampling_strategy"}),
+        ("rm", "RewardConfig", {"disable_dropout"}),
+        ("grpo", "GRPOConfig", {"disable_dropout"}),
+        ("rloo", "RLOOConfig", {"disable_dropout"}),
+    ],
+)
+def test_what_trl_sets_otherwise_than_transformers_is_set_by_us_in_every_method(experiment, name, by_the_step, tmp_path):
+    import dataclasses
+
+    import trl
+    from transformers import TrainingArguments
+
+    from workflow_scripts.core import training
+
+    plain = {field.name: field.default for field in dataclasses.fields(TrainingArguments)}
+    job = small_steps.job("x", tmp_path / "adapter" / "manifest.json", {}, small_steps.train_config(experiment))
+    ours = set(training.arguments(job)) | set(job.config["train"]) | by_the_step
+    fields = {field.name: field.default for field in dataclasses.fields(getattr(trl, name))}
+    changed = {key for key, value in fields.items() if key in plain and value != plain[key]}
+    needed_by_trl = {"remove_unused_columns"}  # the rewards get the rows' columns
+    renamed = {"activation_checkpointing": "gradient_checkpointing"}
+    assert {"learning_rate", "bf16"} <= changed
+    assert {renamed.get(key, key) for key in changed - needed_by_trl} <= ours, sorted(changed - ours)
+    of_the_method = {
+        "loss_type", "beta", "temperature", "top_p", "top_k", "num_generations", "num_generations_eval", "max_completion_length",
+        "num_iterations", "epsilon", "scale_rewards", "mask_truncated_completions", "use_bias_correction_kl", "max_length",
+        "importance_sampling_level", "multi_objective_aggregation", "normalize_advantages", "disable_dropout",
+    }  # fmt: skip
+    assert of_the_method & set(fields) <= ours, sorted((of_the_method & set(fields)) - ours)
