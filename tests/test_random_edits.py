@@ -245,7 +245,7 @@ def test_the_table_touch_comments_and_layout_rerun_nothing(default):
     ("path", "old", "new", "expected"),
     [
         ("steps/train_dpo.py", "callbacks=[training.Watch(job.run)]", "callbacks=[training.Watch(str(job.run))]", DPO),
-        ("steps/score_ifeval.py", '"strip_think"]', '"strip_think" + ""]', {"score": 11, **ALL}),
+        ("steps/score_ifeval.py", "in units.items()", "in [*units.items()]", {"score": 11, **ALL}),
         # lm-eval's checkers are the reward of GRPO and RLOO as well
         (
             "core/ifeval.py",
