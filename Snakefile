@@ -30,4 +30,3 @@ rule all:
 
 onstart:
     preflight()
-    clear_recorded()

@@ -1,6 +1,6 @@
 rule make_base:
     input:
-        edges(PLAN.base_needs()),
+        base_inputs,
     output:
         manifest="<results>/base/manifest.json",
         weights="<results>/base/model.safetensors",

@@ -1,5 +1,6 @@
 # What the rules share: the plan (which step has which JSON and which inputs) and the one call that runs a step.
 import gc
+import os
 import shlex
 import sys
 from pathlib import Path
@@ -7,7 +8,7 @@ from pathlib import Path
 from workflow_scripts.core import config as configs
 from workflow_scripts.core.messages import InputError
 from workflow_scripts.core.plan import Plan
-from workflow_scripts.core import hub, work
+from workflow_scripts.core import hub, records, work
 from workflow_scripts.tools import adopt
 
 gc.disable()  # planning allocates and hardly frees: a fifth of the time of a large plan
@@ -21,6 +22,27 @@ try:
 except InputError as error:
     sys.stderr.write(f"{error}\n")
     sys.exit(1)
+
+_turn = []
+
+
+def take_turn():
+    """Once, where the planning of a real run begins: one Snakemake at a time on a results folder.
+
+    Who planned before another one finished a step would delete that step's outputs. Snakemake's own lock is off (see
+    profiles/default): it outlives a SIGKILL, and any second run removes it. This one dies with its process.
+    """
+    if _turn or workflow.execution_settings is None or not workflow.is_main_process or workflow.dryrun or workflow.touch:
+        return
+    try:
+        _turn.append(work.turn(Path(PLAN.work), PLAN.results))
+        records.clear_recorded(Path(PLAN.work))
+    except OSError as error:
+        # Snakemake would wrap an exception or SystemExit from here in its own report of a broken input function.
+        sys.stderr.write(f"{error.filename}: {error.strerror}; make the results folder writable, or free some space\n")
+        sys.stderr.flush()
+        os._exit(1)
+
 
 DEVICE = PLAN.config.data["device"]
 THREADS = PLAN.config.data["threads"]
@@ -53,7 +75,12 @@ def edges(files):
     so Snakemake compares it by checksum where it is newer. It must not be `ancient()`: where a job is planned, Snakemake 9
     does not look at the parameters of the jobs below it, and plans them only through an edge that is not ancient.
     """
+    take_turn()
     return [file if file.endswith("manifest.json") else ancient(file) for file in files]
+
+
+def base_inputs(wildcards):
+    return edges(PLAN.base_needs())
 
 
 def slice_inputs(wildcards):
@@ -93,14 +120,6 @@ def preflight():
         hub.check_jobs(workflow.dag.needrun_jobs(), PLAN.base_files())
     except InputError as error:
         sys.stderr.write(f"{error}\n")
-        sys.exit(1)
-
-
-def clear_recorded():
-    try:
-        work.clear_recorded(Path(PLAN.work))
-    except OSError as error:
-        sys.stderr.write(f"{error.filename}: {error.strerror}; make the results folder writable, or free some space\n")
         sys.exit(1)
 
 

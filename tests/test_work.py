@@ -1,6 +1,5 @@
 """Locks, and outputs that appear whole or not at all."""
 
-import base64
 import json
 import os
 import time
@@ -9,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.toy_step import Toys, step_of
-from workflow_scripts.core import artifacts, work
+from workflow_scripts.core import artifacts, records, work
 from workflow_scripts.core.fingerprint import canonical, file_sha256, fingerprint
 from workflow_scripts.core.messages import InputError
 
@@ -184,11 +183,18 @@ def test_publishing_works_without_hard_links(tmp_path, step, monkeypatch):
 # -- clearing up --------------------------------------------------------------------------------------------------------------
 
 
-def record(folder: Path, out: Path, params: list, **more) -> None:
-    """Snakemake's record of an output, as far as it matters here."""
-    folder.mkdir(parents=True, exist_ok=True)
-    name = base64.urlsafe_b64encode(str(out).encode()).decode()
-    (folder / name).write_text(json.dumps({"params": params, "incomplete": False} | more))
+@pytest.fixture
+def record(tmp_path, monkeypatch):
+    """Writes Snakemake's record of an output, as far as it matters here. Returns its file."""
+    monkeypatch.chdir(tmp_path)
+
+    def write(out: Path, params: list, **more) -> Path:
+        file = records.record_file(str(out))
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(json.dumps({"params": params, "incomplete": False} | more))
+        return file
+
+    return write
 
 
 @pytest.mark.parametrize(
@@ -203,41 +209,40 @@ def record(folder: Path, out: Path, params: list, **more) -> None:
         (None, {}, False),
     ],
 )
-def test_only_what_snakemake_has_recorded_is_cleared(tmp_path, step, params, more, cleared):
-    job, metadata = job_of(tmp_path, step | {"rate": 5e-6}), tmp_path / "metadata"
+def test_only_what_snakemake_has_recorded_is_cleared(tmp_path, record, step, params, more, cleared):
+    job = job_of(tmp_path, step | {"rate": 5e-6})
     with work.exclusive(job.work, fingerprint(job.step), print):
         make(job)
     if params is not None:
-        record(metadata, job.out, params(job.step), **more)
-    assert work.clear_recorded(job.work, metadata) == ([fingerprint(job.step)] if cleared else [])
+        record(job.out, params(job.step), **more)
+    assert records.clear_recorded(job.work) == ([fingerprint(job.step)] if cleared else [])
     assert (job.work / fingerprint(job.step)).exists() != cleared
     assert work.republish(job.work, fingerprint(job.step), job.out)  # the outputs are there in any case
 
 
-def test_what_is_locked_or_unfinished_is_not_cleared(tmp_path, step):
-    job, metadata = job_of(tmp_path, step), tmp_path / "metadata"
+def test_what_is_locked_or_unfinished_is_not_cleared(tmp_path, record, step):
+    job = job_of(tmp_path, step)
     make(job)
-    record(metadata, job.out, [repr(canonical(step))])
+    record(job.out, [repr(canonical(step))])
     with work.exclusive(job.work, fingerprint(step), print):
-        assert work.clear_recorded(job.work, metadata) == []
+        assert records.clear_recorded(job.work) == []
     home = job.work / fingerprint(step)
     (home / "done").rename(home / "stage")
-    assert work.clear_recorded(job.work, metadata) == []
+    assert records.clear_recorded(job.work) == []
     (home / "stage").rename(home / "done")
-    assert work.clear_recorded(job.work, metadata) == [fingerprint(step)]
+    assert records.clear_recorded(job.work) == [fingerprint(step)]
 
 
-def test_what_was_begun_again_and_not_recorded_is_not_cleared_for_an_older_record(tmp_path, step):
+def test_what_was_begun_again_and_not_recorded_is_not_cleared_for_an_older_record(tmp_path, record, step):
     """Its outputs were deleted and are being made again: Snakemake keeps the older record, and a marker beside it."""
-    job, metadata = job_of(tmp_path, step), tmp_path / "metadata"
+    job = job_of(tmp_path, step)
     make(job)
-    record(metadata, job.out, [repr(canonical(step))])
-    (marker,) = (tmp_path / "incomplete" / path.name for path in metadata.iterdir())
+    marker = records.INCOMPLETE / record(job.out, [repr(canonical(step))]).name
     marker.parent.mkdir()
     marker.touch()
-    assert work.clear_recorded(job.work, metadata) == []
+    assert records.clear_recorded(job.work) == []
     marker.unlink()
-    assert work.clear_recorded(job.work, metadata) == [fingerprint(step)]
+    assert records.clear_recorded(job.work) == [fingerprint(step)]
 
 
 @pytest.mark.parametrize("text", ["", '{"out": "res', "[]", "{}"])
@@ -245,8 +250,8 @@ def test_a_note_that_was_cut_off_by_a_kill_does_not_stop_the_next_run(tmp_path, 
     job = job_of(tmp_path, step)
     make(job)
     (job.work / fingerprint(step) / "where.json").write_text(text)
-    assert work.clear_recorded(job.work, tmp_path / "metadata") == []
-    assert work.clear_recorded(tmp_path / "no such folder") == []
+    assert records.clear_recorded(job.work) == []
+    assert records.clear_recorded(tmp_path / "no such folder") == []
 
 
 # -- locks ----------------------------------------------------------------------------------------------------------------

@@ -9,6 +9,7 @@ hand. An InputError is one line on standard error and exit status 1.
 import argparse
 import json
 import os
+import shutil
 import signal
 import sys
 import traceback
@@ -105,6 +106,15 @@ def _describe(adapter: Path, say: Callable[[str], None]) -> None:
     os.replace(part, adapter / "README.md")
 
 
+def _full(work: Path) -> str:
+    """What libraries that write files do not always say: torch's own error is "unexpected pos"."""
+    try:
+        free = shutil.disk_usage(work).free
+    except OSError:
+        return ""
+    return f"no space left where {work} is; free some and run snakemake again. " if free < 1_000_000 else ""
+
+
 def run(main: Callable[[Job], None], doc: str | None) -> None:
     """Run a step: read the arguments, take its lock, take over a finished copy if there is one, else call `main`."""
     args = parser(doc or "").parse_args()
@@ -142,7 +152,7 @@ def run(main: Callable[[Job], None], doc: str | None) -> None:
     except Exception as error:
         traceback.print_exc()
         say(
-            f"error: {type(error).__name__}: {' '.join(str(error).split())[:500]}"
+            f"error: {_full(args.work)}{type(error).__name__}: {' '.join(str(error).split())[:500]}"
             + (f" (details: {args.log})" if args.log else "")
         )
         sys.exit(1)

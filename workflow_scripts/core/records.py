@@ -6,8 +6,10 @@ that of the pinned Snakemake (its `FilePersistence`, record format 6); a test le
 """
 
 import base64
+import fcntl
 import json
 import os
+import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
@@ -186,3 +188,29 @@ def write(place: Place, step: dict, inputs: list[str], left_out: str = "") -> No
         part.write_text(json.dumps(record), encoding="utf-8")
         part.chmod(0o660)  # as Snakemake's own
         os.replace(part, file)
+
+
+def clear_recorded(work: Path) -> list[str]:
+    """Remove the working folders of the steps that are recorded as made. Returns their fingerprints.
+
+    An older record of the same step stays while its job runs again: what was begun and not recorded is kept for the next run.
+    """
+    cleared = []
+    for where in sorted(work.glob("*/where.json")):
+        folder = where.parent
+        try:
+            target = json.loads(where.read_text())
+            out, step = target["out"], target["step"]
+        except (OSError, ValueError, KeyError, TypeError):
+            continue  # cut off by a kill or a full disk: the step itself starts over
+        (work / "locks").mkdir(exist_ok=True)
+        with open(work / "locks" / f"{folder.name}.lock", "a+") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                continue  # being worked on
+            recorded = agrees(out, step) and not is_incomplete(out) and not (read(out) or {}).get("incomplete")
+            if (folder / "done").exists() and recorded:
+                shutil.rmtree(folder)
+                cleared.append(folder.name)
+    return cleared

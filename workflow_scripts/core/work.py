@@ -6,7 +6,6 @@ Snakemake has recorded the phase, so that a kill in between, or a second Snakema
 the same step, costs nothing: the same fingerprint is published again.
 """
 
-import base64
 import contextlib
 import fcntl
 import hashlib
@@ -14,11 +13,13 @@ import json
 import os
 import shutil
 import socket
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import IO
 
-from workflow_scripts.core.fingerprint import canonical, file_sha256
+from workflow_scripts.core.fingerprint import file_sha256
 
 
 def place(out: Path) -> str:
@@ -26,22 +27,40 @@ def place(out: Path) -> str:
     return f"place-{hashlib.sha256(str(out.resolve()).encode()).hexdigest()[:24]}"
 
 
-@contextlib.contextmanager
-def exclusive(work: Path, fingerprint: str, say: Callable[[str], None]) -> Iterator[None]:
-    """Hold the lock of a step, or of a place. Who finds it taken waits, and says for whom; a lock dies with its process."""
+def _lock(work: Path, name: str, taken: Callable[[str], None]) -> IO[str]:
+    """An open file that holds the lock of this name. Who finds it taken waits, and is told who has it by `taken`.
+
+    The lock dies with its process, whatever ends that.
+    """
     locks = work / "locks"
     locks.mkdir(parents=True, exist_ok=True)
-    with open(locks / f"{fingerprint}.lock", "a+") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            file.seek(0)
-            say(f"waiting: the same output is being made by {file.read().strip() or 'another process'}")
-            fcntl.flock(file, fcntl.LOCK_EX)
-        file.truncate(0)
-        file.write(f"process {os.getpid()} on {socket.gethostname()} since {time.strftime('%Y-%m-%d %H:%M:%S')}")
-        file.flush()
+    file = open(locks / f"{name}.lock", "a+")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.seek(0)
+        taken(file.read().strip() or "another process")
+        fcntl.flock(file, fcntl.LOCK_EX)
+    file.truncate(0)
+    file.write(f"process {os.getpid()} on {socket.gethostname()} since {time.strftime('%Y-%m-%d %H:%M:%S')}")
+    file.flush()
+    return file
+
+
+@contextlib.contextmanager
+def exclusive(work: Path, fingerprint: str, say: Callable[[str], None]) -> Iterator[None]:
+    """Hold the lock of a step, or of a place."""
+    with _lock(work, fingerprint, lambda holder: say(f"waiting: the same output is being made by {holder}")):
         yield
+
+
+def turn(work: Path, results: str) -> IO[str]:
+    """Hold the lock of a results folder until the file is closed or the process ends: for who plans, or writes records."""
+
+    def say(holder: str) -> None:
+        print(f"{results}: waiting: another run works on these results: {holder}", file=sys.stderr, flush=True)
+
+    return _lock(work, "snakemake", say)
 
 
 def claim(work: Path, fingerprint: str, out: Path, step: dict) -> None:
@@ -86,40 +105,3 @@ def republish(work: Path, fingerprint: str, out: Path) -> bool:
         publish(done, out)
         return True
     return False
-
-
-def _recorded(out: str, step: dict, metadata: Path) -> bool:
-    """True if Snakemake's record of `out` holds this step's JSON as its parameter, and no job for it was begun since.
-
-    An older record of the same step stays while its job runs again; what was begun and not recorded has a marker of its own.
-    """
-    record = metadata / base64.urlsafe_b64encode(out.encode()).decode()
-    if (metadata.parent / "incomplete" / record.name).exists():
-        return False
-    try:
-        data = json.loads(record.read_text())
-    except (OSError, ValueError):
-        return False
-    return repr(canonical(step)) in (data.get("params") or []) and not data.get("incomplete")
-
-
-def clear_recorded(work: Path, metadata: Path = Path(".snakemake/metadata")) -> list[str]:
-    """Remove the working folders of the steps that Snakemake has recorded as made. Returns their fingerprints."""
-    cleared = []
-    for where in sorted(work.glob("*/where.json")):
-        folder = where.parent
-        try:
-            target = json.loads(where.read_text())
-            out, step = target["out"], target["step"]
-        except (OSError, ValueError, KeyError, TypeError):
-            continue  # cut off by a kill or a full disk: the step itself starts over
-        (work / "locks").mkdir(exist_ok=True)
-        with open(work / "locks" / f"{folder.name}.lock", "a+") as lock:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                continue  # being worked on
-            if (folder / "done").exists() and _recorded(out, step, metadata):
-                shutil.rmtree(folder)
-                cleared.append(folder.name)
-    return cleared

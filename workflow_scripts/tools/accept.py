@@ -17,8 +17,9 @@ import os
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
-from workflow_scripts.core import artifacts, records
+from workflow_scripts.core import artifacts, records, work
 from workflow_scripts.core import config as configs
 from workflow_scripts.core.artifacts import Artifact
 from workflow_scripts.core.jsonl import write_atomically
@@ -211,7 +212,8 @@ def main() -> None:
     parser.add_argument("--json", action="store_true", help="the same as JSON")
     args = parser.parse_args()
     plan = Plan(configs.load(*args.configfile))
-    found, stale = accept(plan, args.target, args.reason)
+    with work.turn(Path(plan.work), plan.results):
+        found, stale = accept(plan, args.target, args.reason)
     if args.json:
         shown = [{"path": str(one.artifact.path), "what": one.what} for one in found]
         print(json.dumps({"accepted": shown, "stale": stale}, indent=1))

@@ -14,8 +14,9 @@ of other configs below it are adopted with it.
 
 import argparse
 import os
+from pathlib import Path
 
-from workflow_scripts.core import artifacts, records
+from workflow_scripts.core import artifacts, records, work
 from workflow_scripts.core import config as configs
 from workflow_scripts.core.config import Config, run_name
 from workflow_scripts.core.messages import InputError
@@ -118,7 +119,8 @@ def main() -> None:
     results = os.path.normpath(args.results) if args.results else named or "results"
     if not os.path.isdir(results):
         raise InputError(f"{results}: no such folder; copy the results here first, or name their folder")
-    adopted, left = adopt(results)
+    with work.turn(Path(results) / ".work", results):
+        adopted, left = adopt(results)
     for finding in left:
         print(f"{finding.place.manifest}: {reason(finding)}; snakemake makes it again")
     print(f"{results}: {len(adopted)} artifacts adopted, {len(left)} left to be made again")
