@@ -31,11 +31,11 @@ from tests.conftest import Clone, make_clone
 
 CONFIGS = ["config/config.yaml", "tests/config/micro.yaml", "tests/config/kills.yaml"]
 SLICES = ("ifeval", "sft", "pairs", "rm_pairs", "instructions")
-TRAINERS = {"sft_v2": 16, "dpo": 12, "kto": 12, "rm": 12, "grpo": 8, "rloo": 8}  # run -> steps under kills.yaml
+TRAINERS = {"sft_v2": 16, "dpo": 12, "kto": 12, "rm": 12, "ppo": 8, "grpo": 8, "rloo": 8}  # run -> steps under kills.yaml
 ADAPTERS = [f"results/{run}/adapter/manifest.json" for run in TRAINERS]
 TARGETS = [*ADAPTERS, "results/ifeval_dpo.json"]
 PREPARED = ["results/base/manifest.json", *(f"results/data/{name}.manifest.json" for name in SLICES)]
-STRATA = ("slice", "sft_v2", "merge", "dpo", "kto", "rm", "grpo", "rloo", "generate", "publish")
+STRATA = ("slice", "sft_v2", "merge", "dpo", "kto", "rm", "ppo", "grpo", "rloo", "generate", "publish")
 
 
 class Missed(Exception):
@@ -360,7 +360,7 @@ def campaign(
 
 def main() -> None:
     made = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    made.add_argument("--trials", type=int, default=10)
+    made.add_argument("--trials", type=int, default=len(STRATA))
     made.add_argument("--seed", type=int, default=1)
     made.add_argument("--folder", type=Path, help="where the clones go; an own temporary folder otherwise")
     args = made.parse_args()

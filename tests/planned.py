@@ -10,7 +10,7 @@ from workflow_scripts.core.yaml_files import read_yaml
 ROOT = Path(__file__).resolve().parents[1]
 SFT = ["sft_v1", "sft_v2", "sft_v2.seed2"]
 DPO = ["dpo", "dpo_ipo", "dpo_4bit", "dpo.seed2"]
-OTHERS = ["kto", "grpo", "grpo_numeric", "rloo"]
+OTHERS = ["kto", "ppo", "ppo_ifeval", "grpo", "grpo_numeric", "rloo"]
 EVALUATIONS = ["generate_ifeval", "score_ifeval", "generate_gsm8k", "score_gsm8k"]
 
 

@@ -175,8 +175,10 @@ def a_config_file(box: Box) -> set[Phase] | None:
     box.write(path, content.encode())
     if what != "key" or (file == "methods.yaml" and key in oracle.SAID_AGAIN[method]):
         return NOTHING
+    if file == "config.yaml" and key in oracle.IN_MICRO.get(method, ()):
+        return NOTHING
     if file == "config.yaml" and method in ("grpo", "rloo"):  # one block with an anchor
-        return NOTHING if key in oracle.IN_MICRO else oracle.who_has("grpo", key) | oracle.who_has("rloo", key)
+        return oracle.who_has("grpo", key) | oracle.who_has("rloo", key)
     return oracle.who_has(method, key)
 
 

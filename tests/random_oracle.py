@@ -34,6 +34,8 @@ RUNS = {
     "dpo_base": Run("dpo", "base", "mine"),
     "kto": Run("kto", "sft_v2", "pairs"),
     "rm": Run("rm", "sft_v2", "mixed"),
+    "ppo": Run("ppo", "sft_v2", "instructions", ("rm",)),
+    "ppo_ifeval": Run("ppo", "sft_v2", "instructions"),
     "grpo": Run("grpo", "sft_v2", "instructions"),
     "grpo_numeric": Run("grpo", "sft_v2", "sums"),
     "grpo_rm": Run("grpo", "sft_v2", "instructions", ("rm",)),
@@ -185,6 +187,10 @@ KEYS: dict[str, tuple[list, set[Phase]]] = {
     "methods.kto.class_weights": ([{"desirable": 1.0, "undesirable": 2.0}], trained("kto")),
     "methods.rm.max_left_out": ([0.2], trained("rm")),
     "methods.grpo.require_reward_above_chance": ([False], trained("grpo", "grpo_numeric")),  # grpo_rm has its own
+    "methods.ppo.ppo.kl_coef": ([0.07], trained("ppo", "ppo_ifeval")),
+    "methods.ppo.ppo.kl_target": ([4.0], trained("ppo", "ppo_ifeval")),
+    "experiments.ppo.ppo.gamma": ([0.99], trained("ppo", "ppo_ifeval")),
+    "experiments.ppo_ifeval.ppo.whiten_rewards": ([True], trained("ppo_ifeval")),
     "methods.sft.quantise": (["none"], trained("sft_v1", "sft_v2", "sft_v2.seed2")),
     "experiments.dpo.quantise": (["nf4"], trained("dpo", "dpo.seed2", "dpo_ipo", "dpo_base")),  # dpo_4bit has it
     "experiments.grpo.reward": ([{"ifeval": 2.0}], trained("grpo")),  # the other two have their own
@@ -233,6 +239,7 @@ REWIRINGS: list[tuple[str, Any, dict[str, Run], set[Phase]]] = [
     ("methods.kto.slice", "mine", {"kto": Run("kto", "sft_v2", "mine")}, trained("kto")),
     ("experiments.dpo_4bit.slice", "mixed", {"dpo_4bit": Run("dpo", "sft_v2", "mixed")}, trained("dpo_4bit")),
     ("experiments.grpo.reward", "rm", {"grpo": Run("grpo", "sft_v2", "instructions", ("rm",))}, trained("grpo")),
+    ("experiments.ppo.reward", "ifeval", {"ppo": RUNS["ppo_ifeval"]}, trained("ppo")),
     ("experiments.grpo_rm.reward", "ifeval", {"grpo_rm": RUNS["grpo"]}, trained("grpo_rm")),
     ("experiments.rloo", {"slice": "sums", "reward": "numeric"}, {"rloo": Run("rloo", "sft_v2", "sums")}, trained("rloo")),
 ]
@@ -254,10 +261,14 @@ METHOD_KEYS: dict[str, dict[str, list]] = {
     "dpo": _ALL | {"max_length": [99], "beta": [0.27], "loss_type": ["hinge"], "truncation_mode": ["keep_end"]},
     "kto": _ALL | {"max_length": [99], "beta": [0.27], "loss_type": ["apo_zero_unpaired"]},
     "rm": _ALL | {"max_length": [99], "center_rewards_coefficient": [0.01]},
+    "ppo": _ALL
+    | {"max_completion_length": [11], "steps_per_generation": [4], "num_iterations": [3], "temperature": [0.9]}
+    | {"top_p": [0.9], "top_k": [50], "epsilon": [0.1]},
     "grpo": _ALL | _ROLLOUTS | {"loss_type": ["dapo"], "scale_rewards": ["none"]},
     "rloo": _ALL | _ROLLOUTS | {"normalize_advantages": [True]},
 }  # fmt: skip
 EXTENDS = {"dpo_ipo": "dpo", "dpo_4bit": "dpo", "dpo_base": "dpo", "grpo_numeric": "grpo", "grpo_rm": "grpo"}
+EXTENDS["ppo_ifeval"] = "ppo"
 OWN = {"sft_v1": {"assistant_only_loss"}, "dpo_ipo": {"loss_type"}, "grpo_numeric": {"max_completion_length"}}
 
 # Keys of methods.yaml that config.yaml or micro.yaml say again: there an edit of methods.yaml decides nothing.
@@ -265,11 +276,14 @@ _AGAIN = {"learning_rate", "per_device_train_batch_size", "per_device_eval_batch
 _AGAIN |= {"gradient_checkpointing"}
 _AGAIN_ROLLOUTS = _AGAIN | {"lr_scheduler_type", "warmup_steps", "num_generations", "max_completion_length", "beta"}
 SAID_AGAIN = {method: _AGAIN | {"max_length"} for method in ("sft", "dpo", "kto", "rm")} | {
+    "ppo": _AGAIN | {"lr_scheduler_type", "warmup_steps", "steps_per_generation", "num_iterations", "max_completion_length"},
     "grpo": _AGAIN_ROLLOUTS,
     "rloo": _AGAIN_ROLLOUTS,
 }
 # And of config.yaml, that micro.yaml says again.
-IN_MICRO = {"max_steps", "per_device_train_batch_size", "num_generations", "max_completion_length"}
+_IN_MICRO = {"max_steps", "per_device_train_batch_size", "max_completion_length"}
+IN_MICRO = dict.fromkeys(("grpo", "rloo"), _IN_MICRO | {"num_generations"})
+IN_MICRO["ppo"] = _IN_MICRO | {"steps_per_generation", "num_iterations"}
 
 
 def who_has(method: str, key: str, experiment: str | None = None) -> set[Phase]:
@@ -286,7 +300,7 @@ TRAIN = [f"train_{method}" for method in METHOD_KEYS]
 SLICE = ["slice tiny", "slice file"]
 SCORE = ["score_ifeval", "score_gsm8k"]
 MODELS = ["merge", "generate", "eval_rm", *TRAIN]
-ROLLOUTS = ["train_grpo", "train_rloo"]
+ROLLOUTS = ["train_ppo", "train_grpo", "train_rloo"]
 EVERY = [*SLICE, "make_base", *MODELS, *SCORE]
 
 # File of the package -> the steps that can run it.
@@ -311,6 +325,7 @@ CODE: dict[str, list[str]] = {
     "rl/__init__.py": ["score_gsm8k", "eval_rm", "train_rm", *ROLLOUTS],
     "rl/numerals.py": ["score_gsm8k", *ROLLOUTS],
     **dict.fromkeys(("rl/verifiers.py", "rl/rewards.py"), ROLLOUTS),
+    **dict.fromkeys(("rl/ppo_trainer.py", "rl/advantages.py"), ["train_ppo"]),
     "rl/reward_model.py": ["eval_rm", "train_rm", *ROLLOUTS],
     "steps/slice_data.py": SLICE,
     **{f"steps/{step}.py": [step] for step in ("make_base", "merge", "generate", "eval_rm", *SCORE, *TRAIN)},

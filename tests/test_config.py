@@ -47,6 +47,7 @@ TRL_CONFIGS = {
     "dpo": "DPOConfig",
     "kto": "KTOConfig",
     "rm": "RewardConfig",
+    "ppo": "GRPOConfig",
     "grpo": "GRPOConfig",
     "rloo": "RLOOConfig",
 }
@@ -83,7 +84,9 @@ MISTAKES = {
     "experiments: {dpo: {betta: 0.2}}": ("experiments.dpo.betta", "unknown key; known here: class_weights, extends"),
     "experiments: {dpo: {train: {betta: 0.2}}}": ("experiments.dpo.train.betta", "unknown key for method dpo; .* beta,"),
     "methods: {dpo: {train: {betta: 0.2}}}": ("methods.dpo.train.betta", "unknown key; known here: .*beta"),
-    "methods: {ppo: {}}": ("methods.ppo", "unknown key; known here: dpo, grpo, kto, rloo, rm, sft"),
+    "methods: {orpo: {}}": ("methods.orpo", "unknown key; known here: dpo, grpo, kto, ppo, rloo, rm, sft"),
+    "experiments: {ppo: {ppo: {lambda: 1}}}": ("experiments.ppo.ppo.lambda", "unknown key for method ppo; .* lam,"),
+    "experiments: {ppo: {train: {num_generations: 4}}}": ("experiments.ppo.train.num_generations", "unknown key for method ppo"),
     "data: {slices: {sft: {heldot: 3}}}": ("data.slices.sft.heldot", "unknown key; known here: format, group_by, heldout, kind"),
     "data: {slices: {sft: {source: {tiny: {share: 1}}}}}": ("data.slices.sft.source.tiny.share", "here: follow, numeric, split"),
     "base: {scratch: {train: {lr: 1}}}": ("base.scratch.train.lr", "unknown key; known here: adamw_learning_rate"),
@@ -102,7 +105,7 @@ MISTAKES = {
     "experiments: {w: {extends: x}, x: {extends: y}, y: {extends: x}}": ("experiments.y.extends", "a loop: x -> y -> x"),
     "experiments: {x: {extends: nothing}}": ("experiments.x.extends", "found 'nothing', expected one of dpo"),
     "experiments: {x: {train: {}}}": ("experiments.x.method", "missing; name a method, or an experiment with `extends:`"),
-    "experiments: {x: {method: ppo}}": ("experiments.x.method", "found the string 'ppo', expected one of sft, dpo, kto"),
+    "experiments: {x: {method: orpo}}": ("experiments.x.method", "found the string 'orpo', expected one of sft, dpo, kto"),
     "experiments: {x: {method: sft, slice: pairs}}": (
         "experiments.x.slice", "found 'pairs', expected a slice of kind sft to train on: sft"),
     "methods: {dpo: {slice: pears}}": ("methods.dpo.slice", "found 'pears', expected a slice of kind preference to"),

@@ -200,8 +200,8 @@ def test_without_a_configfile_the_tiny_world_is_planned_and_a_named_config_does_
 def test_the_default_target_is_every_experiment_and_the_base(clone):
     jobs = clone.plan()
     assert jobs["train_dpo"] == 2 and jobs["train_sft"] == 1  # dpo_ipo, dpo_4bit; sft_v1: the others are there
-    assert {jobs[f"train_{method}"] for method in ("kto", "rm", "rloo")} == {1} and jobs["train_grpo"] == 2
-    assert jobs["score"] == 7 + 10  # IFEval of the runs that lack it, GSM8K of all
+    assert {jobs[f"train_{method}"] for method in ("kto", "rm", "rloo")} == {1} and jobs["train_grpo"] == jobs["train_ppo"] == 2
+    assert jobs["score"] == 9 + 12  # IFEval of the runs that lack it, GSM8K of all
     assert jobs["eval_rm"] == 1
 
 
@@ -213,8 +213,15 @@ def test_grpo_needs_no_other_method_and_with_a_reward_model_only_that(fresh):
     assert fresh.plan("results/ifeval_grpo.json", configs=configs) == {**chain, "slice_data": 5, "train_rm": 1}
 
 
+def test_ppo_needs_its_reward_model_and_with_a_verifier_no_other_method(fresh):
+    chain = {**ALL, "slice_data": 4, "train_ppo": 1}
+    del chain["train_dpo"]
+    assert fresh.plan("results/ifeval_ppo_ifeval.json") == chain
+    assert fresh.plan("results/ifeval_ppo.json") == {**chain, "slice_data": 5, "train_rm": 1}
+
+
 def test_each_method_makes_its_artifact_and_its_results(clone):
-    names = ("kto", "rm", "grpo", "grpo_numeric", "rloo")
+    names = ("kto", "rm", "ppo", "ppo_ifeval", "grpo", "grpo_numeric", "rloo")
     configs = clone.overlay(
         "experiments: {grpo: {reward: {rm: 0.5, ifeval: 0.5}, require_reward_above_chance: false}}"  # it learns nothing here
     )

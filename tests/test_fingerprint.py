@@ -68,7 +68,7 @@ def user(tmp_path):
 
 
 SCORES = evals("score_ifeval")
-ROLLOUTS = runs("grpo", "grpo_numeric", "rloo")  # trained with lm-eval's checkers and with answers that are numbers
+ROLLOUTS = runs("ppo", "ppo_ifeval", "grpo", "grpo_numeric", "rloo")  # trained with verifiers
 
 CODE_EDITS = [
     ("steps/train_dpo.py", "callbacks=[training.Watch(job.run)]", "callbacks=[training.Watch(str(job.run))]", runs(*DPO)),
@@ -76,7 +76,13 @@ CODE_EDITS = [
     ("steps/generate.py", "num_beams=1", "num_beams=2", EVALS),
     ("steps/score_ifeval.py", "METRICS = (", "X = 1\nMETRICS = (", SCORES),
     ("steps/score_gsm8k.py", "METRICS = (", "X = 1\nMETRICS = (", evals("score_gsm8k")),
-    ("steps/train_rm.py", "callbacks=[training.Watch(job.run)]", "callbacks=[training.Watch(str(job.run))]", RM | runs("grpo")),
+    (
+        "steps/train_rm.py",
+        "callbacks=[training.Watch(job.run)]",
+        "callbacks=[training.Watch(str(job.run))]",
+        RM | runs("ppo", "grpo"),
+    ),
+    ("rl/advantages.py", "WHITEN_EPSILON = 1e-8", "WHITEN_EPSILON = 1e-7", runs("ppo", "ppo_ifeval")),
     ("rl/rewards.py", "import json\n", "import json\n\nX = 1\n", ROLLOUTS),
     ("rl/reward_model.py", "logaddexp(0, -margins)", "logaddexp(0.0, -margins)", RM | ROLLOUTS),
     ("core/ifeval.py", "random.seed(seed)", "random.seed(str(seed))", SCORES | ROLLOUTS),
@@ -87,7 +93,7 @@ CODE_EDITS = [
     ("core/__init__.py", "", "X = 1\n", EVERYTHING),
     ("tiny/chat_template.jinja", "<|im_start|>", "<|im_start|> ", {("base", "")} | SLICES | ALL_RUNS | EVALS),
     ("tiny/answers.py", "\n\n\n", "\n\nX = 1\n\n\n", EVERYTHING),
-    ("core/work.py", "part.unlink(missing_ok=True)", "part.unlink(True)", set()),
+    ("core/work.py", "left.unlink()", "left.unlink(True)", set()),
     ("core/progress.py", "10.0", "20.0", set()),
     ("tools/compare.py", "100 *", "101 *", set()),
 ]

@@ -63,7 +63,7 @@ def rarely(clone):
 
 
 def test_random_kills(prepared, reference, tmp_path):
-    trials = int(os.environ.get("PHASELINE_TRIALS", "10"))
+    trials = int(os.environ.get("PHASELINE_TRIALS", len(STRATA)))
     count, notes = kills.campaign(trials, 1, tmp_path, prepared, reference)
     assert count.total() == trials and set(count) == set(STRATA[:trials])
     resumed = notes["resumed at step N of "]

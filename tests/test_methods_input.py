@@ -44,7 +44,7 @@ MISTAKES = {
     "experiments: {dpo: {reward: ifeval}}": ("experiments.dpo.reward", "unknown key for method dpo"),
     "experiments: {rm: {start_from: grpo}, grpo: {reward: rm}}": (
         "experiments.grpo.reward", "a loop: grpo -> rm -> grpo; the reward model must start elsewhere"),
-    "experiments: {rm: {start_from: kto}, kto: {start_from: rloo}, rloo: {reward: {rm: 1.0}}}": (
+    "experiments: {ppo: {reward: ifeval}, rm: {start_from: kto}, kto: {start_from: rloo}, rloo: {reward: {rm: 1.0}}}": (
         "experiments.rloo.reward", "a loop: rloo -> rm -> kto -> rloo;"),
     "experiments: {dpo: {start_from: rm}}": ("experiments.dpo.start_from", "found 'rm', a reward model: it scores answers and"),
     # rollouts
@@ -52,6 +52,15 @@ MISTAKES = {
     "experiments: {rloo: {train: {num_generations: 1}}}": ("experiments.rloo.train.num_generations", "found 1, .*at least 2"),
     "methods: {grpo: {train: {num_generations: 1}}}": ("methods.grpo.train.num_generations", "found 1, expected .*at least 2"),
     "experiments: {rloo: {train: {scale_rewards: group}}}": ("experiments.rloo.train.scale_rewards", "for method rloo"),
+    "experiments: {ppo: {train: {steps_per_generation: 3, gradient_accumulation_steps: 2}}}": (
+        "experiments.ppo.train.steps_per_generation", "found 3, expected a multiple of gradient_accumulation_steps .2."),
+    # PPO: one backbone
+    "experiments: {ppo: {start_from: base}}": (
+        "experiments.ppo.reward", "found 'rm', whose start_from is sft_v2, and that of ppo is base; give both the same"),
+    "experiments: {rm: {start_from: sft_v1}}": ("experiments.ppo.reward", "found 'rm', whose start_from is sft_v1"),
+    "experiments: {rm: {quantise: none}}": ("experiments.ppo.reward", "found 'rm', whose quantise is none"),
+    "experiments: {ppo: {reward: rm.seed2}}": ("experiments.ppo.reward", "found 'rm.seed2', expected"),
+    "experiments: {dpo: {ppo: {gamma: 1.0}}}": ("experiments.dpo.ppo", "unknown key for method dpo"),
     # a verifier without its field
     "experiments: {grpo: {slice: sums}}": ("experiments.grpo.slice", "'sums', expected a slice of kind ifeval.*: instructions$"),
     "experiments: {grpo: {slice: pairs}}": ("experiments.grpo.slice", "found 'pairs', expected a slice of kind ifeval"),

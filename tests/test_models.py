@@ -173,11 +173,19 @@ def test_no_default_of_trl_sneaks_in(base, slices, tmp_path):
         assert {m.p for m in lora_dropouts(trainer)} == {0.05}
 
 
+IN_PPO = {
+    "loss_type", "beta", "use_bias_correction_kl", "importance_sampling_level", "mask_truncated_completions", "num_generations",
+    "num_generations_eval",
+}  # fmt: skip
+
+
 @pytest.mark.parametrize(
     ("experiment", "name", "by_the_step"),
     [
         ("kto", "KTOConfig", {"disable_dropout", "train_sampling_strategy"}),
         ("rm", "RewardConfig", {"disable_dropout"}),
+        # PPO's advantages are not GRPO's: what only those depend on decides nothing
+        ("ppo_ifeval", "GRPOConfig", {"disable_dropout", *IN_PPO, "scale_rewards", "multi_objective_aggregation"}),
         ("grpo", "GRPOConfig", {"disable_dropout"}),
         ("rloo", "RLOOConfig", {"disable_dropout"}),
     ],

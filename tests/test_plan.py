@@ -55,12 +55,15 @@ EDITS = {
     | {("generate_gsm8k", "base"), ("score_gsm8k", "base")},
     "methods: {kto: {train: {beta: 0.27}}}": runs("kto"),
     "methods: {kto: {class_weights: {desirable: 1, undesirable: 2}}}": runs("kto"),
-    "methods: {rm: {train: {learning_rate: 1.1e-3}}}": RM | runs("grpo"),  # whose reward it is
+    "methods: {rm: {train: {learning_rate: 1.1e-3}}}": RM | runs("ppo", "grpo"),  # whose reward it is
+    "methods: {ppo: {train: {num_iterations: 3}}}": runs("ppo", "ppo_ifeval"),
+    "methods: {ppo: {ppo: {gamma: 0.99}}}": runs("ppo", "ppo_ifeval"),
+    "experiments: {ppo: {ppo: {lam: 0.9}}}": runs("ppo", "ppo_ifeval"),
     "methods: {grpo: {train: {beta: 0.27}}}": runs("grpo", "grpo_numeric"),
     "methods: {rloo: {train: {num_generations: 4}}}": runs("rloo"),
     "experiments: {grpo_numeric: {require_reward_above_chance: false}}": runs("grpo_numeric"),
-    "data: {slices: {rm_pairs: {rows: 300}}}": {("slice", "rm_pairs")} | RM | runs("grpo"),
-    "data: {slices: {instructions: {rows: 300}}}": {("slice", "instructions")} | runs("grpo", "rloo"),
+    "data: {slices: {rm_pairs: {rows: 300}}}": {("slice", "rm_pairs")} | RM | runs("ppo", "grpo"),
+    "data: {slices: {instructions: {rows: 300}}}": {("slice", "instructions")} | runs("ppo", "ppo_ifeval", "grpo", "rloo"),
     "data: {slices: {sft: {rows: 2001}}}": {("slice", "sft")} | ALL_RUNS,
     "data: {slices: {sft: {heldout: 51}}}": {("slice", "sft")} | ALL_RUNS,
     "data: {slices: {pairs: {rows: 11}}}": {("slice", "pairs")} | runs(*DPO, "kto"),

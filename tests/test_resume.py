@@ -16,6 +16,7 @@ METHODS = {
     "dpo": {"per_device_train_batch_size": 4, "logging_steps": 3},
     "kto": {"per_device_train_batch_size": 8, "logging_steps": 3},
     "rm": {"per_device_train_batch_size": 4, "logging_steps": 3},
+    "ppo_ifeval": {"max_steps": 8, "per_device_train_batch_size": 4, "steps_per_generation": 1, "max_completion_length": 12},
     "grpo": {"max_steps": 5, "per_device_train_batch_size": 8, "num_generations": 4, "max_completion_length": 12},
     "rloo": {"max_steps": 5, "per_device_train_batch_size": 8, "num_generations": 4, "max_completion_length": 12},
 }
@@ -40,7 +41,7 @@ def slices(folder):
 
 @pytest.fixture
 def rows(slices):
-    return lambda method: slices.get(method) or slices["rollouts" if method in ("grpo", "rloo") else "pairs"]
+    return lambda method: slices.get(method) or slices["rollouts" if method in ("ppo_ifeval", "grpo", "rloo") else "pairs"]
 
 
 def step_of(method, base, rows, out, **more):
@@ -69,13 +70,14 @@ def outcome(adapter: artifacts.Artifact) -> tuple:
 @pytest.mark.parametrize("method", METHODS)
 def test_ended_by_sigterm_twice_and_resumed_is_as_if_never_ended(method, base, rows, tmp_path, capsys):
     job, handler = step_of(method, base, rows, tmp_path / "run"), signal.getsignal(signal.SIGTERM)
-    for step in (1, 3):
+    saved = (2, 4) if method == "ppo_ifeval" else (1, 3)  # two epochs on each rollout: saved where the second ends
+    for asked, step in zip((1, 3), saved, strict=True):
         with pytest.MonkeyPatch.context() as patch, pytest.raises(Interrupted, match=f"at step {step} of .* checkpoint"):
-            end_at(step, patch)
+            end_at(asked, patch)
             small_steps.run(job)
         assert not job.out.exists()
     resumed = small_steps.run(job)
-    assert "resumed at step 3 of" in capsys.readouterr().out
+    assert f"resumed at step {saved[1]} of" in capsys.readouterr().out
     shutil.rmtree(job.work)
     shutil.rmtree(job.out.parent)
     assert outcome(small_steps.run(job)) == outcome(resumed)
@@ -100,6 +102,42 @@ class Killed(Exception):
 
 def kill():
     raise Killed
+
+
+@pytest.mark.parametrize("where", ["rollout", "policy update", "value update"])
+def test_ppo_killed_in_a_rollout_or_in_an_update_goes_on_from_the_rollout_before(base, rows, tmp_path, capsys, where):
+    """With a coefficient that is steered, which the checkpoint has to carry; the value's head and optimiser state as well."""
+    from workflow_scripts.rl import advantages
+    from workflow_scripts.rl.ppo_trainer import PPOTrainer
+
+    steered = small_steps.CONFIG.experiments["ppo"]["ppo"] | {"kl_target": 0.5}
+    job = step_of("ppo_ifeval", base, rows, tmp_path / "run", ppo=steered)
+    job.checkpoint_minutes = 1e-9
+    calls = []
+
+    def at_call(number, real):
+        def called(*args, **kwargs):
+            calls.append(1)
+            if len(calls) == number:
+                kill()
+            return real(*args, **kwargs)
+
+        return called
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
+        if where == "rollout":
+            patch.setattr(PPOTrainer, "_add_targets", at_call(3, PPOTrainer._add_targets))
+        elif where == "policy update":
+            patch.setattr(PPOTrainer, "training_step", at_call(6, PPOTrainer.training_step))
+        else:
+            patch.setattr(advantages, "value_loss", at_call(6, advantages.value_loss))
+        small_steps.run(job)
+    (folder,) = job.work.glob("*/trainer")
+    assert [path.name for path in folder.glob("checkpoint-*")] == ["checkpoint-4"]
+    assert json.loads((folder / "checkpoint-4/ppo.json").read_text())["kl_coef"] != steered["kl_coef"]
+    resumed = small_steps.run(job)
+    assert "resumed at step 4 of 8" in capsys.readouterr().out
+    assert outcome(resumed) == undisturbed(job)
 
 
 @pytest.fixture

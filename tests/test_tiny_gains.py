@@ -13,7 +13,7 @@ from tests.conftest import Clone, make_clone
 SEEDS = (1, 2, 3) if os.environ.get("PHASELINE_TEST_ALL") else (1,)
 METRIC = "prompt_level_strict_acc"
 PREFERENCES = ("dpo", "kto")
-ROLLOUTS = ("grpo", "rloo")  # reward: the share of followed instructions
+ROLLOUTS = ("ppo", "ppo_ifeval", "grpo", "rloo")  # reward: the share of followed instructions; for ppo the reward model
 
 
 @pytest.fixture(scope="module")
@@ -76,7 +76,8 @@ def test_the_reward_model_orders_at_least_80_percent_of_the_held_out_pairs(tiny,
 def test_training_moved_its_own_objective(tiny):
     for run, key, gain in (
         ("dpo", "accuracy", 0.3), ("kto", "margin", 0.3), ("rm", "accuracy", 0.2),
-        ("grpo", "reward", 0.2), ("rloo", "reward", 0.2), ("grpo_numeric", "numeric", 0.1),
+        ("ppo", "rm", 1.0), ("ppo_ifeval", "reward", 0.2), ("grpo", "reward", 0.2), ("rloo", "reward", 0.2),
+        ("grpo_numeric", "numeric", 0.1),
     ):  # fmt: skip
         before, after = objective(tiny, run)
         assert after[key] >= before[key] + gain, (run, before, after)

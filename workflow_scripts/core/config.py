@@ -257,7 +257,7 @@ class Config:
             )
             raise self.fail(place, problem)
         if "reward" in body:
-            self._check_groups(name, body["train"])
+            self._check_rollouts(name, body["train"])
         for reward in rewards(body):
             if reward in VERIFIERS:
                 continue
@@ -270,10 +270,21 @@ class Config:
             if name in (chain := self._made_from(reward)):
                 loop = " -> ".join([name, *chain[: chain.index(name) + 1]])
                 raise self.fail(place, f"a loop: {loop}; the reward model must start elsewhere")
+            for key in ("start_from", "quantise") if body["method"] == "ppo" else ():
+                if (theirs := self.experiments[reward][key]) != body[key]:
+                    problem = (
+                        f"found {reward!r}, whose {key} is {theirs}, and that of {name} is {body[key]}; give both the same: "
+                    )
+                    raise self.fail(place, problem + "PPO's policy and reward model lie on one backbone")
 
-    def _check_groups(self, name: str, train: dict) -> None:
+    def _check_rollouts(self, name: str, train: dict) -> None:
         """A batch holds whole groups of answers to one prompt: TRL says so only once the phases before are done."""
         steps = train.get("steps_per_generation", train["gradient_accumulation_steps"])
+        if "num_generations" not in train:  # PPO
+            if steps % (accumulated := train["gradient_accumulation_steps"]):
+                problem = f"found {steps}, expected a multiple of gradient_accumulation_steps ({accumulated}): whole mini-batches"
+                raise self.fail(self._place(name, ["train", "steps_per_generation"]), problem)
+            return
         for size, group, times in (
             ("per_device_train_batch_size", "num_generations", steps),
             ("per_device_eval_batch_size", "num_generations_eval", 1),

@@ -173,7 +173,7 @@ def save(trainer: Any, draft: Draft, job: Job, start: Artifact, facts: dict) -> 
 
     adapter = trainer.accelerator.unwrap_model(trainer.model)
     adapter.peft_config["default"].base_model_name_or_path = str(start.folder)
-    adapter.save_pretrained(draft.folder, safe_serialization=True)
+    adapter.save_pretrained(draft.folder, safe_serialization=True, selected_adapters=["default"])
     (draft.folder / "README.md").unlink(missing_ok=True)  # peft's card says nothing of this run
     config_file = draft.folder / "adapter_config.json"
     config = json.loads(config_file.read_text())

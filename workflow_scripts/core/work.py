@@ -87,8 +87,9 @@ def publish(done: Path, out: Path) -> None:
     """Put the files of `done` beside `out`, each by rename, the manifest (`out`) last."""
     out.parent.mkdir(parents=True, exist_ok=True)
     for file in sorted(done.iterdir(), key=lambda path: (path.name == out.name, path.name)):
+        for left in out.parent.glob(f".{file.name}.*.part"):  # by a kill: the lock of the place is held here
+            left.unlink()
         part = out.parent / f".{file.name}.{os.getpid()}.part"
-        part.unlink(missing_ok=True)
         try:
             os.link(file, part)
         except OSError:  # a file system without hard links

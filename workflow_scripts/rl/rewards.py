@@ -11,6 +11,7 @@ from typing import Any
 
 from workflow_scripts.core import artifacts, ifeval, training
 from workflow_scripts.core.artifacts import Artifact, Job
+from workflow_scripts.core.chat import tokenizer_of
 from workflow_scripts.core.messages import InputError
 from workflow_scripts.rl import reward_model, verifiers
 
@@ -54,29 +55,41 @@ def followed(prompts: list, completions: list, row: list[str], **columns: Any) -
         ]
 
 
-def functions(job: Job, parents: dict[str, Artifact]) -> dict[str, Reward]:
-    """Name -> function of the rewards of a step. Each is called by its name in TRL's metrics (`rewards/<name>/mean`)."""
+def models_of(job: Job) -> list[str]:
+    """The reward models among the rewards of a step."""
+    return [name for name in job.config["reward"] if name not in FIELDS]
+
+
+def functions(job: Job, parents: dict[str, Artifact], on_backbone: Callable[[str], Any] | None = None) -> dict[str, Reward]:
+    """Name -> function of the rewards of a step. Each is called by its name in TRL's metrics (`rewards/<name>/mean`).
+
+    on_backbone: name -> reward model, for a trainer that has them on its own backbone; else each is loaded beside the policy.
+    """
     made: dict[str, Reward] = {}
     for name in job.config["reward"]:
         if name in FIELDS:
             made[name] = {"numeric": numeric, "ifeval": followed}[name]
         else:
-            made[name] = learned(job, parents[f"start of {name}"], parents[f"reward {name}"])
+            made[name] = learned(job, name, parents[f"start of {name}"], parents[f"reward {name}"], on_backbone)
     for name, function in made.items():
         function.__name__ = name
     return made
 
 
-def learned(job: Job, start: Artifact, adapter: Artifact) -> Reward:
+def learned(job: Job, name: str, start: Artifact, adapter: Artifact, on_backbone: Callable[[str], Any] | None = None) -> Reward:
     """The score of a reward model, which has to be better than chance on pairs that it was not trained on."""
     check_reward_model(adapter, job.config["require_reward_above_chance"])
     settings = adapter.data["step"]["config"]
-    quant = settings.get("quant") if settings["quantise"] != "none" else None
-    model, tokenizer = reward_model.load(start, adapter, job.work, job.step["device"], job.step["precision"], quant)
+    if on_backbone is None:
+        quant = settings.get("quant") if settings["quantise"] != "none" else None
+        model, tokenizer = reward_model.load(start, adapter, job.work, job.step["device"], job.step["precision"], quant)
+    else:
+        model, tokenizer = None, tokenizer_of(start)
 
     def rewards(prompts: list, completions: list, **columns: Any) -> list[float | None]:
         talks = [prompt + completion for prompt, completion in zip(prompts, completions, strict=True)]
-        return [*reward_model.score(model, tokenizer, talks, len(talks), settings["train"]["max_length"])]
+        judge = on_backbone(name) if on_backbone else model
+        return [*reward_model.score(judge, tokenizer, talks, len(talks), settings["train"]["max_length"])]
 
     return rewards
 
