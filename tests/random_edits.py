@@ -156,8 +156,7 @@ def a_config_file(box: Box) -> set[Phase] | None:
     method = box.rng.choice(sorted(oracle.METHOD_KEYS))
     path = box.folder / "config" / file
     text = path.read_text()
-    block = yaml.safe_load(text)["methods"][method]["train"]
-    key = box.rng.choice(sorted(set(block) & set(oracle.METHOD_KEYS[method])))
+    key = box.rng.choice(sorted(set(yaml.safe_load(text)["methods"][method]["train"]) & set(oracle.METHOD_KEYS[method])))
     value = box.rng.choice(oracle.METHOD_KEYS[method][key])
     what = box.rng.choice(("key", "key", "key", "comment", "blank", "written anew"))
     if not box.free(f"config/{file}", f"methods.{method}.train.{key}"):
@@ -177,9 +176,8 @@ def a_config_file(box: Box) -> set[Phase] | None:
         return NOTHING
     if file == "config.yaml" and key in oracle.IN_MICRO.get(method, ()):
         return NOTHING
-    if file == "config.yaml" and method in ("grpo", "rloo"):  # one block with an anchor
-        return oracle.who_has("grpo", key) | oracle.who_has("rloo", key)
-    return oracle.who_has(method, key)
+    together = ("grpo", "rloo") if file == "config.yaml" and method in ("grpo", "rloo") else (method,)  # one block with an anchor
+    return set().union(*(oracle.who_has(one, key) for one in together))
 
 
 def _statements(tree: ast.Module) -> list[ast.stmt]:

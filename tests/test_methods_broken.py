@@ -16,11 +16,14 @@ from workflow_scripts.rl import rewards
 from workflow_scripts.tiny import world
 
 HELDOUT = 50
+ROLLOUTS = ("ppo_ifeval", "grpo", "rloo")
 # What a model of this size needs to move in 20 steps or so; the constant block is as it always is.
 SETTINGS = {
     "dpo": {"learning_rate": 1.0e-3},
     "kto": {"learning_rate": 1.0e-3},
     "rm": {"learning_rate": 3.0e-3, "num_train_epochs": 2},
+    # As many updates as GRPO's on smaller rollouts
+    "ppo_ifeval": {"learning_rate": 2.0e-3, "max_steps": 64, "max_completion_length": 36},
     "grpo": {"learning_rate": 3.0e-3, "max_steps": 8, "max_completion_length": 36},
     "rloo": {"learning_rate": 3.0e-3, "max_steps": 8, "max_completion_length": 36},
 }
@@ -38,7 +41,7 @@ def base(folder):
 
 
 def rows_for(method, folder):
-    made = {"sft_v2": small_steps.sft_slice, "grpo": small_steps.instructions_slice, "rloo": small_steps.instructions_slice}
+    made = {"sft_v2": small_steps.sft_slice} | dict.fromkeys(ROLLOUTS, small_steps.instructions_slice)
     return made.get(method, small_steps.pairs_slice)(folder / "data")
 
 
@@ -82,14 +85,14 @@ def test_flipped_labels_move_the_objective_the_other_way(folder, base, pairs, me
 # -- reward negated ---------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("method", ["grpo", "rloo"])
+@pytest.mark.parametrize("method", ROLLOUTS)
 def test_a_negated_reward_is_seen_in_the_held_out_reward(folder, base, instructions, method, monkeypatch):
     real = rewards.functions
 
     def gained(sign):
         """How much of the true reward the training wins on held-out prompts."""
 
-        def functions(job, parents):
+        def functions(job, parents, on_backbone=None):
             true = real(job, parents)["ifeval"]
 
             def ifeval(*args, **columns):
@@ -110,6 +113,27 @@ def test_a_negated_reward_is_seen_in_the_held_out_reward(folder, base, instructi
     assert worse < before - 0.03
 
 
+def test_a_constant_reward_moves_nothing_but_the_kl_in_ppo(folder, base, instructions, monkeypatch):
+    """What is left is noise: the whitened error of a value function that has nothing to learn, and the pull to the reference."""
+    from workflow_scripts.rl.ppo_trainer import PPOTrainer
+
+    right = small_steps.train(folder / "ppo true", "ppo_ifeval", base, instructions, **SETTINGS["ppo_ifeval"])
+    real = PPOTrainer._calculate_rewards
+
+    def constant(self, *args):
+        found = real(self, *args)
+        if self.model.training:  # held-out answers are judged as ever
+            self.scores = torch.ones_like(self.scores)
+        return found
+
+    monkeypatch.setattr(PPOTrainer, "_calculate_rewards", constant)
+    made = small_steps.train(folder / "ppo constant", "ppo_ifeval", base, instructions, **SETTINGS["ppo_ifeval"])
+    before, after = (made.data["objective"][when]["reward"] for when in ("before", "after"))
+    assert right.data["objective"]["before"]["reward"] == before
+    assert right.data["objective"]["after"]["reward"] > before + 0.1
+    assert after == pytest.approx(before, abs=0.06)
+
+
 # -- mask off ---------------------------------------------------------------------------------------------------------
 
 
@@ -121,7 +145,7 @@ def test_sft_on_a_template_whose_mask_leaves_out_the_end_of_turn_stops(base, fol
         small_steps.train(tmp_path / "run", "sft_v2", broken, rows)
 
 
-@pytest.mark.parametrize("method", ["sft_v2", "dpo", "kto", "rm", "grpo", "rloo"])
+@pytest.mark.parametrize("method", ["sft_v2", "dpo", "kto", "rm", *ROLLOUTS])
 def test_a_template_without_an_end_of_turn_stops_every_method(base, tmp_path, method):
     rows = rows_for(method, tmp_path)
     closed = END_OUTSIDE[0]
@@ -153,7 +177,11 @@ def test_a_mask_that_is_off_stops_the_training(base, tmp_path, monkeypatch, meth
 # -- adapter frozen ---------------------------------------------------------------------------------------------------
 
 
-SHORT = {"max_steps": 2, "per_device_train_batch_size": 16}
+def short(method):
+    """Two steps, from 32 rows or prompts."""
+    more = {"max_completion_length": 24} if method in ROLLOUTS else {}
+    more |= {"steps_per_generation": 2} if method == "ppo_ifeval" else {}
+    return {"max_steps": 2, "per_device_train_batch_size": 16} | more
 
 
 def settle_then(monkeypatch, spoil):
@@ -167,16 +195,16 @@ def settle_then(monkeypatch, spoil):
     monkeypatch.setattr(models, "settle_adapter", settle)
 
 
-@pytest.mark.parametrize("method", ["kto", "rm", "grpo", "rloo"])
+@pytest.mark.parametrize("method", ["kto", "rm", *ROLLOUTS])
 def test_an_adapter_that_gets_no_gradient_is_seen_in_the_manifest(base, tmp_path, monkeypatch, method):
     rows = rows_for(method, tmp_path)
-    more = SHORT | ({"max_completion_length": 24} if method in ("grpo", "rloo") else {})
+    more = short(method)
     right = small_steps.train(tmp_path / "right", method, base, rows, **more)
     assert right.data["adapter_moved"] == 1
 
     def stop_gradients(model):
         for name, parameter in model.named_parameters():
-            if "lora_" in name:
+            if "lora_" in name and parameter.requires_grad:
                 parameter.register_hook(torch.zeros_like)  # still said to be trainable
 
     settle_then(monkeypatch, stop_gradients)
@@ -186,14 +214,14 @@ def test_an_adapter_that_gets_no_gradient_is_seen_in_the_manifest(base, tmp_path
         assert frozen.data["objective"]["after"] == frozen.data["objective"]["before"] != right.data["objective"]["after"]
 
 
-@pytest.mark.parametrize("method", ["kto", "rm", "grpo", "rloo"])
+@pytest.mark.parametrize("method", ["kto", "rm", *ROLLOUTS])
 def test_an_adapter_that_is_switched_off_stops_before_training(base, tmp_path, monkeypatch, method):
     settle_then(monkeypatch, lambda model: model.requires_grad_(False))
     with pytest.raises(AssertionError, match="nothing is trainable"):
-        small_steps.train(tmp_path / "run", method, base, rows_for(method, tmp_path), **SHORT)
+        small_steps.train(tmp_path / "run", method, base, rows_for(method, tmp_path), **short(method))
 
 
-@pytest.mark.parametrize("method, dropout", [("kto", 0.0), ("rm", 0.0), ("grpo", 0.05), ("rloo", 0.05)])
+@pytest.mark.parametrize("method, dropout", [("kto", 0.0), ("rm", 0.0), *((one, 0.05) for one in ROLLOUTS)])
 def test_dropout_that_is_not_the_declared_one_stops_before_training(base, tmp_path, monkeypatch, method, dropout):
     def turn(model):
         for name, module in model.named_modules():
@@ -203,4 +231,4 @@ def test_dropout_that_is_not_the_declared_one_stops_before_training(base, tmp_pa
     rows = rows_for(method, tmp_path)
     settle_then(monkeypatch, turn)
     with pytest.raises(AssertionError, match="LoRA dropout"):
-        small_steps.train(tmp_path / "run", method, base, rows, **SHORT)
+        small_steps.train(tmp_path / "run", method, base, rows, **short(method))

@@ -164,7 +164,7 @@ def test_the_margin_of_kto_does_not_depend_on_the_evaluation_batch(base, slices,
         assert one["margin"] == pytest.approx(one["reward_desirable"] - one["reward_undesirable"], abs=3e-6)
 
 
-@pytest.mark.parametrize("method", ["grpo", "rloo"])
+@pytest.mark.parametrize("method", ["ppo_ifeval", "grpo", "rloo"])
 def test_a_verifier_without_its_field_is_refused_before_a_model_is_loaded(base, slices, tmp_path, no_model, method):
     for reward, rows, field in (("ifeval", "sums", "instruction_id_list"), ("numeric", "instructions", "final")):
         says = f"{slices[rows]}: row {rows}/0 has no {field}, which the reward {reward} needs; take a slice of kind {reward}"
@@ -208,12 +208,23 @@ def test_pairs_that_are_too_long_are_left_out_up_to_the_share_that_is_allowed(ba
     assert made.data["objective"]["after"]["n"] == 8 - out[True]
 
 
-@pytest.mark.parametrize("method", ["grpo", "rloo"])
+@pytest.mark.parametrize(("method", "prompts"), [("ppo_ifeval", 64), ("grpo", 8), ("rloo", 8)])
+def test_a_slice_with_fewer_rows_than_a_rollout_has_prompts_is_refused(base, tmp_path, method, prompts):
+    """TRL drops what fills no rollout: it would train no step."""
+    few = small_steps.instructions_slice(tmp_path / "data", n=15)
+    with pytest.raises(
+        InputError, match=f"instructions.manifest.json: 7 rows to train on, but one rollout takes {prompts} prompts"
+    ):
+        small_steps.train(tmp_path / "run", method, base, few)
+
+
+@pytest.mark.parametrize("method", ["ppo_ifeval", "grpo", "rloo"])
 def test_answers_that_could_outgrow_the_models_context_are_refused(base, slices, tmp_path, method):
     with pytest.raises(
         InputError, match=r"max_completion_length: found 250, and the longest prompt has \d+ tokens.* is 256 tokens"
     ):
-        small_steps.train(tmp_path, method, base, slices["instructions"], max_completion_length=250)
+        more = {"steps_per_generation": 1} if method == "ppo_ifeval" else {}
+        small_steps.train(tmp_path, method, base, slices["instructions"], max_completion_length=250, **more)
 
 
 # -- a reward model has to be better than chance ----------------------------------------------------------------------
@@ -246,7 +257,7 @@ def weak_rm(folder, base, slices):
     return made
 
 
-@pytest.mark.parametrize("method", ["grpo", "rloo"])
+@pytest.mark.parametrize("method", ["ppo", "grpo", "rloo"])
 def test_a_weak_reward_model_stops_the_method_that_uses_it(base, slices, weak_rm, tmp_path, no_model, method):
     given = {"models": {"rm": (base, weak_rm.path)}, "reward": {"rm": 1.0}}
     with pytest.raises(
@@ -283,6 +294,7 @@ def test_the_reward_of_a_model_is_its_score_of_prompt_and_answer(base, slices, w
 MORE = {
     "kto": {},
     "rm": {},
+    "ppo_ifeval": {"max_steps": 4, "max_completion_length": 16, "per_device_train_batch_size": 8, "steps_per_generation": 2},
     "grpo": {"max_steps": 2, "max_completion_length": 16, "per_device_train_batch_size": 16, "per_device_eval_batch_size": 16},
     "rloo": {"max_steps": 2, "max_completion_length": 16, "per_device_train_batch_size": 16, "per_device_eval_batch_size": 16},
 }
@@ -314,7 +326,7 @@ def elsewhere(folder, base, slices):
 
 
 def rows_for(method, slices):
-    return slices["instructions" if method in ("grpo", "rloo") else "pairs"]
+    return slices["instructions" if method in ("ppo_ifeval", "grpo", "rloo") else "pairs"]
 
 
 @pytest.mark.parametrize("method", MORE)

@@ -1,10 +1,8 @@
 """PPO as the step trains it: against values worked by hand, and policy, value, reward and base kept apart.
 
-By hand: each answer alone, without padding, through a plainly loaded model with one adapter, and the rest by numpy. What TRL's
-private methods must look like for it to work is at the end.
+By hand: each answer alone, without padding, through a plainly loaded model with one adapter, and the rest by numpy.
 """
 
-import inspect
 from types import SimpleNamespace
 
 import numpy
@@ -12,12 +10,11 @@ import pytest
 import torch
 
 from tests import small_steps
+from tests.ppo_trainers import PPO, SIZES, batch_of, built, sampled, step, stir, with_rm
 from tests.test_losses_rollouts import answers_of, fixed_reward, log_probs, plain
 from workflow_scripts.core import artifacts
-from workflow_scripts.rl import reward_model, rewards
+from workflow_scripts.rl import reward_model
 
-PPO = small_steps.CONFIG.experiments["ppo"]["ppo"]
-SIZES = {"per_device_train_batch_size": 4, "steps_per_generation": 3, "num_iterations": 2, "max_completion_length": 32}
 PARTS = ("default", "value", "reward_rm")
 
 
@@ -43,48 +40,6 @@ def rm(folder, base):
     pairs = small_steps.pairs_slice(folder / "data")
     settings = {"learning_rate": 0.02, "num_train_epochs": 3}
     return {how: small_steps.train(folder / f"rm {how}", "rm", base, pairs, quantise=how, **settings) for how in ("none", "nf4")}
-
-
-def built(place, base, slice_, reward=fixed_reward, quantise="none", **more):
-    """PPO's trainer with a reward of ours."""
-    ppo = PPO | {key: more.pop(key) for key in set(more) & set(PPO)}
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(rewards, "functions", lambda job, parents, on_backbone: {"ifeval": reward})
-        trainer = small_steps.built_trainer(place, "ppo_ifeval", base, slice_, quantise=quantise, ppo=ppo, **{**SIZES, **more})
-    trainer.current_gradient_accumulation_steps = 1  # set by the loop of training
-    trainer.create_optimizer()
-    return trainer
-
-
-def with_rm(place, base, slice_, rm, quantise="none", **more):
-    trainer = built(place, base, slice_, quantise=quantise, **more)
-    trainer.add_reward_model("rm", rm[quantise])
-    return trainer
-
-
-def stir(trainer, adapter, seed=7, std=0.05):
-    """Add to an adapter's B, zero at the start."""
-    torch.manual_seed(seed)
-    for name, parameter in trainer.model.named_parameters():
-        if "lora_B" in name and f".{adapter}." in name:
-            parameter.data += std * torch.randn_like(parameter)
-
-
-def batch_of(trainer, seed=3):
-    """The prompts of the first rollout: twelve, one answer each."""
-    trainer.model.train()
-    torch.manual_seed(seed)
-    prompts = next(iter(trainer.get_train_dataloader()))
-    assert len(prompts) == len({row["prompt"][0]["content"] for row in prompts}) == 12
-    return prompts
-
-
-def sampled(trainer, seed=3):
-    return trainer._generate_and_score_completions(batch_of(trainer, seed))
-
-
-def step(trainer, prompts):
-    return trainer.training_step(trainer.model, prompts)
 
 
 def snapshot(trainer):
@@ -427,63 +382,3 @@ def test_a_kl_target_steers_the_coefficient(base, slice_, tmp_path):
     fixed = built(tmp_path / "fixed", base, slice_)
     sampled(fixed)
     assert fixed.kl_coef == PPO["kl_coef"]
-
-
-# -- TRL's and transformers' private methods ---------------------------------------------------------------------------
-
-SIGNATURES = {
-    "_calculate_rewards": ["inputs", "prompts", "completions", "completion_ids_list"],
-    "_generate_and_score_completions": ["inputs"],
-    "_prepare_inputs": ["generation_batch"],
-    "_compute_loss": ["model", "inputs"],
-    "_get_per_token_logps_and_entropies": [
-        "model", "input_ids", "attention_mask", "logits_to_keep", "batch_size", "compute_entropy", ...],
-    "training_step": ["model", "inputs", "num_items_in_batch"],
-    "log": ["logs", "start_time"],
-    "create_optimizer": ["model"],
-    "_clip_grad_norm": ["model"],
-    "_save": ["output_dir", "state_dict"],
-    "_load_from_checkpoint": ["resume_from_checkpoint", "model"],
-    "get_optimizer_cls_and_kwargs": ["args", "model"],
-    "compute_loss_context_manager": [],
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("name", SIGNATURES)
-def test_a_method_of_trl_that_ppo_builds_on_is_as_it_was(name):
-    from trl import GRPOTrainer
-
-    method = getattr(GRPOTrainer, name, None)
-    assert method is not None, f"GRPOTrainer.{name} is gone: rl/ppo_trainer.py builds on it"
-    wanted = SIGNATURES[name]
-    found = [one for one in inspect.signature(method).parameters if one != "self"]
-    if ... in wanted:
-        found = found[: len(wanted) - 1] + [...]
-    assert found == wanted, f"GRPOTrainer.{name} takes other arguments than rl/ppo_trainer.py expects"
-
-
-@pytest.mark.parametrize(
-    ("name", "kind"),
-    [
-        ("_step", int), ("_buffered_inputs", type(None)), ("_metrics", dict), ("num_iterations", int), ("num_generations", int),
-        ("eos_token_ids", list), ("reward_weights", torch.Tensor), ("accelerator", object),
-    ],
-)  # fmt: skip
-def test_an_attribute_of_trl_that_ppo_builds_on_is_there(base, slice_, tmp_path, name, kind):
-    trainer = built(tmp_path, base, slice_)
-    assert hasattr(trainer, name), f"GRPOTrainer has no {name} any more: rl/ppo_trainer.py builds on it"
-    assert isinstance(getattr(trainer, name), kind), name
-
-
-def test_trls_loss_takes_advantages_by_token_and_the_log_probs_of_the_sampling(case):
-    """Advantages of shape (answers, tokens) are used as they are; a ratio against `old_per_token_logps`."""
-    trainer, rollout = case.trainer, dict(case.rollout)
-    once = trainer._compute_loss(trainer.model, rollout).item()
-    rollout["advantages"] = 2 * rollout["advantages"]
-    assert trainer._compute_loss(trainer.model, rollout).item() == pytest.approx(2 * once, rel=1e-4)
-    rollout["old_per_token_logps"] = rollout["old_per_token_logps"] - 1.0  # the ratio is e everywhere
-    mask, advantage = rollout["completion_mask"], rollout["advantages"]
-    wanted = -torch.minimum(numpy.e * advantage, 1.2 * advantage)
-    assert trainer._compute_loss(trainer.model, rollout).item() == pytest.approx(
-        ((wanted * mask).sum() / mask.sum()).item(), rel=1e-3
-    )

@@ -41,7 +41,7 @@ def snakemake(folder: Path, *args: str, **more: str) -> subprocess.CompletedProc
 
 def test_the_study_has_the_numbers_of_its_design(study):
     experiments = study.config.experiments
-    others = {"kto", "rm", "grpo", "rloo"}
+    others = {"kto", "rm", "ppo", "grpo", "rloo"}
     assert set(experiments) == {"sft_v1", "sft_v2", "dpo", "dpo_ipo", "dpo_hinge", "dpo_4bit"} | others
     common = {"num_train_epochs": 1, "warmup_steps": 0.03, "lr_scheduler_type": "cosine", "gradient_checkpointing": True}
     for name, body in experiments.items():
@@ -54,7 +54,7 @@ def test_the_study_has_the_numbers_of_its_design(study):
         elif name in others:
             assert body["quantise"] == "nf4" and body["start_from"] == "sft_v2"
             assert train["learning_rate"] == (5.0e-5 if name == "rm" else 5.0e-6)
-            assert shape == ((8, 4) if "reward" in body else (4, 4))
+            assert shape == ((8, 2) if name == "ppo" else (8, 4) if "reward" in body else (4, 4))
             assert train.get("max_completion_length", 1024) == (512 if "reward" in body else 1024)
         else:
             assert (train["learning_rate"], shape, train["max_length"], train["beta"]) == (5.0e-6, (2, 8), 1024, 0.1)
@@ -66,6 +66,11 @@ def test_the_study_has_the_numbers_of_its_design(study):
         assert (train["num_generations"], train["beta"], train["temperature"]) == (4, 0.05, 1.0)
         assert experiments[name]["reward"] == "numeric"
     assert experiments["grpo"]["train"]["loss_type"] == "grpo"
+    ppo, train = experiments["ppo"]["ppo"], experiments["ppo"]["train"]
+    assert (ppo["kl_coef"], ppo["gamma"], ppo["lam"], ppo["value_learning_rate"]) == (0.05, 1.0, 0.95, 1.0e-5)
+    assert train["per_device_train_batch_size"] * train["steps_per_generation"] == 64
+    assert (train["num_iterations"], train["epsilon"], train["temperature"]) == (4, 0.2, 1.0)
+    assert experiments["ppo"]["reward"] == "rm" and experiments["ppo"]["slice"] == "prompts"
     losses = {name: experiments[name]["train"]["loss_type"] for name in experiments if name.startswith("dpo")}
     assert losses == {"dpo": "sigmoid", "dpo_ipo": "ipo", "dpo_hinge": "hinge", "dpo_4bit": "sigmoid"}
     slices = study.config.data["data"]["slices"]
@@ -74,6 +79,9 @@ def test_the_study_has_the_numbers_of_its_design(study):
         "HuggingFaceH4/ultrafeedback_binarized", "train_prefs",
     )  # fmt: skip
     assert all(slices[name]["rows"] - slices[name]["heldout"] == 5000 for name in ("sft", "pairs"))
+    assert (
+        slices["prompts"]["rows"] - slices["prompts"]["heldout"] == 2000 and slices["prompts"]["seed"] != slices["pairs"]["seed"]
+    )
     assert slices["gsm8k_train"]["rows"] - slices["gsm8k_train"]["heldout"] == 2000 and slices["gsm8k_test"]["rows"] == 1319
     assert slices["ifeval"]["rows"] == len((ROOT / "data/ifeval/input_data.jsonl").read_text().splitlines()) == 541
     assert study.config.data["eval"]["ifeval"]["max_new_tokens"] == 1280
@@ -100,7 +108,7 @@ def test_everything_of_a_hub_is_pinned(path):
     found = pin.places(path.read_text())
     assert {place.id for place in found} >= {"Qwen/Qwen2.5-0.5B"}
     assert all(place.pinned for place in found)
-    assert len(found) == (3 if path == STUDY else 1)
+    assert len(found) == (4 if path == STUDY else 1)
     assert "allow_unpinned" not in path.read_text()
 
 
@@ -110,10 +118,11 @@ def test_a_moved_revision_makes_what_comes_from_it_stale(study, tmp_path):
     other.write_text(text.replace("3949bf5f8c17c394422ccfab0c31ea9c20bdeb85", "a" * 40))
     moved = Plan(load(other))
     changed = {
-        step for step in [("base", ""), ("slice", "sft"), ("slice", "pairs"), ("train", "sft_v2"), ("train", "dpo")]
+        step
+        for step in [("base", ""), ("slice", "sft"), ("slice", "pairs"), *(("train", name) for name in ("sft_v2", "dpo", "ppo"))]
         if study.fingerprint(*step) != moved.fingerprint(*step)
     }  # fmt: skip
-    assert changed == {("slice", "pairs"), ("train", "dpo")}
+    assert changed == {("slice", "pairs"), ("train", "dpo"), ("train", "ppo")}
 
 
 def test_the_study_plans_without_a_hub_and_any_run_can_be_fused(clone):

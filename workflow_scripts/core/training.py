@@ -88,11 +88,25 @@ def settle(
     """
     trainer.remove_callback(PrinterCallback)
     check_rows(trainer, given, rows)
+    check_rollout(trainer, rows)
     check_context(trainer, job, tokenizer, given)
     if mask:
         trainer.data_collator = chat.MaskCheck(trainer.data_collator, chat.end_of_turn(tokenizer), trainer.args.max_length)
     models.settle_adapter(trainer, job.step["seed"])
     return models.check_trainer(trainer, job.config["lora"], job.config["optim"], dropout)
+
+
+def check_rollout(trainer: Any, rows: Artifact) -> None:
+    """InputError if there are fewer rows than one rollout has prompts: TRL would train no step, without a word."""
+    args = trainer.args
+    if (answers := getattr(args, "generation_batch_size", None)) is None:
+        return
+    prompts, there = answers // args.num_generations, len(trainer.train_dataset)
+    if prompts > there:
+        raise InputError(
+            f"{rows.path}: {there} rows to train on, but one rollout takes {prompts} prompts; take more rows, or lower "
+            "train.per_device_train_batch_size, or how many batches a rollout has"
+        )
 
 
 def check_context(trainer: Any, job: Job, tokenizer: Any, given: tuple[Any, Any]) -> None:

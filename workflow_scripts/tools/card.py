@@ -29,6 +29,7 @@ FULL = {
     "dpo": "direct preference optimisation",
     "kto": "Kahneman-Tversky optimisation",
     "rm": "reward modelling (Bradley-Terry)",
+    "ppo": "proximal policy optimisation with a value function",
     "grpo": "group relative policy optimisation",
     "rloo": "REINFORCE leave-one-out",
 }
