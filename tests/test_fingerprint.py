@@ -23,7 +23,7 @@ CORE = fingerprint.PACKAGE + ".core."
 
 
 def clear_caches():
-    for cached in (fingerprint._read_module, fingerprint.closure, fingerprint.locked):
+    for cached in (fingerprint._read_module, fingerprint.closure, fingerprint.locked, fingerprint._parsed):
         cached.cache_clear()
 
 
@@ -325,3 +325,33 @@ def test_the_package_of_the_steps_counts_for_every_step_and_a_hidden_file_for_no
     (tree.root / "workflow_scripts/steps/__init__.py").write_text("X = 1\n")
     clear_caches()
     assert stale(before, fingerprints(user)) == set(before)
+
+
+def test_what_parsing_found_is_kept_by_content_and_never_trusted_for_another(tree, monkeypatch):
+    """An edit is seen under an old time; nothing is parsed twice; a broken note, or no place for one, does no harm."""
+    parsed = []
+    real = fingerprint._parse
+    monkeypatch.setattr(fingerprint, "_parse", lambda source, path: parsed.append(str(path)) or real(source, path))
+    step, file = "workflow_scripts.steps.train_dpo", tree.root / "workflow_scripts/core/jsonl.py"
+    clear_caches()
+    before = fingerprint.code(step)
+    assert len(parsed) == len(set(parsed)) > 10
+    parsed.clear()
+    clear_caches()
+    assert fingerprint.code(step) == before and parsed == []
+    text, times = file.read_text(), (file.stat().st_atime, file.stat().st_mtime)
+    file.write_text(text + "X = 1\n")
+    os.utime(file, times)
+    clear_caches()
+    edited = fingerprint.code(step)
+    assert [name for name in edited if edited[name] != before[name]] == ["core.jsonl"] and parsed == [str(file)]
+    file.write_text(text)
+    (note,) = (tree.root / "workflow_scripts/__pycache__").glob("logic-*.json")
+    for broken in ("", "[]", "{"):
+        note.write_text(broken)
+        clear_caches()
+        assert fingerprint.code(step) == before
+    shutil.rmtree(note.parent)
+    note.parent.write_text("no folder can be made here")
+    clear_caches()
+    assert fingerprint.code(step) == before

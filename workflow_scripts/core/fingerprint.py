@@ -10,8 +10,10 @@ always does. Files that a module names in a string constant, such as a chat temp
 """
 
 import ast
+import contextlib
 import hashlib
 import json
+import os
 import re
 import sys
 from functools import cache
@@ -83,9 +85,12 @@ def _module_file(module: str) -> Path | None:
     return None
 
 
+RESOURCE = re.compile(r"\w[\w./-]*[./][\w-]+")  # texts that may name a file or a folder
+
+
 def _resource(text: str, folder: Path) -> Path | None:
     """The file or folder of the package that a string constant names: `tiny/chat_template.jinja`, or a file beside it."""
-    if not re.fullmatch(r"\w[\w./-]*[./][\w-]+", text) or ".." in text:
+    if ".." in text:
         return None
     for path in (ROOT / PACKAGE / text, folder / text):
         if path.exists() and path.suffix != ".py":
@@ -93,34 +98,77 @@ def _resource(text: str, folder: Path) -> Path | None:
     return None
 
 
+def _parse(source: bytes, path: Path) -> dict:
+    """What a source file says by itself: the hash of its logic, the names that it imports, texts that may name a resource."""
+    tree = _strip_docstrings(ast.parse(source, filename=str(path)))
+    names: set[str] = set()
+    texts: list[str] = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            names.update(alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            if node.level:
+                raise ImportError(f"{path}: line {node.lineno}: relative import; write the full name ({PACKAGE}...)")
+            assert node.module is not None
+            names.update((node.module, *(f"{node.module}.{alias.name}" for alias in node.names)))
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str) and RESOURCE.fullmatch(node.value):
+            texts.append(node.value)
+    logic = hashlib.sha256(ast.dump(tree, include_attributes=False).encode()).hexdigest()
+    return {"logic": logic, "imports": sorted(names), "texts": texts}
+
+
+class _Parsed:
+    """`_parse` of the files as they are, kept on disk by the hash of their bytes: parsing all takes a third of a short plan.
+
+    Derived from the source as .pyc files are, and kept beside them; without a place to write, parsed each time.
+    """
+
+    def __init__(self) -> None:
+        self.file = ROOT / PACKAGE / "__pycache__" / f"logic-{sys.version_info.major}.{sys.version_info.minor}.json"
+        self.known: dict[str, dict] = {}
+        with contextlib.suppress(OSError, ValueError):
+            found = json.loads(self.file.read_text(encoding="utf-8"))
+            self.known = found if isinstance(found, dict) else {}
+
+    def of(self, path: Path) -> dict:
+        source = path.read_bytes()
+        key = f"{path.relative_to(ROOT)} {hashlib.sha256(source + _OWN).hexdigest()}"
+        if key not in self.known:
+            name = key.split(" ")[0]
+            self.known = {other: found for other, found in self.known.items() if other.split(" ")[0] != name}
+            self.known[key] = _parse(source, path)
+            part = self.file.with_suffix(f".{os.getpid()}.part")
+            with contextlib.suppress(OSError):
+                self.file.parent.mkdir(exist_ok=True)
+                part.write_text(json.dumps(self.known), encoding="utf-8")
+                os.replace(part, self.file)
+        return self.known[key]
+
+
+_OWN = Path(__file__).read_bytes()  # what `_parse` finds changes with this file
+_parsed = cache(_Parsed)
+
+
 @cache
 def _read_module(module: str) -> tuple[str, tuple[str, ...], tuple[str, ...]]:
     """(hash of the module's logic and resources, modules of ours that it imports, other top-level imports)."""
     path = _module_file(module)
     assert path is not None, module
-    tree = _strip_docstrings(ast.parse(path.read_bytes(), filename=str(path)))
+    said = _parsed().of(path)
     ours: set[str] = set()
     others: set[str] = set()
-    digest = hashlib.sha256(ast.dump(tree, include_attributes=False).encode())
-    for node in ast.walk(tree):
-        names: list[str] = []
-        if isinstance(node, ast.Import):
-            names = [alias.name for alias in node.names]
-        elif isinstance(node, ast.ImportFrom):
-            if node.level:
-                raise ImportError(f"{path}: line {node.lineno}: relative import; write the full name ({PACKAGE}...)")
-            assert node.module is not None
-            names = [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
-        elif isinstance(node, ast.Constant) and isinstance(node.value, str) and (found := _resource(node.value, path.parent)):
+    digest = hashlib.sha256(said["logic"].encode())
+    for text in said["texts"]:
+        if found := _resource(text, path.parent):
             files = [found] if found.is_file() else [p for p in found.rglob("*") if p.is_file() and not p.name.startswith(".")]
             for file in sorted(files):  # hidden ones are left there by file managers
                 digest.update(f"{file.relative_to(ROOT)} {file_sha256(file)}".encode())
-        for name in names:
-            if name.split(".")[0] != PACKAGE:
-                others.add(name.split(".")[0])
-            elif _module_file(name):
-                parts = name.split(".")  # an import runs the packages above a module as well
-                ours.update(".".join(parts[:n]) for n in range(1, len(parts) + 1))
+    for name in said["imports"]:
+        if name.split(".")[0] != PACKAGE:
+            others.add(name.split(".")[0])
+        elif _module_file(name):
+            parts = name.split(".")  # an import runs the packages above a module as well
+            ours.update(".".join(parts[:n]) for n in range(1, len(parts) + 1))
     return digest.hexdigest()[:16], tuple(sorted(ours)), tuple(sorted(others - set(sys.stdlib_module_names)))
 
 

@@ -7,7 +7,7 @@ import yaml
 from workflow_scripts.core.messages import InputError
 
 
-class _StrictLoader(yaml.SafeLoader):
+class _StrictLoader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore[misc]  # the same in C, where it was built
     """SafeLoader that refuses a key given twice, where PyYAML would silently keep the last one, and keys that aren't text."""
 
 
@@ -19,9 +19,13 @@ def _mapping(loader: _StrictLoader, node: yaml.MappingNode) -> dict:
         key = loader.construct_object(key_node, deep=True)
         if not isinstance(key, str):
             line = key_node.start_mark.line + 1
-            raise InputError(f"{loader.name}: line {line}: YAML reads this key as {key!r}, expected text; put it in quotes")
+            raise InputError(
+                f"{key_node.start_mark.name}: line {line}: YAML reads this key as {key!r}, expected text; put it in quotes"
+            )
         if key in seen:
-            raise InputError(f"{loader.name}: line {key_node.start_mark.line + 1}: the key {key!r} stands here twice")
+            raise InputError(
+                f"{key_node.start_mark.name}: line {key_node.start_mark.line + 1}: the key {key!r} stands here twice"
+            )
         seen.add(key)
     return loader.construct_mapping(node, deep=True)
 
