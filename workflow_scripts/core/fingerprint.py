@@ -90,7 +90,7 @@ RESOURCE = re.compile(r"\w[\w./-]*[./][\w-]+")  # texts that may name a file or 
 
 def _resource(text: str, folder: Path) -> Path | None:
     """The file or folder of the package that a string constant names: `tiny/chat_template.jinja`, or a file beside it."""
-    if ".." in text:
+    if not RESOURCE.fullmatch(text) or ".." in text:
         return None
     for path in (ROOT / PACKAGE / text, folder / text):
         if path.exists() and path.suffix != ".py":
