@@ -343,3 +343,10 @@ def test_a_reward_replaces_the_one_that_it_is_laid_over_as_a_whole(tmp_path):
     assert configs.rewards(made.experiments["mixed"]) == {"ifeval": 0.5, "rm": 0.5}
     assert configs.rewards(made.experiments["one"]) == {"rm": 1.0}
     assert configs.rewards(made.experiments["grpo"]) == {"ifeval": 1.0}
+
+
+def test_a_config_that_names_an_object_of_python_is_refused_and_runs_nothing(tmp_path):
+    (tmp_path / "evil.yaml").write_text(f"a: !!python/object/apply:pathlib.Path.touch [{tmp_path / 'ran'}]\n")
+    with pytest.raises(InputError, match="not valid YAML: could not determine a constructor"):
+        load(tmp_path / "evil.yaml")
+    assert not (tmp_path / "ran").exists()

@@ -11,27 +11,11 @@ import torch
 
 from tests import small_steps
 from tests.ppo_trainers import PPO, SIZES, batch_of, built, sampled, step, stir, with_rm
-from tests.test_losses_rollouts import answers_of, fixed_reward, log_probs, plain
+from tests.test_losses_rollouts import answers_of, base, fixed_reward, folder, log_probs, plain, slice_  # noqa: F401
 from workflow_scripts.core import artifacts
 from workflow_scripts.rl import reward_model
 
 PARTS = ("default", "value", "reward_rm")
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return tmp_path_factory.mktemp("ppo")
-
-
-@pytest.fixture(scope="module")
-def base(folder):
-    """Pretrained a little, so that answers end at different lengths."""
-    return small_steps.write_base(folder / "base", steps=200)
-
-
-@pytest.fixture(scope="module")
-def slice_(folder):
-    return small_steps.instructions_slice(folder / "data")
 
 
 @pytest.fixture(scope="module")

@@ -129,16 +129,16 @@ class Job:
         An artifact that was accepted in place of the one that is planned counts as that one.
         """
         given = [read(path) for path in self.inputs if path.name.endswith("manifest.json")]
-        edited = [artifact.path for artifact in given if artifact.fingerprint != fingerprint(artifact.data.get("step", {}))]
         found = {}
         for role, wanted in self.step["parents"].items():
             match = [artifact for artifact in given if wanted in artifact.stands_for()]
-            if not match and edited:
-                raise InputError(
-                    f"{edited[0]}: altered since it was made: its fingerprint is not that of the step in it; "
-                    f"delete {edited[0]} and run snakemake again"
-                )
             if not match:
+                for artifact in given:
+                    if artifact.fingerprint != fingerprint(artifact.data.get("step", {})):
+                        raise InputError(
+                            f"{artifact.path}: altered since it was made: its fingerprint is not that of the step in it; "
+                            f"delete {artifact.path} and run snakemake again"
+                        )
                 raise InputError(
                     f"{self.out}: none of its inputs is the {role} that this step was planned with (fingerprint "
                     f"{wanted[:12]}); given: "

@@ -81,7 +81,7 @@ class PPOTrainer(GRPOTrainer):
         causal = self.model.get_base_model()
         width = causal.config.get_text_config().hidden_size
         self.v_head = nn.Linear(width, 1, device=self.model.device, dtype=torch.float32)
-        nn.init.normal_(self.v_head.weight, std=(width + 1) ** -0.5)  # as Huang et al. 2024 report it of the original code
+        nn.init.normal_(self.v_head.weight, std=(width + 1) ** -0.5)  # the start of a reward head in Huang et al. 2024
         nn.init.zeros_(self.v_head.bias)
         causal.v_head = self.v_head  # a part of the model, so that its gradients are cleared with all others
         self._add_adapter(VALUE)
