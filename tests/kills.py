@@ -10,7 +10,6 @@ targets ends the chain, and all results are compared with those of the undisturb
 """
 
 import argparse
-import base64
 import functools
 import hashlib
 import json
@@ -28,6 +27,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from tests.conftest import Clone, make_clone
+from workflow_scripts.core import records
 
 CONFIGS = ["config/config.yaml", "tests/config/micro.yaml", "tests/config/kills.yaml"]
 SLICES = ("ifeval", "sft", "pairs", "rm_pairs", "instructions")
@@ -131,7 +131,7 @@ def leftovers(clone: Clone) -> list[str]:
 
 def record(clone: Clone, output: str, kind: str) -> Path:
     """Snakemake's note on an output: `metadata` (made) or `incomplete` (being made)."""
-    return clone.folder / ".snakemake" / kind / base64.urlsafe_b64encode(output.encode()).decode()
+    return records.record_file(output, clone.folder / ".snakemake" / kind)
 
 
 def recorded(clone: Clone, output: str) -> bool:
