@@ -5,6 +5,11 @@
 Both train the constant block on NF4 with activation checkpointing, as the study does, on sequences of the same length. A process
 each; what counts are the steps from the second on, when the optimiser has its state. On CUDA, memory that torch has allocated;
 on a CPU (where NF4 computes in fp32), the process's resident memory, sampled. A rollout is a part of the step that needs it.
+
+    python docs/ppo_memory.py --device cuda --rows 4 --length 1024 --trl DIR --measure trl_full trl_lora
+
+measures TRL 1.12's PPO trainer beside SFT, the last one of TRL's (`pip install --no-deps --target DIR trl==1.12.0`): policy,
+value, reward and, unless the policy is a LoRA, reference are models of their own in bf16, as in its examples.
 """
 
 import argparse
@@ -21,6 +26,7 @@ SHAPE = {
     "vocab_size": 151936, "hidden_size": 896, "num_hidden_layers": 24, "num_attention_heads": 14, "num_key_value_heads": 2,
     "intermediate_size": 4864, "max_position_embeddings": 4096, "tie_word_embeddings": True,
 }  # fmt: skip
+TRL = ("trl_full", "trl_lora")
 PEAKS: list[dict] = []
 
 
@@ -99,6 +105,60 @@ def train(experiment: str, folder: Path, device: str, rows: int, length: int) ->
     print(json.dumps(PEAKS))
 
 
+def train_trl(lora: bool, folder: Path, device: str, rows: int, length: int) -> None:
+    """TRL 1.12's PPO: one micro-batch a rollout, two epochs, two rollouts."""
+    import torch
+    from datasets import Dataset
+    from peft import LoraConfig
+    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+    from trl.experimental.ppo import PPOConfig, PPOTrainer, ppo_trainer
+
+    from workflow_scripts.core import artifacts, chat
+    from workflow_scripts.core.yaml_files import read_yaml
+
+    base = folder / "base"
+    tokenizer = chat.tokenizer_of(artifacts.read(base / "manifest.json"))
+    tokenizer.padding_side = "left"
+    more = {"dtype": torch.bfloat16}
+    models = [AutoModelForCausalLM.from_pretrained(base, **more) for _ in range(1 if lora else 2)]
+    scorers = [AutoModelForSequenceClassification.from_pretrained(base, num_labels=1, **more) for _ in range(2)]
+    block = read_yaml(Path("config/methods.yaml"))["lora"]
+    adapter = LoraConfig(
+        r=block["r"], lora_alpha=block["alpha"], lora_dropout=0.0, target_modules=block["target_modules"], task_type="CAUSAL_LM"
+    )
+    ids = tokenizer("go on " * 64)["input_ids"][:64]
+    config = PPOConfig(
+        output_dir=str(folder / "trl"), per_device_train_batch_size=rows, gradient_accumulation_steps=1, num_mini_batches=1,
+        num_ppo_epochs=2, total_episodes=2 * rows, response_length=length - 64, local_rollout_forward_batch_size=rows,
+        gradient_checkpointing=True, bf16=device == "cuda", use_cpu=device == "cpu", report_to="none", save_strategy="no",
+        num_sample_generations=0,
+    )  # fmt: skip
+    trainer = PPOTrainer(
+        args=config, processing_class=tokenizer, model=models[0], ref_model=None if lora else models[1],
+        reward_model=scorers[0], value_model=scorers[1], train_dataset=Dataset.from_list([{"input_ids": ids}] * 8 * rows),
+        eval_dataset=Dataset.from_list([{"input_ids": ids}] * rows), peft_config=adapter if lora else None,
+    )  # fmt: skip
+    forward, backward = ppo_trainer.PolicyAndValueWrapper.forward, trainer.accelerator.backward
+    peak = torch.cuda.max_memory_allocated if device == "cuda" else lambda: 0
+    reset = torch.cuda.reset_peak_memory_stats if device == "cuda" else lambda: None
+
+    def update_begins(self, **kwargs):
+        if torch.is_grad_enabled():
+            PEAKS.append({"rollout": True, "bytes": peak()})  # since the last update
+            reset()
+        return forward(self, **kwargs)
+
+    def update_ends(loss, **kwargs):
+        backward(loss, **kwargs)
+        PEAKS.append({"rollout": False, "bytes": peak()})
+        reset()
+
+    ppo_trainer.PolicyAndValueWrapper.forward = update_begins
+    trainer.accelerator.backward = update_ends
+    trainer.train()
+    print(json.dumps(PEAKS[3:]))  # the optimiser has its state from the second update on
+
+
 def optimiser(device: str) -> str:
     return "paged_adamw_32bit" if device == "cuda" else "adamw_torch"
 
@@ -116,19 +176,27 @@ def main() -> None:
     made.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     made.add_argument("--rows", type=int, default=4, help="sequences in a micro-batch")
     made.add_argument("--length", type=int, default=1024, help="tokens of a sequence")
+    made.add_argument("--trl", metavar="DIR", help="a folder with TRL 1.12, to measure its trainer as well")
+    made.add_argument("--measure", nargs="+", choices=["ppo", *TRL], default=["ppo"], help="what to measure beside SFT")
     made.add_argument("--one", nargs=2, metavar=("EXPERIMENT", "FOLDER"), help=argparse.SUPPRESS)
     args = made.parse_args()
     if args.one:
-        train(args.one[0], Path(args.one[1]), args.device, args.rows, args.length)
+        experiment, folder = args.one[0], Path(args.one[1])
+        if experiment in TRL:
+            train_trl(experiment == "trl_lora", folder, args.device, args.rows, args.length)
+        else:
+            train(experiment, folder, args.device, args.rows, args.length)
         return
     with tempfile.TemporaryDirectory(prefix="ppo_memory.") as folder:
         write_base(Path(folder))
         peaks = {}
-        for experiment in ("sft_v2", "ppo"):
+        for experiment in ("sft_v2", *args.measure):
             started = time.monotonic()
             command = [sys.executable, __file__, "--device", args.device, "--rows", str(args.rows), "--length", str(args.length)]
+            paths = [os.getcwd(), *filter(None, [args.trl if experiment in TRL else "", os.environ.get("PYTHONPATH", "")])]
             # Freed memory goes back at once, so that what is resident is what is in use.
-            env = os.environ | {"MALLOC_TRIM_THRESHOLD_": "0", "MALLOC_MMAP_THRESHOLD_": "65536", "PYTHONPATH": os.getcwd()}
+            env = os.environ | {"MALLOC_TRIM_THRESHOLD_": "0", "MALLOC_MMAP_THRESHOLD_": "65536"}
+            env["PYTHONPATH"] = os.pathsep.join(paths)
             done = subprocess.run([*command, "--one", experiment, folder], env=env, stdout=subprocess.PIPE, text=True, check=True)
             found = json.loads(done.stdout.splitlines()[-1])[1:]
             for kind in sorted({one["rollout"] for one in found}):
