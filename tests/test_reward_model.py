@@ -2,9 +2,11 @@
 
 import numpy
 import pytest
+import torch
+from safetensors import safe_open
 
 from tests import small_steps
-from workflow_scripts.core import artifacts
+from workflow_scripts.core import artifacts, models
 from workflow_scripts.rl import reward_model
 from workflow_scripts.steps import eval_rm
 
@@ -40,6 +42,17 @@ def test_a_saved_reward_model_loads_with_its_head_and_has_the_rewards_that_it_wa
     found = reward_model.objective(*reward_model.score_pairs(model, tokenizer, held, 50, 128))
     assert found == rm.data["objective"]["after"]
     assert found["n"] == len(held) and found != rm.data["objective"]["before"]
+
+
+def test_the_head_stays_in_fp32_on_a_backbone_that_computes_in_bf16(rm, base, pairs, tmp_path):
+    """As on a GPU: what was learnt in fp32 is not rounded, and the head multiplies fp32 by fp32."""
+    start, held = artifacts.read(base), artifacts.read(pairs).rows(heldout=True)
+    model, tokenizer = reward_model.load(start, rm, tmp_path, "cpu", "bf16", small_steps.QUANT)
+    head = next(p for name, p in model.named_parameters() if f"{models.HEAD}.modules_to_save.default" in name)
+    with safe_open(rm.file("adapter_model.safetensors"), framework="pt") as file:
+        assert torch.equal(head, file.get_tensor(f"base_model.model.{models.HEAD}.weight"))
+    found = reward_model.objective(*reward_model.score_pairs(model, tokenizer, held, 50, 128))
+    assert found["margin"] == pytest.approx(rm.data["objective"]["after"]["margin"], rel=0.1)
 
 
 def evaluate(rm, base, pairs, out):

@@ -55,6 +55,7 @@ def load(start: Artifact, work: Path, device: str, dtype: str, quant: dict | Non
     model: Any = auto.from_pretrained(start.folder, **options)
     if reward:
         model.config.get_text_config().pad_token_id = tokenizer_of(start).pad_token_id  # the reward is read before the padding
+        getattr(model, HEAD).float()  # trained in fp32: an adapter's head is loaded into a copy of this one
     if quant is None:
         model = model.to(device)
     else:
