@@ -12,11 +12,12 @@ import os
 import shutil
 import signal
 import sys
+import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
 
-from workflow_scripts.core import progress, runinfo, work
+from workflow_scripts.core import gpus, progress, runinfo, work
 from workflow_scripts.core.artifacts import Job
 from workflow_scripts.core.fingerprint import fingerprint
 from workflow_scripts.core.messages import InputError, Interrupted
@@ -140,6 +141,8 @@ def run(main: Callable[[Job], None], doc: str | None) -> None:
                 say("already made with this fingerprint: taken over")
             else:
                 work.claim(args.work, fingerprint(step), args.out, step)
+                _gpu = gpus.take(say) if step.get("device") == "cuda" else None  # held until the process ends
+                job.started = time.time()
                 main(job)
             if args.out.parent.name == "adapter":
                 _describe(args.out.parent, say)

@@ -25,8 +25,10 @@ PACKAGE = "workflow_scripts"
 ROOT = Path(__file__).resolve().parents[2]
 LOCK_FILE = ROOT / "envs" / "requirements.lock"
 
-# Plumbing: command line, progress, messages, provenance and locking. A test checks that no number passes through them.
-EXEMPT = frozenset(f"{PACKAGE}.core.{name}" for name in ("cli", "progress", "messages", "runinfo", "work", "fingerprint", "hub"))
+# Plumbing: command line, progress, messages, provenance and locks (of work and of GPUs). A test checks that no number passes through them.
+EXEMPT = frozenset(
+    f"{PACKAGE}.core.{name}" for name in ("cli", "gpus", "progress", "messages", "runinfo", "work", "fingerprint", "hub")
+)
 
 # The tiny world's generators count only for steps whose source is the tiny world (see `code`).
 TINY = f"{PACKAGE}.tiny"

@@ -263,7 +263,9 @@ class Plan:
         body = self.experiment(run)
         config = {"quantise": body["quantise"], "quant": self.config.data["quant"]}
         parents = {"start": self._start_fingerprint(run), "adapter": self.fingerprint("train", run)}
-        return self._step("merge", config, parents, **self._machine())
+        return self._step(
+            "merge", config, parents, threads=self.config.data["threads"]
+        )  # in fp32 on the CPU, whatever the device
 
     def _generate_step(self, task: str, run: str) -> dict:
         evaluation = self.config.data["eval"]

@@ -69,5 +69,6 @@ def collect(started: float, more: dict) -> dict:
     torch = sys.modules.get("torch")
     if torch is not None and torch.cuda.is_available():
         info["gpu"] = torch.cuda.get_device_name()
+        info["gpu_id"] = os.environ.get("CUDA_VISIBLE_DEVICES")
         info["gpu_peak_memory_bytes"] = torch.cuda.max_memory_allocated()
     return info | more
