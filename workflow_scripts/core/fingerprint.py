@@ -25,7 +25,7 @@ PACKAGE = "workflow_scripts"
 ROOT = Path(__file__).resolve().parents[2]
 LOCK_FILE = ROOT / "envs" / "requirements.lock"
 
-# Plumbing: command line, progress, messages, provenance and locks (of work and of GPUs). A test checks that no number passes through them.
+# Plumbing: command line, progress, messages, provenance, locks of work and of GPUs. A test checks that no number passes through.
 EXEMPT = frozenset(
     f"{PACKAGE}.core.{name}" for name in ("cli", "gpus", "progress", "messages", "runinfo", "work", "fingerprint", "hub")
 )
