@@ -1,4 +1,4 @@
-"""Snakemake, with a scheduler that waits for nothing: every planned job is described in a file and handed to the executor at once.
+"""Snakemake, with a scheduler that waits for nothing: each planned job is described in a file and handed to the executor.
 
     python tests/profiles/jobs.py FILE ARGUMENT...        the arguments of a snakemake command
 
