@@ -7,7 +7,6 @@ What is expected comes from the jobs that were submitted, not from the numbers t
 import base64
 import hashlib
 import json
-import os
 import re
 import subprocess
 import sys
@@ -349,7 +348,7 @@ def host(site: Site, folder: Path, gpu: bool) -> dict[str, str]:
     return {**env, "PATH": f"{folder / 'bin'}:{env['PATH']}"}
 
 
-@pytest.mark.parametrize("configs", [CUDA, MICRO, ["config/qwen05b.yaml"]], ids=["cuda", "cpu", "qwen05b"])
+@pytest.mark.parametrize("configs", [CUDA, ["config/qwen05b.yaml"]], ids=["tiny", "qwen05b"])
 def test_a_host_without_a_gpu_plans_what_a_host_with_one_plans(site, tmp_path, configs):
     plans = []
     targets = ["results/qwen05b/ifeval_dpo.json"] if "qwen05b" in configs[0] else TARGETS
@@ -362,9 +361,8 @@ def test_a_host_without_a_gpu_plans_what_a_host_with_one_plans(site, tmp_path, c
 
 def test_a_rule_that_looked_for_a_gpu_would_be_seen(site, tmp_path):
     looks = Site(tmp_path, site.packages)
-    looks.clone.edit(
-        "rules/common.smk", '"device"]', '"device"] and ("cuda" if __import__("torch").cuda.is_available() else "cpu")'
-    )
+    found = '"cuda" if __import__("torch").cuda.is_available() else "cpu"'
+    looks.clone.edit("rules/common.smk", 'DEVICE = PLAN.config.data["device"]', f"DEVICE = {found}")
     plans = []
     for gpu in (True, False):
         jobs = looks.jobs("-n", TARGETS[0], env=host(looks, tmp_path / str(gpu), gpu))

@@ -1,4 +1,4 @@
-"""A site: a clone of the repository, a scheduler's commands on PATH, and Snakemake with the executor plugins of tests/profiles/."""
+"""A site: a clone of the repository, a scheduler's commands on PATH, and Snakemake with executor plugins."""
 
 import json
 import os
