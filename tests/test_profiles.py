@@ -59,7 +59,7 @@ def submitted(jobs: list[dict]) -> list[dict]:
 
 def job_table(site: Site, profile: str, env: dict[str, str]) -> str:
     done = site.snakemake("-n", *TARGETS, "--workflow-profile", f"profiles/{profile}", "--configfile", *CUDA, env=env)
-    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.returncode == 0, (done.stdout + done.stderr)[-3000:]
     return (done.stdout + done.stderr).split("Job stats:")[1].split("total")[0]
 
 
@@ -127,7 +127,7 @@ def test_a_pbs_job_that_is_killed_is_seen_and_tried_again(tmp_path, plugins):
     quick = ["--max-status-checks-per-second", "10", "--seconds-between-status-checks", "1", "--latency-wait", "5"]
     base = "results/base/manifest.json"
     done = site.snakemake(base, "--workflow-profile", "profiles/cluster-generic", *quick, "--configfile", *MICRO, env=env)
-    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.returncode == 0, (done.stdout + done.stderr)[-3000:]
     assert json.loads((site.clone.folder / base).read_text())["kind"] == "base"
     names = [call[call.index("-N") + 1] for call in site.calls("qsub")]
     scripts = [(site.folder / f"queue/{number}.sh").read_text() for number in range(1, len(names) + 1)]
@@ -230,7 +230,7 @@ def test_a_failed_pod_is_tried_again_and_the_documented_role_is_what_is_needed(s
         done = site.snakemake("made.txt", *profile, *quick, env=env, cwd=work)
     finally:
         server.close()
-    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.returncode == 0, (done.stdout + done.stderr)[-3000:]
     assert (work / "made.txt").read_text() == "made\n" and (work / "attempts.txt").read_text().count("attempt") == 2
     assert len(server.jobs) == 2
     (log,) = work.glob(".snakemake/**/kubernetes-logs/*.log")

@@ -45,7 +45,7 @@ class Site:
         out = self.folder / "jobs.jsonl"
         command = [sys.executable, str(HERE / "jobs.py"), str(out), *args, "--configfile", *configs]
         done = subprocess.run(command, cwd=self.clone.folder, env=env, capture_output=True, text=True, timeout=300)
-        assert done.returncode == 0, done.stderr[-3000:]
+        assert done.returncode == 0, (done.stdout + done.stderr)[-3000:]
         return [json.loads(line) for line in out.read_text().splitlines()]
 
     def snippet(self, name: str) -> str:
