@@ -333,6 +333,12 @@ class cuda:
 """
 
 
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory) -> Site:
+    """A site without plugins: planning needs none."""
+    return Site(tmp_path_factory.mktemp("plain"), "no-plugins")
+
+
 def host(site: Site, folder: Path, gpu: bool) -> dict[str, str]:
     """A host with a GPU, as far as programs ask nvidia-smi, the environment or torch; or one without."""
     (folder / "bin").mkdir(parents=True)
@@ -349,18 +355,18 @@ def host(site: Site, folder: Path, gpu: bool) -> dict[str, str]:
 
 
 @pytest.mark.parametrize("configs", [CUDA, ["config/qwen05b.yaml"]], ids=["tiny", "qwen05b"])
-def test_a_host_without_a_gpu_plans_what_a_host_with_one_plans(site, tmp_path, configs):
+def test_a_host_without_a_gpu_plans_what_a_host_with_one_plans(plain, tmp_path, configs):
     plans = []
     targets = ["results/qwen05b/ifeval_dpo.json"] if "qwen05b" in configs[0] else TARGETS
     for gpu in (True, False):
-        env = host(site, tmp_path / str(gpu), gpu)
-        site.jobs("-n", *targets, env=env, configs=configs)
-        plans.append((site.folder / "jobs.jsonl").read_bytes())
+        env = host(plain, tmp_path / str(gpu), gpu)
+        plain.jobs("-n", *targets, env=env, configs=configs)
+        plans.append((plain.folder / "jobs.jsonl").read_bytes())
     assert plans[0] == plans[1] and plans[0].count(b"\n") > 5
 
 
-def test_a_rule_that_looked_for_a_gpu_would_be_seen(site, tmp_path):
-    looks = Site(tmp_path, site.packages)
+def test_a_rule_that_looked_for_a_gpu_would_be_seen(tmp_path):
+    looks = Site(tmp_path, "no-plugins")
     found = '"cuda" if __import__("torch").cuda.is_available() else "cpu"'
     looks.clone.edit("rules/common.smk", 'DEVICE = PLAN.config.data["device"]', f"DEVICE = {found}")
     plans = []
