@@ -1,0 +1,67 @@
+"""A site: a clone of the repository, a scheduler's commands on PATH, and Snakemake with executor plugins."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+from tests.conftest import MICRO, ROOT, make_clone
+from tests.profiles import scheduler
+
+HERE = ROOT / "tests/profiles"
+DOCS = (ROOT / "docs/cluster-others.md").read_text()
+CUDA = [*MICRO, "cuda.yaml"]
+
+
+def fence(text: str) -> str:
+    """The block of YAML in the documentation that has this text."""
+    (block,) = (found for found in re.findall(r"^```yaml\n(.*?)^```$", DOCS, flags=re.M | re.S) if text in found)
+    return block
+
+
+class Site:
+    """A clone, what stands on PATH before the real commands, and Snakemake with the plugins."""
+
+    def __init__(self, folder: Path, plugins: str):
+        self.folder, self.packages = folder, plugins
+        self.clone = make_clone(folder / "phaseline")
+        (self.clone.folder / "cuda.yaml").write_text("device: cuda\nprecision: bf16\n")
+        scheduler.install(folder / "bin")
+
+    def environment(self, plugin: str | None = None, **more: str) -> dict[str, str]:
+        path = [str(self.clone.folder), self.packages, *([str(self.clone.folder / plugin)] if plugin else [])]
+        commands = f"{self.folder / 'bin'}:{Path(sys.executable).parent}:{os.environ['PATH']}"
+        return {**os.environ, "PYTHONPATH": ":".join(path), "PATH": commands, **more}
+
+    def snakemake(self, *args: str, env: dict[str, str], cwd: Path | None = None) -> subprocess.CompletedProcess:
+        command = ["snakemake", *args]
+        return subprocess.run(command, cwd=cwd or self.clone.folder, env=env, capture_output=True, text=True, timeout=300)
+
+    def jobs(self, *args: str, env: dict[str, str], configs: list[str] = CUDA) -> list[dict]:
+        """What tests/profiles/jobs.py tells of each planned job."""
+        out = self.folder / "jobs.jsonl"
+        command = [sys.executable, str(HERE / "jobs.py"), str(out), *args, "--configfile", *configs]
+        done = subprocess.run(command, cwd=self.clone.folder, env=env, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, (done.stdout + done.stderr)[-3000:]
+        return [json.loads(line) for line in out.read_text().splitlines()]
+
+    def snippet(self, name: str) -> str:
+        """Writes the profile of this name that the documentation shows; its folder."""
+        (text,) = re.findall(rf"^```yaml\n# (?=profiles/{name}/profile.yaml$)(.*?)^```$", DOCS, flags=re.M | re.S)
+        folder = self.clone.folder / "profiles" / name
+        folder.mkdir(exist_ok=True)
+        (folder / "profile.yaml").write_text(f"# {text}")
+        return f"profiles/{name}"
+
+    def queue(self, **more: str) -> dict[str, str]:
+        """An empty queue for the commands of tests/profiles/scheduler.py, as environment variables."""
+        shutil.rmtree(self.folder / "queue", ignore_errors=True)
+        (self.folder / "queue").mkdir()
+        return {"QUEUE": str(self.folder / "queue"), **more}
+
+    def calls(self, name: str) -> list[list[str]]:
+        lines = (self.folder / "queue/calls.jsonl").read_text().splitlines()
+        return [call[1:] for call in map(json.loads, lines) if call[0] == name]
