@@ -12,13 +12,13 @@ rule make_base:
         ENV
     threads: THREADS
     resources:
-        gpu=0,
-        mem_mb=4000,
-        runtime="1h",
+        gpu=GPU if PLAN.config.data["base"]["source"] == "scratch" else 0,
+        mem_mb=asks("mem_mb", "base"),
+        runtime=asks("runtime", "base"),
+        disk_mb=asks("disk_mb", "base"),
     params:
-        options=options,
         files=base_files,
-        step=lambda wildcards: PLAN.base(),
+        step=signed(lambda wildcards: PLAN.base()),
     shell:
         "exec python -m workflow_scripts.steps.make_base --step {params.step:q} --inputs {input:q} {params.files} --out {output.manifest:q}"
-        " {params.options} --log {log:q}"
+        " {OPTIONS} --log {log:q}"

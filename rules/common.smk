@@ -1,14 +1,17 @@
 # What the rules share: the plan (which step has which JSON and which inputs) and the one call that runs a step.
 import gc
+import inspect
 import os
 import shlex
 import sys
+from functools import cache
 from pathlib import Path
 
 from workflow_scripts.core import config as configs
 from workflow_scripts.core.messages import InputError
+from workflow_scripts.core.patterns import any_of
 from workflow_scripts.core.plan import Plan
-from workflow_scripts.core import hub, records, work
+from workflow_scripts.core import estimate, gpus, hub, records, work
 from workflow_scripts.tools import adopt
 
 gc.disable()  # planning allocates and hardly frees: a fifth of the time of a large plan
@@ -47,6 +50,12 @@ def take_turn():
 DEVICE = PLAN.config.data["device"]
 THREADS = PLAN.config.data["threads"]
 GPU = 1 if DEVICE == "cuda" else 0
+ESTIMATES = estimate.Estimates(PLAN)
+# What decides no number: not a parameter, since Snakemake would record it, and rerun for it.
+OPTIONS = (
+    f"--work {shlex.quote(PLAN.work)} --track {PLAN.config.data['track']}"
+    f" --checkpoint-minutes {PLAN.config.data['checkpoint_minutes']}"
+)
 ENV = f"../envs/{'cuda' if DEVICE == 'cuda' else 'cpu'}.yaml"
 
 # A run is an experiment, or one with `.seedN` (N from 2): one run has one name.
@@ -56,14 +65,37 @@ SEED = r"(\.seed([2-9]|[1-9][0-9]+))?"
 def runs_of(*methods):
     """A wildcard constraint: the runs of these methods."""
     names = [name for name, body in PLAN.config.experiments.items() if body["method"] in methods]
-    return f"({'|'.join(sorted(names)) or '(?!)'}){SEED}"
+    return any_of(names) + SEED
 
 
 # What can answer: the base and every run but reward models.
 ANSWERING = f"base|{runs_of(*(set(PLAN.config.data['methods']) - {'rm'}))}"
 TASKS = "|".join(PLAN.config.evaluations)
+# Tasks whose prompts several jobs share, and the others.
+SHARDED = any_of([task for task in PLAN.config.evaluations if PLAN.shards(task) > 1])
+WHOLE = any_of([task for task in PLAN.config.evaluations if PLAN.shards(task) == 1])
 
 
+def signed(function):
+    """The function with its signature beside it: Snakemake asks for it at each call, and `inspect` would build it each time."""
+    function.__signature__ = inspect.signature(function)
+    return function
+
+
+def asks(key, kind):
+    """A resource of a rule, from the estimate of its step (core/estimate.py); more with each attempt, in case it lacked some.
+
+    A kind that ends in `_` is of the wildcard's task.
+    """
+
+    def ask(wildcards, attempt):
+        whole = kind + wildcards.task if kind.endswith("_") else kind
+        return ESTIMATES.ask(whole, wildcards.get("slice") or wildcards.get("run", ""), attempt)[key]
+
+    return signed(ask)
+
+
+@signed
 def prompts_of(wildcards):
     return edges(PLAN.slice_inputs(PLAN.config.evaluations[wildcards.task]))
 
@@ -76,13 +108,20 @@ def edges(files):
     does not look at the parameters of the jobs below it, and plans them only through an edge that is not ancient.
     """
     take_turn()
-    return [file if file.endswith("manifest.json") else ancient(file) for file in files]
+    return list(map(edge, files))
 
 
+@cache
+def edge(file):
+    return file if file.endswith("manifest.json") else ancient(file)
+
+
+@signed
 def base_inputs(wildcards):
     return edges(PLAN.base_needs())
 
 
+@signed
 def slice_inputs(wildcards):
     files = PLAN.source_files(wildcards.slice)
     if PLAN.config.trains_on(wildcards.slice):
@@ -92,10 +131,12 @@ def slice_inputs(wildcards):
     return edges(files)
 
 
+@signed
 def train_inputs(wildcards):
     return edges(PLAN.train_inputs(wildcards.run))
 
 
+@signed
 def model_inputs(wildcards):
     """The full-precision model that a run starts from and, unless it is the base itself, the run's adapter."""
     if wildcards.run == "base":
@@ -103,12 +144,7 @@ def model_inputs(wildcards):
     return edges(PLAN.start_inputs(wildcards.run) + PLAN.adapter_inputs(wildcards.run))
 
 
-def options(wildcards, input):
-    """What decides no number. Snakemake does not record a parameter whose function takes `input`, and so never reruns for it."""
-    data = PLAN.config.data
-    return f"--work {shlex.quote(PLAN.work)} --track {data['track']} --checkpoint-minutes {data['checkpoint_minutes']}"
-
-
+@signed
 def base_files(wildcards, input):
     """The folder or file of the base model: not an input, so that a clone can plan without it; what it holds is in the step."""
     return " ".join(shlex.quote(file) for file in PLAN.base_files())
@@ -116,6 +152,9 @@ def base_files(wildcards, input):
 
 def preflight():
     """Before the first job of a real run: stop at once if what the jobs take from elsewhere can't be had."""
+    offered, there = workflow.global_resources.get("gpu"), len(gpus.allowed()) if GPU and workflow.local_exec else 0
+    if offered is not None and offered.value < there:
+        sys.stderr.write(f"{there} GPUs are here, and {offered.value} may be used at once: --resources gpu={there} uses all\n")
     try:
         hub.check_jobs(workflow.dag.needrun_jobs(), PLAN.base_files())
     except InputError as error:
@@ -124,5 +163,5 @@ def preflight():
 
 
 wildcard_constraints:
-    run=f"(base|{'|'.join(sorted(PLAN.config.experiments))}){SEED}",
+    run=any_of(["base", *PLAN.config.experiments]) + SEED,
     slice="|".join(sorted(PLAN.config.data["data"]["slices"])),

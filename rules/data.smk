@@ -8,16 +8,17 @@ rule slice_data:
         "<logs>/data/{slice}.log",
     benchmark:
         "<benchmarks>/data/{slice}.tsv"
+    localrule: True
     conda:
         ENV
     threads: 1
     resources:
         gpu=0,
-        mem_mb=2000,
-        runtime="30m",
+        mem_mb=asks("mem_mb", "slice"),
+        runtime=asks("runtime", "slice"),
+        disk_mb=asks("disk_mb", "slice"),
     params:
-        options=options,
-        step=lambda wildcards: PLAN.slice(wildcards.slice),
+        step=signed(lambda wildcards: PLAN.slice(wildcards.slice)),
     shell:
         "exec python -m workflow_scripts.steps.slice_data --step {params.step:q} --inputs {input:q} --out {output.manifest:q}"
-        " {params.options} --log {log:q}"
+        " {OPTIONS} --log {log:q}"

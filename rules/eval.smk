@@ -14,20 +14,83 @@ rule generate:
         "<benchmarks>/{run}/generate_{task}.tsv"
     wildcard_constraints:
         run=ANSWERING,
-        task=TASKS,
+        task=WHOLE,
     conda:
         ENV
     threads: THREADS
     resources:
         gpu=GPU,
-        mem_mb=16000,
-        runtime="3h",
+        mem_mb=asks("mem_mb", "generate_"),
+        runtime=asks("runtime", "generate_"),
+        disk_mb=asks("disk_mb", "generate_"),
     params:
-        options=options,
-        step=lambda wildcards: PLAN.generate(wildcards.task, wildcards.run),
+        step=signed(lambda wildcards: PLAN.generate(wildcards.task, wildcards.run)),
     shell:
         "exec python -m workflow_scripts.steps.generate --step {params.step:q} --inputs {input:q} --out {output.manifest:q}"
-        " {params.options} --log {log:q}"
+        " {OPTIONS} --log {log:q}"
+
+
+# With `eval.shards`, jobs that answer some batches each. What they wrote goes once it is put together.
+rule generate_shard:
+    input:
+        prompts=prompts_of,
+        model=model_inputs,
+    output:
+        answers=temp("<results>/{run}/{task}_shards/{shard}of{shards}.json"),
+    log:
+        "<logs>/{run}/generate_{task}_{shard}of{shards}.log",
+    benchmark:
+        "<benchmarks>/{run}/generate_{task}_{shard}of{shards}.tsv"
+    wildcard_constraints:
+        run=ANSWERING,
+        task=SHARDED,
+        shard="[1-9][0-9]*",
+        shards="[1-9][0-9]*",
+    conda:
+        ENV
+    threads: THREADS
+    resources:
+        gpu=GPU,
+        mem_mb=asks("mem_mb", "generate_"),
+        runtime=asks("runtime", "generate_"),
+        disk_mb=asks("disk_mb", "generate_"),
+    params:
+        step=signed(lambda wildcards: PLAN.shard(wildcards.task, wildcards.run, int(wildcards.shard))),
+    shell:
+        "exec python -m workflow_scripts.steps.generate --step {params.step:q} --inputs {input:q} --out {output.answers:q}"
+        " {OPTIONS} --log {log:q}"
+
+
+# The step that would have answered alone: same parameter, same bytes. It loads no model.
+rule gather:
+    input:
+        prompts=prompts_of,
+        model=model_inputs,
+        shards=signed(lambda wildcards: PLAN.shard_files(wildcards.task, wildcards.run)),
+    output:
+        manifest="<results>/{run}/{task}_responses.manifest.json",
+        responses="<results>/{run}/{task}_responses.jsonl",
+    log:
+        "<logs>/{run}/generate_{task}.log",
+    benchmark:
+        "<benchmarks>/{run}/generate_{task}.tsv"
+    wildcard_constraints:
+        run=ANSWERING,
+        task=SHARDED,
+    localrule: True
+    conda:
+        ENV
+    threads: 1
+    resources:
+        gpu=0,
+        mem_mb=asks("mem_mb", "score_"),
+        runtime=asks("runtime", "score_"),
+        disk_mb=asks("disk_mb", "generate_"),
+    params:
+        step=signed(lambda wildcards: PLAN.generate(wildcards.task, wildcards.run)),
+    shell:
+        "exec python -m workflow_scripts.steps.generate --step {params.step:q} --inputs {input:q} --out {output.manifest:q}"
+        " --gpus 0 {OPTIONS} --log {log:q}"
 
 
 rule score:
@@ -44,25 +107,26 @@ rule score:
     wildcard_constraints:
         run=ANSWERING,
         task=TASKS,
+    localrule: True
     conda:
         ENV
     threads: 1
     resources:
         gpu=0,
-        mem_mb=2000,
-        runtime="30m",
+        mem_mb=asks("mem_mb", "score_"),
+        runtime=asks("runtime", "score_"),
+        disk_mb=asks("disk_mb", "score_"),
     params:
-        options=options,
-        step=lambda wildcards: PLAN.score(wildcards.task, wildcards.run),
+        step=signed(lambda wildcards: PLAN.score(wildcards.task, wildcards.run)),
     shell:
         "exec python -m workflow_scripts.steps.score_{wildcards.task} --step {params.step:q} --inputs {input:q} --out {output.scores:q}"
-        " {params.options} --log {log:q}"
+        " {OPTIONS} --log {log:q}"
 
 
 rule eval_rm:
     input:
         model=model_inputs,
-        rows=lambda wildcards: edges(PLAN.slice_inputs(PLAN.experiment(wildcards.run)["slice"])),
+        rows=signed(lambda wildcards: edges(PLAN.slice_inputs(PLAN.experiment(wildcards.run)["slice"]))),
     output:
         scores="<results>/{run}/rm_eval.json",
     log:
@@ -76,11 +140,11 @@ rule eval_rm:
     threads: THREADS
     resources:
         gpu=GPU,
-        mem_mb=16000,
-        runtime="1h",
+        mem_mb=asks("mem_mb", "eval_rm"),
+        runtime=asks("runtime", "eval_rm"),
+        disk_mb=asks("disk_mb", "eval_rm"),
     params:
-        options=options,
-        step=lambda wildcards: PLAN.eval_rm(wildcards.run),
+        step=signed(lambda wildcards: PLAN.eval_rm(wildcards.run)),
     shell:
         "exec python -m workflow_scripts.steps.eval_rm --step {params.step:q} --inputs {input:q} --out {output.scores:q}"
-        " {params.options} --log {log:q}"
+        " {OPTIONS} --log {log:q}"

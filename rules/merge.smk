@@ -15,11 +15,11 @@ rule merge:
     threads: THREADS
     resources:
         gpu=0,
-        mem_mb=16000,
-        runtime="30m",
+        mem_mb=asks("mem_mb", "merge"),
+        runtime=asks("runtime", "merge"),
+        disk_mb=asks("disk_mb", "merge"),
     params:
-        options=options,
-        step=lambda wildcards: PLAN.merge(wildcards.run),
+        step=signed(lambda wildcards: PLAN.merge(wildcards.run)),
     shell:
         "exec python -m workflow_scripts.steps.merge --step {params.step:q} --inputs {input:q} --out {output.manifest:q}"
-        " {params.options} --log {log:q}"
+        " {OPTIONS} --log {log:q}"

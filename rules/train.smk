@@ -1,6 +1,6 @@
 # One rule for each method, made in a loop. The step's module is a parameter: a loop variable inside the shell string would be
 # bound late, and every job would run the last method.
-for method in PLAN.config.data["methods"]:
+for method in sorted({body["method"] for body in PLAN.config.experiments.values()}):
 
     rule:
         name:
@@ -21,12 +21,12 @@ for method in PLAN.config.data["methods"]:
         threads: THREADS
         resources:
             gpu=GPU,
-            mem_mb=16000,
-            runtime="3h",
+            mem_mb=asks("mem_mb", "train"),
+            runtime=asks("runtime", "train"),
+            disk_mb=asks("disk_mb", "train"),
         params:
             module=f"train_{method}",
-            options=options,
-            step=lambda wildcards: PLAN.train(wildcards.run),
+            step=signed(lambda wildcards: PLAN.train(wildcards.run)),
         shell:
             "exec python -m workflow_scripts.steps.{params.module} --step {params.step:q} --inputs {input:q} --out {output.manifest:q}"
-            " {params.options} --log {log:q}"
+            " {OPTIONS} --log {log:q}"

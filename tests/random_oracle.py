@@ -330,8 +330,10 @@ CODE: dict[str, list[str]] = {
     "steps/slice_data.py": SLICE,
     **{f"steps/{step}.py": [step] for step in ("make_base", "merge", "generate", "eval_rm", *SCORE, *TRAIN)},
     # Plumbing; what plans; what only models from elsewhere need
-    **dict.fromkeys((f"core/{name}.py" for name in ("cli", "progress", "messages", "runinfo", "work", "fingerprint", "hub")), []),
-    **dict.fromkeys((f"core/{name}.py" for name in ("plan", "config", "records", "schema_errors", "yaml_files")), []),
+    **dict.fromkeys(
+        (f"core/{n}.py" for n in ("cli", "gpus", "progress", "messages", "runinfo", "work", "fingerprint", "hub")), []
+    ),
+    **dict.fromkeys((f"core/{n}.py" for n in "plan config records schema_errors yaml_files estimate patterns".split()), []),
     **dict.fromkeys(("core/sources.py", "core/templates.py", "templates/chatml_text.jinja", "templates/smollm2.jinja"), []),
     **dict.fromkeys(
         (f"tools/{name}.py" for name in ("__init__", "compare", "status", "card", "push", "pin", "runs", "chat")), []
@@ -339,7 +341,20 @@ CODE: dict[str, list[str]] = {
 }
 # Modules that run when Snakemake plans: there a statement may be added, and nothing changed.
 PLANNING = {"plan", "config", "records", "schema_errors", "yaml_files", "fingerprint", "messages", "hub", "work"}
-PLANNING |= {"slicing", "formats", "sources", "__init__", "artifacts", "jsonl", "runinfo", "cli", "progress"}
+PLANNING |= {
+    "gpus",
+    "estimate",
+    "patterns",
+    "slicing",
+    "formats",
+    "sources",
+    "__init__",
+    "artifacts",
+    "jsonl",
+    "runinfo",
+    "cli",
+    "progress",
+}
 
 TORCH = [*SLICE, "make_base", *MODELS]
 IFEVAL = ["score_ifeval", *ROLLOUTS]

@@ -121,7 +121,8 @@ class Job:
     @property
     def run(self) -> str:
         """The run's name for people: the folder below results."""
-        return self.out.parent.parent.name if self.out.parent.name in ("adapter", "merged") else self.out.parent.name
+        folder = self.out.parent
+        return folder.parent.name if folder.name in ("adapter", "merged") or folder.name.endswith("_shards") else folder.name
 
     def parents(self) -> dict[str, Artifact]:
         """Role -> artifact, for each parent of the step, matched by fingerprint. InputError where one is missing.

@@ -29,6 +29,7 @@ def parser(doc: str) -> argparse.ArgumentParser:
     made.add_argument("--inputs", nargs="*", default=[], type=Path, help="manifests of the parents, and their files")
     made.add_argument("--out", required=True, type=Path, help="where the manifest goes; the other files go beside it")
     made.add_argument("--work", type=Path, default=Path("results/.work"), help="locks and unfinished work")
+    made.add_argument("--gpus", type=int, default=1, help="GPUs that the job was given: with 0 the step takes none")
     made.add_argument("--log", type=Path, help="write all messages here instead of to the terminal")
     made.add_argument("--track", default="none", choices=["none", "tensorboard", "wandb"], help="live training curves")
     made.add_argument("--checkpoint-minutes", type=float, default=10.0, help="how often a training saves where it is")
@@ -141,7 +142,7 @@ def run(main: Callable[[Job], None], doc: str | None) -> None:
                 say("already made with this fingerprint: taken over")
             else:
                 work.claim(args.work, fingerprint(step), args.out, step)
-                _gpu = gpus.take(say) if step.get("device") == "cuda" else None  # held until the process ends
+                _gpu = gpus.take(say) if step.get("device") == "cuda" and args.gpus else None  # held until the process ends
                 job.started = time.time()
                 main(job)
             if args.out.parent.name == "adapter":

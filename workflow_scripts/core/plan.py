@@ -5,6 +5,7 @@ config of that step alone, the fingerprints of its parents, code and package ver
 contain: its hash is the step's fingerprint (see `fingerprint`). Runs at parse time, without heavy imports.
 """
 
+import math
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -73,6 +74,17 @@ class Plan:
         """The runs of the reward models that `run` is trained with, of the same seed."""
         return [run_name(name, self.config.run(run)[1]) for name in rewards(self.experiment(run)) if name not in VERIFIERS]
 
+    def shards(self, task: str) -> int:
+        """Jobs that share the answering of a task's prompts: as many as the config says, and no more than there are batches."""
+        evaluation = self.config.data["eval"]
+        rows = self.config.data["data"]["slices"][self.config.evaluations[task]]["rows"]
+        return min(evaluation["shards"], math.ceil(rows / evaluation["batch_size"]))
+
+    def shard_files(self, task: str, run: str) -> list[str]:
+        """The answers of each shard, where there are several."""
+        count = self.shards(task)
+        return [f"{self.results}/{run}/{task}_shards/{n}of{count}.json" for n in range(1, count + 1)] if count > 1 else []
+
     def results_of(self, run: str) -> list[str]:
         """The files that tell how good a run is: its scores, or for a reward model how well it tells answers apart."""
         if self.is_reward_model(run):
@@ -111,6 +123,11 @@ class Plan:
     def generate(self, task: str, run: str) -> str:
         return self._text(f"generate_{task}", run)
 
+    def shard(self, task: str, run: str, number: int) -> str:
+        """The step of one shard: that of all answers, which it is a part of, and which part."""
+        step = self.step(f"generate_{task}", run)
+        return fingerprint.canonical(step | {"shard": [number, self.shards(task)]})
+
     def score(self, task: str, run: str) -> str:
         return self._text(f"score_{task}", run)
 
@@ -119,6 +136,12 @@ class Plan:
 
     def check(self) -> None:
         """Resolve every step of the config once (seed 1), so that what can't be planned is said at once."""
+        wanted, most = self.config.data["eval"]["shards"], max(map(self.shards, self.config.evaluations))
+        if wanted > most:
+            problem = (
+                f"found {wanted}, but the prompts make {most} batches at most, and a shard takes whole batches; lower it, or "
+            )
+            raise self.config.fail(["eval", "shards"], problem + "eval.batch_size")
         for name in self.config.data["data"]["slices"]:
             self.step("slice", name)
         for name in self.config.experiments:

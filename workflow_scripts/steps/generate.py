@@ -7,6 +7,9 @@ Prompts are batched from the longest to the shortest, ties in order of their tex
 of lm-eval's own runner, so that the scores equal those of its `simple_evaluate`. The batch size changes greedy answers a
 little (padding, kernels), so it is part of the evaluation's fingerprint.
 
+With `eval.shards: N` the batches are shared among N jobs: shard k answers batches k, k + N, ... and writes them to one file.
+The step that gathers the files is the one that would have answered alone, and its outputs are the same, byte for byte.
+
     python -m workflow_scripts.steps.generate --step results/dpo/ifeval_responses.manifest.json \\
         --out trial/ifeval_responses.manifest.json \\
         --inputs results/sft_v2/merged/manifest.json results/dpo/adapter/manifest.json results/data/ifeval.manifest.json
@@ -18,6 +21,7 @@ from typing import Any
 
 from workflow_scripts.core import artifacts, cli
 from workflow_scripts.core.fingerprint import fingerprint
+from workflow_scripts.core.messages import InputError
 
 
 def answer(
@@ -28,11 +32,13 @@ def answer(
     max_new_tokens: int,
     label: str,
     saved: Path | None = None,
+    shard: tuple[int, int] = (1, 1),
 ) -> list[dict]:
     """Answers to prompts, each a conversation that ends with a user's turn.
 
     `response`, `tokens` (its count, the end of turn included) and `finish_reason` (stop or length), in the prompts' order.
     `saved`: a file that keeps each finished batch, so that a killed run does not answer again what it has answered.
+    `shard`: (k, n) answers every n-th batch from the k-th on; the other prompts' answers are empty.
     """
     import torch
 
@@ -45,10 +51,12 @@ def answer(
     lengths = [len(ids) for ids in tokenizer(texts, add_special_tokens=False)["input_ids"]]
     order = sorted(range(len(texts)), key=lambda i: (-lengths[i], texts[i]))
     answers: list[dict] = [{} for _ in texts]
-    bar = Progress(len(texts), label)
-    done = read_batches(saved)
-    for first in range(0, len(order), batch_size):
-        rows = order[first : first + batch_size]
+    number, count = shard
+    mine = [order[first : first + batch_size] for first in range(0, len(order), batch_size)][number - 1 :: count]
+    bar = Progress(sum(map(len, mine)), label)
+    done, answered = read_batches(saved), 0
+    for rows in mine:
+        answered += len(rows)
         if (finished := done.get(tuple(rows))) is not None:
             for i, made in zip(rows, finished, strict=True):
                 answers[i] = made
@@ -72,7 +80,7 @@ def answer(
         if saved is not None:
             with open(saved, "a", encoding="utf-8") as file:
                 file.write(json.dumps({"rows": rows, "answers": [answers[i] for i in rows]}) + "\n")
-        bar.step(first + len(rows))
+        bar.step(answered)
     bar.close()
     return answers
 
@@ -95,13 +103,33 @@ def read_batches(saved: Path | None) -> dict[tuple[int, ...], list[dict]]:
     return found
 
 
-def main(job: artifacts.Job) -> None:
-    from workflow_scripts.core import chat, device, models, slicing
-    from workflow_scripts.core.jsonl import write_jsonl
+def gather(job: artifacts.Job, prompts: int) -> tuple[list[dict], dict] | None:
+    """(answers, generation config) put together from the shards among a job's inputs; None if there are none.
 
-    config, step, parents = job.config, job.step, job.parents()
+    InputError where a shard is another step's, or where some prompts have no answer.
+    """
+    shards = [artifacts.read(path) for path in job.inputs if path.parent.name.endswith("_shards")]
+    if not shards:
+        return None
+    answers: list[dict] = [{} for _ in range(prompts)]
+    for shard in shards:
+        if shard.fingerprint != fingerprint(job.step | {"shard": shard.data["step"].get("shard")}):
+            raise InputError(f"{shard.path}: a shard of other answers than {job.out}; delete it and run snakemake again")
+        for i, made in shard.data["answers"].items():
+            answers[int(i)] = made
+    if missing := sum(not made for made in answers):
+        raise InputError(
+            f"{job.out}: {missing} of {prompts} prompts have no answer in {shards[0].folder}; delete it and run again"
+        )
+    return answers, shards[0].data["generation_config"]
+
+
+def respond(job: artifacts.Job, parents: dict[str, artifacts.Artifact], prompts: list[dict]) -> tuple[list[dict], dict]:
+    """(answers, generation config) of the model, merged in fp32; of a shard's prompts only, if the step is a shard."""
+    from workflow_scripts.core import chat, device, models, slicing
+
+    config, step, start = job.config, job.step, parents["start"]
     device.prepare(step)
-    start, prompts = parents["start"], parents["prompts"].rows()
     if "adapter" in parents:
         model = models.merge(start, parents["adapter"], job.work, step["device"], device.DTYPES[step["precision"]])
     else:
@@ -110,13 +138,31 @@ def main(job: artifacts.Job) -> None:
     saved.parent.mkdir(parents=True, exist_ok=True)
     answers = answer(
         model.eval(), chat.tokenizer_of(start), [slicing.prompt_turns(row) for row in prompts], config["batch_size"],
-        config["max_new_tokens"], f"answers of {job.run}", saved,
+        config["max_new_tokens"], f"answers of {job.run}", saved, tuple(step.get("shard", (1, 1))),
     )  # fmt: skip
+    # What of decoding the model's own folder decides, such as a repetition penalty; lm-eval's runner takes it over too.
+    return answers, model.generation_config.to_diff_dict()
+
+
+def main(job: artifacts.Job) -> None:
+    from workflow_scripts.core.jsonl import write_jsonl
+
+    parents = job.parents()
+    prompts = parents["prompts"].rows()
+    answers, generation_config = gather(job, len(prompts)) or respond(job, parents, prompts)
+    if "shard" in job.step:
+        with artifacts.complete(job, "answers", parents) as draft:
+            draft.manifest["answers"] = {str(i): made for i, made in enumerate(answers) if made}
+            draft.manifest["generation_config"] = generation_config
+        return
     with artifacts.complete(job, "responses", parents) as draft:
-        rows = [{"key": row["key"], "prompt": row["prompt"], **made} for row, made in zip(prompts, answers, strict=True)]
+        keys = ("response", "tokens", "finish_reason")  # in one order, wherever the answers come from
+        rows = [
+            {"key": row["key"], "prompt": row["prompt"], **{key: made[key] for key in keys}}
+            for row, made in zip(prompts, answers, strict=True)
+        ]
         write_jsonl(draft.folder / job.out.name.replace(".manifest.json", ".jsonl"), rows)
-        # What of decoding the model's own folder decides, such as a repetition penalty; lm-eval's runner takes it over too.
-        draft.manifest["generation_config"] = model.generation_config.to_diff_dict()
+        draft.manifest["generation_config"] = generation_config
         draft.run["tokens"] = sum(made["tokens"] for made in answers)
 
 
