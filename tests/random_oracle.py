@@ -303,6 +303,10 @@ MODELS = ["merge", "generate", "eval_rm", *TRAIN]
 ROLLOUTS = ["train_ppo", "train_grpo", "train_rloo"]
 EVERY = [*SLICE, "make_base", *MODELS, *SCORE]
 
+# Plumbing; what plans; what only models from elsewhere need.
+NO_STEP = "cli gpus progress messages runinfo work fingerprint hub plan config records schema_errors yaml_files".split()
+NO_STEP += ["estimate", "patterns", "sources", "templates"]
+
 # File of the package -> the steps that can run it.
 CODE: dict[str, list[str]] = {
     **dict.fromkeys(("__init__.py", "core/__init__.py", "steps/__init__.py", "core/artifacts.py", "core/jsonl.py"), EVERY),
@@ -329,32 +333,12 @@ CODE: dict[str, list[str]] = {
     "rl/reward_model.py": ["eval_rm", "train_rm", *ROLLOUTS],
     "steps/slice_data.py": SLICE,
     **{f"steps/{step}.py": [step] for step in ("make_base", "merge", "generate", "eval_rm", *SCORE, *TRAIN)},
-    # Plumbing; what plans; what only models from elsewhere need
-    **dict.fromkeys(
-        (f"core/{n}.py" for n in ("cli", "gpus", "progress", "messages", "runinfo", "work", "fingerprint", "hub")), []
-    ),
-    **dict.fromkeys((f"core/{n}.py" for n in "plan config records schema_errors yaml_files estimate patterns".split()), []),
-    **dict.fromkeys(("core/sources.py", "core/templates.py", "templates/chatml_text.jinja", "templates/smollm2.jinja"), []),
-    **dict.fromkeys(
-        (f"tools/{name}.py" for name in ("__init__", "compare", "status", "card", "push", "pin", "runs", "chat")), []
-    ),
+    **dict.fromkeys((f"core/{name}.py" for name in NO_STEP), []),
+    **dict.fromkeys((f"tools/{name}.py" for name in "__init__ compare status card push pin runs chat".split()), []),
+    **dict.fromkeys(("templates/chatml_text.jinja", "templates/smollm2.jinja"), []),
 }
 # Modules that run when Snakemake plans: there a statement may be added, and nothing changed.
-PLANNING = {"plan", "config", "records", "schema_errors", "yaml_files", "fingerprint", "messages", "hub", "work"}
-PLANNING |= {
-    "gpus",
-    "estimate",
-    "patterns",
-    "slicing",
-    "formats",
-    "sources",
-    "__init__",
-    "artifacts",
-    "jsonl",
-    "runinfo",
-    "cli",
-    "progress",
-}
+PLANNING = (set(NO_STEP) - {"templates"}) | {"slicing", "formats", "__init__", "artifacts", "jsonl"}
 
 TORCH = [*SLICE, "make_base", *MODELS]
 IFEVAL = ["score_ifeval", *ROLLOUTS]
