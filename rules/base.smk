@@ -12,7 +12,7 @@ rule make_base:
         ENV
     threads: THREADS
     resources:
-        gpu=GPU if PLAN.config.data["base"]["source"] == "scratch" else 0,
+        gpu=0,
         mem_mb=asks("mem_mb", "base"),
         runtime=asks("runtime", "base"),
         disk_mb=asks("disk_mb", "base"),

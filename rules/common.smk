@@ -152,9 +152,9 @@ def base_files(wildcards, input):
 
 def preflight():
     """Before the first job of a real run: stop at once if what the jobs take from elsewhere can't be had."""
-    offered, there = workflow.global_resources.get("gpu"), len(gpus.allowed()) if GPU and workflow.local_exec else 0
-    if offered is not None and offered.value < there:
-        sys.stderr.write(f"{there} GPUs are here, and {offered.value} may be used at once: --resources gpu={there} uses all\n")
+    offered = getattr(workflow.global_resources.get("gpu"), "value", None)
+    if GPU and workflow.local_exec and offered is not None and offered < (there := len(gpus.allowed())):
+        sys.stderr.write(f"{there} GPUs are here, and {offered} may be used at once: --resources gpu={there} uses all\n")
     try:
         hub.check_jobs(workflow.dag.needrun_jobs(), PLAN.base_files())
     except InputError as error:

@@ -157,8 +157,8 @@ KEYS: dict[str, tuple[list, set[Phase]]] = {
     "lora.target_modules": ([["q_proj", "v_proj"]], of("train")),
     "quant.double": ([False], IN_4_BIT | of("merge")),  # a merge is measured against its 4-bit start
     "threads": ([2, 3], MACHINE),
-    "precision": (["bf16", "fp16"], MACHINE),
-    "device": (["cuda"], MACHINE),
+    "precision": (["bf16", "fp16"], MACHINE - BASE),
+    "device": (["cuda"], MACHINE - BASE),
     "eval.precision": (["bf16"], ANSWERS),
     "eval.batch_size": ([7, 31], ANSWERS),
     "eval.ifeval.max_new_tokens": ([9, 33], of("generate_ifeval")),

@@ -73,8 +73,10 @@ EDITS = {
     "data: {decontaminate: {rule: ngram}}": SLICES | ALL_RUNS,
     "base: {scratch: {train: {steps: 701}}}": BELOW_BASE,
     "threads: 2": BELOW_BASE,
-    "precision: bf16": BELOW_BASE,
-    "device: cuda": BELOW_BASE,
+    "precision: bf16": ALL_RUNS,  # the tiny base is made on the CPU, in fp32
+    "device: cuda": ALL_RUNS | EVALS,
+    "eval: {shards: 3}": set(),
+    "requests: {time: 9.0}": set(),
     "allow_package_mismatch: true": EVERYTHING,
     "seeds: [1, 2, 3]": set(),
     "track: tensorboard": set(),

@@ -107,7 +107,7 @@ class Estimates:
         tokens = train["steps"] * train["batch"] * FILLED * train["max_length"]
         return {
             "memory_mb": self._libraries("base") + 16 * self.parameters / MB,
-            "seconds": START[self.device] + self._compute(tokens, 6),
+            "seconds": START["cpu"] + tokens * 6 * self.parameters / (FLOPS["cpu"] * self.threads),  # on the CPU
             "disk_mb": 8 * self.parameters / MB,
         }
 

@@ -223,7 +223,7 @@ class Plan:
         config = {"source": source, source: base[source]}
         if source == "scratch":
             parents = {"prompts": self.fingerprint("slice", self.prompts_slice)}
-            return self._step("make_base", config, parents, tiny=True, **self._machine())
+            return self._step("make_base", config, parents, tiny=True, threads=self.config.data["threads"])  # in fp32, on the CPU
         # A model from elsewhere depends on neither the evaluation prompts nor the machine: it is copied and cast.
         config |= {key: base[key] for key in ("dtype", "end_of_turn") if key in base}
         if "training_template" in base:

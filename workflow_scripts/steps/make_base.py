@@ -48,7 +48,7 @@ def pretrained_here(job: artifacts.Job, parents: dict[str, artifacts.Artifact]) 
     documents = world.documents(seed=config["seed"], **config["documents"])
     if seen := prompts & {row["messages"][0]["content"] for row in documents}:
         raise InputError(f"{job.out}: {len(seen)} evaluation prompts are among the pretraining documents, such as {min(seen)!r}")
-    device.prepare(job.step | {"seed": config["seed"]})
+    device.prepare(job.step | {"seed": config["seed"], "device": "cpu"})  # a million parameters: a GPU would not help
     bar = Progress(config["train"]["steps"], "pretraining")
     model, tokenizer = pretrain.build(
         {key: config[key] for key in ("documents", "tokenizer", "model", "train")}, config["seed"],
