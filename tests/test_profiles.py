@@ -374,3 +374,14 @@ def test_a_rule_that_looked_for_a_gpu_would_be_seen(tmp_path):
         jobs = looks.jobs("-n", TARGETS[0], env=host(looks, tmp_path / str(gpu), gpu))
         plans.append(sum(job["resources"]["gpu"] for job in jobs))
     assert plans[0] > 0 == plans[1]
+
+
+# A node is not oversubscribed
+
+
+def test_no_step_computes_with_more_threads_than_its_job_reserves(plain):
+    (plain.clone.folder / "threads.yaml").write_text("threads: 2\n")
+    jobs = plain.jobs("-n", *TARGETS, "--cores", "8", env=plain.environment(), configs=[*MICRO, "threads.yaml"])
+    threads = {job["rule"]: (job["threads"], json.loads(job["params"]["step"]).get("threads", 1)) for job in jobs}
+    assert all(reserved == used for reserved, used in threads.values()), threads
+    assert threads["train_dpo"] == threads["generate"] == (2, 2) and threads["slice_data"] == (1, 1)
