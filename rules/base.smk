@@ -20,5 +20,4 @@ rule make_base:
         files=base_files,
         step=signed(lambda wildcards: PLAN.base()),
     shell:
-        "exec python -m workflow_scripts.steps.make_base --step {params.step:q} --inputs {input:q} {params.files} --out {output.manifest:q}"
-        " {OPTIONS} --log {log:q}"
+        call("make_base", "manifest", "{params.files}")

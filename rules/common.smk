@@ -7,14 +7,19 @@ import sys
 from functools import cache
 from pathlib import Path
 
+from snakemake.persistence import PersistenceBase
+
 from workflow_scripts.core import config as configs
 from workflow_scripts.core.messages import InputError
 from workflow_scripts.core.patterns import any_of
 from workflow_scripts.core.plan import Plan
-from workflow_scripts.core import estimate, gpus, hub, records, work
+from workflow_scripts.core import estimate, gpus, hub, records, signals, work
 from workflow_scripts.tools import adopt
 
 gc.disable()  # planning allocates and hardly frees: a fifth of the time of a large plan
+# Where pandas is installed, Snakemake loads it (0.3 s, 65 MB) to compare parameters. Ours are text.
+if hasattr(PersistenceBase, "_serialize_param_builtin"):
+    PersistenceBase._serialize_param_pandas = PersistenceBase._serialize_param_builtin
 
 try:
     PLAN = Plan(configs.Config(config, [str(file) for file in workflow.configfiles]))
@@ -25,6 +30,10 @@ try:
 except InputError as error:
     sys.stderr.write(f"{error}\n")
     sys.exit(1)
+
+# In a job of a cluster. (The Snakemake that starts Slurm's job step must not: srun takes SIGTERM for an order to kill the step.)
+if not workflow.is_main_process:
+    signals.pass_on(lambda: workflow.local_exec)
 
 _turn = []
 
@@ -82,6 +91,16 @@ def signed(function):
     return function
 
 
+def call(step, out, *more):
+    """The one shell command of a rule: a step's module, and the output that it is told (the others lie beside it)."""
+    words = [
+        f"exec python -m workflow_scripts.steps.{step} --step {{params.step:q}} --inputs {{input:q}}",
+        *more,
+        f"--out {{output.{out}:q}} {OPTIONS.replace('{', '{{').replace('}', '}}')} --log {{log:q}}",
+    ]
+    return " ".join(words)
+
+
 def asks(key, kind):
     """A resource of a rule, from the estimate of its step (core/estimate.py); more with each attempt, in case it lacked some.
 
@@ -106,9 +125,16 @@ def edges(files):
     What is stale is decided by the parameter, which holds the parents' fingerprints, never by time: a manifest is small,
     so Snakemake compares it by checksum where it is newer. It must not be `ancient()`: where a job is planned, Snakemake 9
     does not look at the parameters of the jobs below it, and plans them only through an edge that is not ancient.
+
+    Edges are what planning costs, so a file is none where the edge to a manifest says all: to its own, for weights and rows,
+    or to that of the merge that it went into. It is one where it is gone and that manifest is not: then it is made again.
     """
     take_turn()
-    return list(map(edge, files))
+    behind = {file: manifest for manifest in files for file in PLAN.behind(manifest)}
+    return [edge(file) for file in files if file not in behind or not is_there(file) and is_there(behind[file])]
+
+
+is_there = cache(os.path.exists)
 
 
 @cache
@@ -134,6 +160,11 @@ def slice_inputs(wildcards):
 @signed
 def train_inputs(wildcards):
     return edges(PLAN.train_inputs(wildcards.run))
+
+
+@signed
+def answers_of(wildcards):
+    return edges(PLAN.answers_inputs(wildcards.task, wildcards.run))
 
 
 @signed

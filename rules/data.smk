@@ -20,5 +20,4 @@ rule slice_data:
     params:
         step=signed(lambda wildcards: PLAN.slice(wildcards.slice)),
     shell:
-        "exec python -m workflow_scripts.steps.slice_data --step {params.step:q} --inputs {input:q} --out {output.manifest:q}"
-        " {OPTIONS} --log {log:q}"
+        call("slice_data", "manifest")

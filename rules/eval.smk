@@ -26,8 +26,7 @@ rule generate:
     params:
         step=signed(lambda wildcards: PLAN.generate(wildcards.task, wildcards.run)),
     shell:
-        "exec python -m workflow_scripts.steps.generate --step {params.step:q} --inputs {input:q} --out {output.manifest:q}"
-        " {OPTIONS} --log {log:q}"
+        call("generate", "manifest")
 
 
 # With `eval.shards`, jobs that answer some batches each. What they wrote goes once it is put together.
@@ -57,8 +56,7 @@ rule generate_shard:
     params:
         step=signed(lambda wildcards: PLAN.shard(wildcards.task, wildcards.run, int(wildcards.shard))),
     shell:
-        "exec python -m workflow_scripts.steps.generate --step {params.step:q} --inputs {input:q} --out {output.answers:q}"
-        " {OPTIONS} --log {log:q}"
+        call("generate", "answers")
 
 
 # The step that would have answered alone: same parameter, same bytes. It loads no model.
@@ -89,14 +87,12 @@ rule gather:
     params:
         step=signed(lambda wildcards: PLAN.generate(wildcards.task, wildcards.run)),
     shell:
-        "exec python -m workflow_scripts.steps.generate --step {params.step:q} --inputs {input:q} --out {output.manifest:q}"
-        " --gpus 0 {OPTIONS} --log {log:q}"
+        call("generate", "manifest", "--gpus 0")
 
 
 rule score:
     input:
-        manifest="<results>/{run}/{task}_responses.manifest.json",
-        responses=ancient("<results>/{run}/{task}_responses.jsonl"),
+        answers=answers_of,
         prompts=prompts_of,
     output:
         scores="<results>/{task}_{run}.json",
@@ -119,8 +115,7 @@ rule score:
     params:
         step=signed(lambda wildcards: PLAN.score(wildcards.task, wildcards.run)),
     shell:
-        "exec python -m workflow_scripts.steps.score_{wildcards.task} --step {params.step:q} --inputs {input:q} --out {output.scores:q}"
-        " {OPTIONS} --log {log:q}"
+        call("score_{wildcards.task}", "scores")
 
 
 rule eval_rm:
@@ -146,5 +141,4 @@ rule eval_rm:
     params:
         step=signed(lambda wildcards: PLAN.eval_rm(wildcards.run)),
     shell:
-        "exec python -m workflow_scripts.steps.eval_rm --step {params.step:q} --inputs {input:q} --out {output.scores:q}"
-        " {OPTIONS} --log {log:q}"
+        call("eval_rm", "scores")

@@ -21,5 +21,4 @@ rule merge:
     params:
         step=signed(lambda wildcards: PLAN.merge(wildcards.run)),
     shell:
-        "exec python -m workflow_scripts.steps.merge --step {params.step:q} --inputs {input:q} --out {output.manifest:q}"
-        " {OPTIONS} --log {log:q}"
+        call("merge", "manifest")

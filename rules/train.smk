@@ -28,5 +28,4 @@ for method in sorted({body["method"] for body in PLAN.config.experiments.values(
             module=f"train_{method}",
             step=signed(lambda wildcards: PLAN.train(wildcards.run)),
         shell:
-            "exec python -m workflow_scripts.steps.{params.module} --step {params.step:q} --inputs {input:q} --out {output.manifest:q}"
-            " {OPTIONS} --log {log:q}"
+            call("{params.module}", "manifest")

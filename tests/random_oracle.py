@@ -305,7 +305,7 @@ EVERY = [*SLICE, "make_base", *MODELS, *SCORE]
 
 # Plumbing; what plans; what only models from elsewhere need.
 NO_STEP = "cli gpus progress messages runinfo work fingerprint hub plan config records schema_errors yaml_files".split()
-NO_STEP += ["estimate", "patterns", "sources", "templates"]
+NO_STEP += ["estimate", "patterns", "signals", "sources", "templates"]
 
 # File of the package -> the steps that can run it.
 CODE: dict[str, list[str]] = {

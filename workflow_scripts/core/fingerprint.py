@@ -62,7 +62,12 @@ def _plain(value: object) -> object:
 
 def fingerprint(step: dict) -> str:
     """32 hex digits (128 bits) of the SHA-256 of the step's canonical JSON."""
-    return hashlib.sha256(canonical(step).encode()).hexdigest()[:32]
+    return of_text(canonical(step))
+
+
+def of_text(text: str) -> str:
+    """The fingerprint of a step whose canonical JSON this is."""
+    return hashlib.sha256(text.encode()).hexdigest()[:32]
 
 
 def file_sha256(path: Path) -> str:

@@ -6,7 +6,7 @@ contain: its hash is the step's fingerprint (see `fingerprint`). Runs at parse t
 """
 
 import math
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,10 @@ class Plan:
         self.config = config
         paths = config.data.get("pathvars", {})
         self.results: str = paths.get("results", "results")
-        self._steps: dict[tuple[str, str], dict] = {}
+        # The same for every step of a module: thousands of steps share one mapping, which nobody changes.
+        self._code, self._packages = cache(fingerprint.code), cache(fingerprint.packages)
+        self._behind: dict[str, list[str]] = {}
+        self._texts: dict[tuple[str, str], str] = {}
         self._fingerprints: dict[tuple[str, str], str] = {}
 
     # -- paths ------------------------------------------------------------------------------------------------------
@@ -44,6 +47,9 @@ class Plan:
     def adapter_inputs(self, run: str) -> list[str]:
         return [f"{self.results}/{run}/adapter/{name}" for name in ("manifest.json", "adapter_model.safetensors")]
 
+    def answers_inputs(self, task: str, run: str) -> list[str]:
+        return [f"{self.results}/{run}/{task}_responses{ending}" for ending in (".manifest.json", ".jsonl")]
+
     def start_inputs(self, run: str) -> list[str]:
         """Files of the full-precision model that `run` starts from: the base or a merged experiment.
 
@@ -60,6 +66,22 @@ class Plan:
         for model in self.reward_models(run):
             files += self.start_inputs(model) + self.adapter_inputs(model)
         return list(dict.fromkeys(files))
+
+    def behind(self, file: str) -> list[str]:
+        """The files that are made before this manifest, or with it: where one of them is made, it is made too."""
+        if file not in self._behind:
+            folder, _, name = file.rpartition("/")
+            if name.endswith(".manifest.json"):
+                found = [f"{folder}/{name.removesuffix('.manifest.json')}.jsonl"]
+            elif name != "manifest.json":
+                found = []
+            elif folder.endswith("/merged"):
+                run = folder.split("/")[-2]
+                found = self.start_inputs(run) + self.adapter_inputs(run)
+            else:
+                found = [f"{folder}/{'adapter_model' if folder.endswith('/adapter') else 'model'}.safetensors"]
+            self._behind[file] = found
+        return self._behind[file]
 
     # -- the graph --------------------------------------------------------------------------------------------------
 
@@ -143,37 +165,37 @@ class Plan:
             )
             raise self.config.fail(["eval", "shards"], problem + "eval.batch_size")
         for name in self.config.data["data"]["slices"]:
-            self.step("slice", name)
+            self._text("slice", name)
         for name in self.config.experiments:
             for kind in ["eval_rm"] if self.is_reward_model(name) else [f"score_{task}" for task in self.config.evaluations]:
-                self.step(kind, name)
+                self._text(kind, name)
 
     def _text(self, kind: str, name: str) -> str:
-        return fingerprint.canonical(self.step(kind, name))
+        """What is kept of a step: its dict takes several times the memory."""
+        key = (kind, name)
+        if key not in self._texts:
+            self._texts[key] = fingerprint.canonical(self.step(kind, name))
+        return self._texts[key]
 
     def fingerprint(self, kind: str, name: str) -> str:
         key = (kind, name)
         if key not in self._fingerprints:
-            self._fingerprints[key] = fingerprint.fingerprint(self.step(kind, name))
+            self._fingerprints[key] = fingerprint.of_text(self._text(kind, name))
         return self._fingerprints[key]
 
     def step(self, kind: str, name: str = "") -> dict:
-        key = (kind, name)
-        if key not in self._steps:
-            verb, _, task = kind.partition("_")
-            if verb in ("generate", "score"):
-                self._steps[key] = getattr(self, f"_{verb}_step")(task, name)
-            else:
-                self._steps[key] = getattr(self, f"_{kind}_step")(*([name] if name else []))
-        return self._steps[key]
+        verb, _, task = kind.partition("_")
+        if verb in ("generate", "score"):
+            return getattr(self, f"_{verb}_step")(task, name)
+        return getattr(self, f"_{kind}_step")(*([name] if name else []))
 
     def _step(self, module: str, config: dict, parents: dict[str, str], tiny: bool = False, **more) -> dict:
         step = {
             "step": module,
             "config": config,
             "parents": parents,
-            "code": fingerprint.code(STEPS + module, tiny),
-            "packages": fingerprint.packages(STEPS + module, tiny),
+            "code": self._code(STEPS + module, tiny),
+            "packages": self._packages(STEPS + module, tiny),
             **more,
         }
         if self.config.data.get("allow_package_mismatch"):
@@ -209,7 +231,7 @@ class Plan:
             more["external"] = {key: source.get(key) for key in ("hub", "revision", "split")}
         step = self._step("slice_data", config, parents, tiny=self.is_tiny_slice(name), **more)
         if "hub" in source:  # `datasets` shuffles the stream; imported there alone, so not in the step's import closure
-            step["packages"]["datasets"] = fingerprint.locked()["datasets"]
+            step["packages"] = step["packages"] | {"datasets": fingerprint.locked()["datasets"]}
         return step
 
     def source_files(self, name: str) -> list[str]:
