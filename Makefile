@@ -8,7 +8,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo setup setup-cuda setup-mac test test-all test-gpu lint lock clean clean-checkpoints smollm2 status why accept adopt verify chat push pin
+.PHONY: demo setup setup-cuda setup-mac test test-all test-gpu test-slurm lint lock clean clean-checkpoints smollm2 status why accept adopt verify chat push pin
 
 demo: setup
 	@$(BIN)/python -c "import os; print(f'phaseline: {os.cpu_count()} cores; about five minutes on two')"
@@ -67,6 +67,10 @@ test-all: setup
 # Needs a CUDA device; elsewhere these tests are skipped.
 test-gpu: setup
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pytest -q -s tests/test_gpu.py
+
+# Needs root and Slurm's packages: starts a Slurm of one node, and on it the tiny chain through profiles/slurm.
+test-slurm: setup
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pytest -q -s tests/test_slurm.py
 
 lint: setup
 	$(BIN)/ruff check .

@@ -19,10 +19,12 @@ class Clone:
     def __init__(self, folder: Path):
         self.folder = folder
 
+    def environment(self) -> dict[str, str]:
+        """The copy's own package comes before the installed one, in Snakemake and in the steps."""
+        return {**os.environ, "PYTHONPATH": str(self.folder), "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+
     def run(self, *command: str, check: bool = True) -> subprocess.CompletedProcess:
-        # The copy's own package comes before the installed one, in Snakemake and in the steps.
-        env = {**os.environ, "PYTHONPATH": str(self.folder), "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
-        done = subprocess.run(command, cwd=self.folder, env=env, capture_output=True, text=True, timeout=1200)
+        done = subprocess.run(command, cwd=self.folder, env=self.environment(), capture_output=True, text=True, timeout=1200)
         if check and done.returncode:
             tail = f"{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
             raise AssertionError(f"{' '.join(command)} ended with {done.returncode}:\n{tail}")

@@ -19,7 +19,6 @@ import re
 import shutil
 import signal
 import subprocess
-import sys
 import tempfile
 import time
 from collections import Counter
@@ -46,13 +45,21 @@ class Runs(Clone):
     """A clone in which Snakemake runs are started, watched and killed."""
 
     def start(self, *targets: str, configs: list[str] = CONFIGS, cores: int = 1) -> subprocess.Popen:
-        """A Snakemake run in a process group of its own. What it says goes to `said.<process>`."""
-        env = {**os.environ, "PYTHONPATH": str(self.folder), "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
-        command = ["snakemake", "--cores", str(cores), *targets, "--configfile", *configs]
+        """A Snakemake run; see `begin`."""
+        return self.begin("snakemake", "--cores", str(cores), *targets, "--configfile", *configs)
+
+    def begin(self, *command: str) -> subprocess.Popen:
+        """A command in a process group of its own, as from a terminal. What it says goes to `said.<process>`."""
         path = self.folder / f"said.{time.monotonic_ns()}"
         with open(path, "w") as file:
             process = subprocess.Popen(
-                command, cwd=self.folder, env=env, stdout=file, stderr=subprocess.STDOUT, start_new_session=True
+                command,
+                cwd=self.folder,
+                env=self.environment(),
+                stdout=file,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+                preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background jobs ignore it
             )
         path.rename(self.said_file(process))
         return process

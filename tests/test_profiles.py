@@ -5,7 +5,6 @@ What is expected comes from the jobs that were submitted, not from the numbers t
 """
 
 import base64
-import hashlib
 import json
 import re
 import subprocess
@@ -17,6 +16,7 @@ import yaml
 
 from tests.conftest import MICRO, ROOT
 from tests.profiles import servers
+from tests.profiles.plugins import packages
 from tests.profiles.sites import CUDA, DOCS, HERE, Site, fence
 
 PROFILES = sorted(path.parent.name for path in ROOT.glob("profiles/*/profile.yaml"))
@@ -25,19 +25,12 @@ TARGETS = [*(f"results/ifeval_{run}.json" for run in ("dpo", "kto", "ppo", "grpo
 GPU_RULES = {"generate", "eval_rm", *(f"train_{method}" for method in ("sft", "dpo", "kto", "rm", "ppo", "grpo", "rloo"))}
 
 
-@pytest.fixture(scope="session")
-def plugins(request) -> str:
-    """A folder with the executor plugins, made once and kept in pytest's cache."""
-    wanted = HERE / "requirements.txt"
-    version = f"{sys.version_info.major}.{sys.version_info.minor}"
-    made = request.config.cache.mkdir(f"executors-{version}-{hashlib.sha256(wanted.read_bytes()).hexdigest()[:12]}")
-    if not (made / "complete").exists():
-        pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--upgrade", "--target", str(made / "packages")]
-        done = subprocess.run([*pip, "--requirement", str(wanted)], capture_output=True, text=True)
-        if done.returncode:
-            pytest.skip(f"executor plugins can't be installed from a package index: {done.stderr.strip()[-300:]}")
-        (made / "complete").touch()
-    return str(made / "packages")
+@pytest.fixture(scope="module")
+def plugins() -> str:
+    try:
+        return str(packages())
+    except OSError as error:
+        pytest.skip(str(error))
 
 
 @pytest.fixture(scope="module")

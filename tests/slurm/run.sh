@@ -1,6 +1,10 @@
 #!/usr/bin/env bash
 # Starts a Slurm, and on it the main job of a tiny world through profiles/slurm, disturbed in every way that a cluster has.
-# One line for each thing that is proven; exit status 0: all were, 77: Slurm can't be started here.
+# One line for each thing that is proven; exit status 0: all were, 77: Slurm can't be started here. PYTHON: an interpreter with
+# what envs/requirements.lock names (default: .venv's); the executor's plugin is installed beside it once.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
-exec tests/slurm/cluster.sh "${PYTHON:-python3}" -m tests.slurm.trial
+python=${PYTHON:-$PWD/.venv/bin/python}
+tests/slurm/cluster.sh true
+plugins=$("$python" -m tests.profiles.plugins)
+PYTHONPATH=$plugins exec tests/slurm/cluster.sh "$python" -m tests.slurm.trial

@@ -12,7 +12,6 @@ import os
 import re
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -43,17 +42,15 @@ CHECKS = {
 class Chain(kills.Runs):
     """A clone whose Snakemake submits to Slurm."""
 
-    def begin(self, *options: str) -> subprocess.Popen:
-        path = f"{os.environ['SLURM_DIR']}/bin:{Path(sys.executable).parent}:{os.environ['PATH']}"
-        env = {**os.environ, "PYTHONPATH": str(self.folder), "PATH": path}
-        command = ["snakemake", TARGET, *PROFILES, "--configfile", *CONFIGS, *options]
-        path = self.folder / f"said.{time.monotonic_ns()}"
-        with open(path, "w") as file:
-            process = subprocess.Popen(
-                command, cwd=self.folder, env=env, stdout=file, stderr=subprocess.STDOUT, start_new_session=True
-            )
-        path.rename(self.said_file(process))
-        return process
+    def environment(self) -> dict[str, str]:
+        """With the cluster's commands, and the executor's plugin."""
+        found = super().environment()
+        found["PYTHONPATH"] += f":{os.environ['PYTHONPATH']}"
+        return found | {"PATH": f"{os.environ['SLURM_DIR']}/bin:{found['PATH']}"}
+
+    def submit(self, *options: str) -> subprocess.Popen:
+        self.running = self.begin("snakemake", TARGET, *PROFILES, "--configfile", *CONFIGS, *options)
+        return self.running
 
 
 class Training:
@@ -81,7 +78,13 @@ class Training:
     def hold(self, resumed: int | None = None) -> None:
         """Wait for the next launch, until it trains, and stop the clock for it. AssertionError if it resumed elsewhere."""
         begins = rf"^({self.run}: \d+/|resumed at step \d+ of)"
-        wait(lambda: self.found() and re.search(begins, self.log(), re.M), f"no training of {self.run}")
+
+        def begun() -> bool:
+            running = self.chain.running
+            assert running.poll() is None, f"Snakemake ended with {running.returncode}:\n{self.chain.said(running)[-3000:]}"
+            return bool(self.found() and re.search(begins, self.log(), re.M))
+
+        wait(begun, f"no training of {self.run}")
         self.process = self.found() or self.process
         self.process.suspend()
         self.job = records.running(f"rule_train_{self.method}")
@@ -205,10 +208,10 @@ class Trial:
         with self.check("interrupted") as evidence:
             os.kill(first.pid, signal.SIGINT)
             step, took = dpo.ends_by_sigterm()
-            code = first.wait(60)
-            assert code != 0
+            code = first.wait(200)  # Snakemake first waits for its next look at the queue
+            assert code, "Snakemake ended with 0, as if nothing had happened"
             self.said = self.chain.said(first)
-            again = self.chain.begin("--config", "checkpoint_minutes=0.000001")
+            again = self.chain.submit("--config", "checkpoint_minutes=0.000001")
             dpo.hold(resumed=step)
             assert records.job(dpo.launches[0]["JobId"])["JobState"] == "CANCELLED"
             evidence += [f"Snakemake ended with {code}", took, f"job {dpo.job['JobId']} resumed at step {step}"]
@@ -261,7 +264,7 @@ class Trial:
         self.undisturbed = self.local.start(TARGET, configs=CONFIGS)
         psutil.Process(self.undisturbed.pid).nice(10)
         try:
-            first = self.chain.begin()
+            first = self.chain.submit()
             self.disturb_sft()
             again = self.disturb_dpo(first)
             code = again.wait(200)
