@@ -31,7 +31,7 @@ CHECKS = {
     "preempted": "preempted by a job of a better partition: goes on under its number when that is over",
     "drained": "node drained and its job requeued by an administrator: goes on when the node is back",
     "interrupted": "Ctrl-C: the jobs are cancelled, and the same command goes on from their checkpoint",
-    "node lost": "node down, no notice given: goes on from the last checkpoint that was due",
+    "node lost": "node without power: goes on from the last checkpoint that was due",
     "requests": "every phase was a Slurm job with the GPUs, memory, time and cores that its rule asked for",
     "gpus": "a step sees as many GPUs as it asked for",
     "equal": "every result has the bytes of an undisturbed local run",
@@ -130,6 +130,23 @@ def scontrol(*arguments: str) -> None:
     subprocess.run(["scontrol", *arguments], check=True)
 
 
+@contextlib.contextmanager
+def node_without_power() -> Iterator[None]:
+    """All jobs of the node die at once, and its slurmd says nothing, as long as the block runs."""
+    (slurmd,) = (one for one in psutil.process_iter() if one.name() == "slurmd" and ours(one))
+    slurmd.suspend()
+    for stepd in [one for one in psutil.process_iter() if one.name() == "slurmstepd" and ours(one)]:
+        for process in [stepd, *stepd.children(recursive=True)]:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
+    yield
+    slurmd.resume()
+
+
+def ours(process: psutil.Process) -> bool:
+    return process.environ().get("SLURM_CONF") == os.environ["SLURM_CONF"]
+
+
 class Trial:
     def __init__(self, folder: Path):
         self.started = time.monotonic()
@@ -222,9 +239,9 @@ class Trial:
             wait(lambda: max(kills.sealed(home / "trainer"), default=0) > step + 1, "no checkpoint")
             dpo.process.suspend()
             (last, *_) = reversed(kills.sealed(home / "trainer"))
-            scontrol("update", "NodeName=node1", "State=DOWN", "Reason=lost")
-            wait(lambda: not dpo.process.is_running(), "the training lives on")
             dpo.file.write_text("")
+            with node_without_power():
+                scontrol("update", "NodeName=node1", "State=DOWN", "Reason=lost")
             subprocess.run(["scontrol", "update", "NodeName=node1", "State=RESUME"], capture_output=True)  # or it is back already
             dpo.hold(resumed=last)
             assert dpo.job["JobId"] == dpo.launches[-2]["JobId"] and dpo.job["Restarts"] == "1", dpo.job
