@@ -83,6 +83,23 @@ def test_every_profile_reruns_by_parameters_alone_and_keeps_our_lock(site, name)
         assert profile[key] == default[key], key
 
 
+# Slurm
+
+
+def test_slurm_gets_gpus_memory_cores_and_time_and_signals_the_job_step(site):
+    env = site.environment(**site.queue())
+    sent = submitted(site.jobs(*TARGETS, "--workflow-profile", "profiles/slurm", env=env))
+    calls = site.calls("sbatch")
+    assert len(calls) == len(sent)
+    for job, call in zip(sent, calls, strict=True):
+        wants, asked = job["resources"], dict(re.findall(r"-([\w-]+)[= ]([\w@]+)", " ".join(call).split("--wrap")[0]))
+        asked = {name.strip("-"): value for name, value in asked.items()}
+        assert asked["t"] == str(wants["runtime"]) and asked["mem"] == str(wants["mem_mb"])
+        assert asked["cpus-per-task"] == str(job["threads"]) and asked.get("gpus", "0") == str(wants["gpu"])
+        assert asked["signal"] == "TERM@300" and asked["open-mode"] == "append" and "--requeue" in call
+        assert "ntasks-per-gpu" not in asked and asked.get("ntasks", "1") == "1"
+
+
 # PBS
 
 

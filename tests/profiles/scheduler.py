@@ -1,4 +1,5 @@
-"""A scheduler of a few lines under the names of real ones: qsub, qstat, qdel (PBS), bsub, badmin, lsclusters, bhist (LSF).
+"""A scheduler of a few lines under the names of real ones: qsub, qstat, qdel (PBS), bsub, badmin, lsclusters, bhist (LSF),
+sbatch and its like (Slurm).
 
     QUEUE=FOLDER qsub -l walltime=60 job.sh       a command of each name calls this file; the folder is the queue
 
@@ -14,6 +15,7 @@ from pathlib import Path
 
 QUEUE = Path(os.environ.get("QUEUE", "."))
 NAMES = ["qsub", "qstat", "qdel", "bsub", "badmin", "lsclusters", "bhist", "bjobs"]
+NAMES += ["sbatch", "sinfo", "scontrol", "squeue", "sacct", "scancel"]
 
 
 def install(folder: Path) -> None:
@@ -53,6 +55,10 @@ def main(name: str, arguments: list[str]) -> None:
         print(qsub(arguments, number))
     elif name == "qstat":
         print(qstat(arguments))
+    elif name == "sbatch":
+        print(number)
+    elif name == "sinfo":
+        print("batch*")
     elif name == "bsub":
         print(f"Job <{number}> is submitted to queue <gpu>.")
     elif name == "badmin":

@@ -81,6 +81,6 @@ def compare(said: str) -> list[str]:
 
 def shortened(number: str) -> bool:
     """True if the time limit of a job was changed after it was submitted: slurmctld's log says so."""
-    return "setting time limit to" in "".join(
+    return "setting time_limit to" in "".join(
         line for line in Path(os.environ["SLURM_DIR"], "log/slurmctld.log").read_text().splitlines() if f"JobId={number}" in line
     )
