@@ -8,7 +8,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo setup setup-cuda setup-mac test test-all test-gpu test-slurm lint lock clean clean-checkpoints smollm2 status why accept adopt verify chat push pin
+.PHONY: demo setup setup-cuda setup-mac test test-all test-gpu test-slurm lint report lock clean clean-checkpoints smollm2 status why accept adopt verify chat push pin
 
 demo: setup
 	@$(BIN)/python -c "import os; print(f'phaseline: {os.cpu_count()} cores; about five minutes on two')"
@@ -78,6 +78,11 @@ lint: setup
 	$(BIN)/snakefmt --check Snakefile rules
 	$(BIN)/snakemake --lint
 	$(BIN)/mypy
+
+# The comparison of all methods:  make report [CONFIG="config/config.yaml config/three_seeds.yaml"] [RESULTS=results/smollm2]
+report: setup
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/snakemake $(or $(RESULTS),results)/report/comparison.html \
+	    $(if $(CONFIG),--configfile $(CONFIG))
 
 # What there is:  make status [RESULTS=results]
 status: setup

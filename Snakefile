@@ -21,6 +21,11 @@ include: "rules/merge.smk"
 include: "rules/eval.smk"
 
 
+if "report" in PLAN.config.data:
+
+    include: "rules/report.smk"
+
+
 rule all:
     default_target: True
     input:

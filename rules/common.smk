@@ -181,6 +181,13 @@ def base_files(wildcards, input):
     return " ".join(shlex.quote(file) for file in PLAN.base_files())
 
 
+@signed
+def report_inputs(wildcards):
+    """Score files, which are small and their own manifests. Not `ancient()`, for the reason above."""
+    take_turn()
+    return PLAN.report_inputs()
+
+
 def preflight():
     """Before the first job of a real run: stop at once if what the jobs take from elsewhere can't be had."""
     offered = getattr(workflow.global_resources.get("gpu"), "value", None)

@@ -15,8 +15,8 @@ import pytest
 import yaml
 
 from tests.conftest import MICRO, ROOT
+from tests.packages import packages
 from tests.profiles import servers
-from tests.profiles.plugins import packages
 from tests.profiles.sites import CUDA, DOCS, HERE, Site, fence
 
 PROFILES = sorted(path.parent.name for path in ROOT.glob("profiles/*/profile.yaml"))
@@ -28,7 +28,7 @@ GPU_RULES = {"generate", "eval_rm", *(f"train_{method}" for method in ("sft", "d
 @pytest.fixture(scope="module")
 def plugins() -> str:
     try:
-        return str(packages())
+        return str(packages(HERE / "requirements.txt"))
     except OSError as error:
         pytest.skip(str(error))
 

@@ -126,6 +126,10 @@ class Estimates:
     def _score(self, task: str, name: str) -> dict[str, float]:
         return {"memory_mb": self._libraries("score"), "seconds": 4 + 0.01 * self._prompts(task), "disk_mb": 10}
 
+    def _report(self, name: str) -> dict[str, float]:
+        runs = len(self.config.experiments) * len(self.config.data["seeds"])
+        return {"memory_mb": 400 + 3 * runs, "seconds": 10 + 0.3 * runs, "disk_mb": 10}
+
     def _merge(self, name: str) -> dict[str, float]:
         """Three models in fp32, one after the other, on the CPU."""
         return {

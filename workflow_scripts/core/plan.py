@@ -10,7 +10,7 @@ from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
-from workflow_scripts.core import fingerprint, slicing, sources
+from workflow_scripts.core import comparison, fingerprint, slicing, sources
 from workflow_scripts.core.config import VERIFIERS, Config, rewards, run_name
 from workflow_scripts.core.messages import InputError
 
@@ -49,6 +49,11 @@ class Plan:
 
     def answers_inputs(self, task: str, run: str) -> list[str]:
         return [f"{self.results}/{run}/{task}_responses{ending}" for ending in (".manifest.json", ".jsonl")]
+
+    def report_inputs(self) -> list[str]:
+        """Every score file that the report reads. Answers, manifests and curves lie beside them."""
+        scores = [f"{self.results}/{task}_{run}.json" for run in comparison.runs(self.config) for task in self.config.evaluations]
+        return scores + [f"{self.results}/{run}/rm_eval.json" for run in comparison.reward_models(self.config)]
 
     def start_inputs(self, run: str) -> list[str]:
         """Files of the full-precision model that `run` starts from: the base or a merged experiment.
@@ -156,8 +161,12 @@ class Plan:
     def eval_rm(self, run: str) -> str:
         return self._text("eval_rm", run)
 
+    def report(self) -> str:
+        return self._text("report", "")
+
     def check(self) -> None:
         """Resolve every step of the config once (seed 1), so that what can't be planned is said at once."""
+        comparison.check(self.config)
         wanted, most = self.config.data["eval"]["shards"], max(map(self.shards, self.config.evaluations))
         if wanted > most:
             problem = (
@@ -342,3 +351,27 @@ class Plan:
             "rows": self.fingerprint("slice", body["slice"]),
         }
         return self._step("eval_rm", config, parents, **self._machine())
+
+    def _report_step(self) -> dict:
+        data = self.config.data
+        experiments = {
+            name: {key: body[key] for key in ("method", "start_from", "slice", "quantise", "reward") if key in body}
+            for name, body in self.config.experiments.items()
+        }
+        families = [
+            {"name": name, **family} for name, family in data["report"]["families"].items()
+        ]  # their order says which is first
+        config = {
+            "report": data["report"] | {"families": families},
+            "seeds": data["seeds"],
+            "experiments": experiments,
+            "device": data["device"],
+        }
+        config["tasks"] = list(self.config.evaluations)
+        parents = {
+            f"{task} {run}": self.fingerprint(f"score_{task}", run)
+            for run in comparison.runs(self.config)
+            for task in self.config.evaluations
+        }
+        parents |= {f"rm {run}": self.fingerprint("eval_rm", run) for run in comparison.reward_models(self.config)}
+        return self._step("report", config, parents)

@@ -31,8 +31,8 @@ class Place:
 
     manifest: str
     outputs: tuple[str, ...]
-    kind: str  # of the step, as core/plan.py names them: slice, base, train, merge, generate_TASK, score_TASK, eval_rm
-    name: str  # of the slice or of the run; "" for the base
+    kind: str  # of the step, as core/plan.py names them: slice, base, train, merge, generate_TASK, score_TASK, eval_rm, report
+    name: str  # of the slice or of the run; "" for the base and the report
 
 
 def _one(kind: str, name: str, folder: str, manifest: str, *others: str) -> Place:
@@ -52,6 +52,8 @@ def place_of(results: str, kind: str, name: str) -> Place:
         return _one(kind, name, f"{results}/{name}/merged", "manifest.json")
     if kind == "eval_rm":
         return _one(kind, name, f"{results}/{name}", "rm_eval.json")
+    if kind == "report":
+        return _one(kind, "", f"{results}/report", "manifest.json", "comparison.html", "comparison.csv")
     verb, _, task = kind.partition("_")
     if verb == "generate":
         return _one(kind, name, f"{results}/{name}", f"{task}_responses.manifest.json", f"{task}_responses.jsonl")
@@ -85,6 +87,8 @@ def find(results: str) -> Iterator[Place]:
             place = place_of(results, kind, run)
             if os.path.exists(place.manifest):
                 yield place
+    if os.path.exists((place := place_of(results, "report", "")).manifest):
+        yield place
 
 
 def folders(results: str) -> list[str]:
@@ -92,7 +96,11 @@ def folders(results: str) -> list[str]:
     runs = {place.name for place in find(results)}
     found = [results] if runs else []
     for entry in sorted(os.scandir(results), key=lambda entry: entry.name) if os.path.isdir(results) else []:
-        if entry.is_dir(follow_symlinks=False) and not entry.name.startswith(".") and entry.name not in runs | {"data", "base"}:
+        if (
+            entry.is_dir(follow_symlinks=False)
+            and not entry.name.startswith(".")
+            and entry.name not in runs | {"data", "base", "report"}
+        ):
             found += folders(f"{results}/{entry.name}")
     return found
 

@@ -7,7 +7,8 @@ et al. 2023, arXiv:2305.10425).
 
 The policy starts from the *merged* model of the experiment that it starts from, with a fresh adapter; the reference is the
 same model with the adapter off. It trains in full precision (`quantise: none`), because the study merges first and a merge
-needs full-precision weights; `quantise: nf4` makes the 4-bit variant.
+needs full-precision weights; `quantise: nf4` makes the 4-bit variant. `flip_labels: true` trains on the worse answers, as a
+negative control: whoever finds that one better has a broken comparison.
 
 Departures from TRL's defaults: the block's dropout acts, as in the other methods (TRL switches it off for DPO); the
 adapter is fp32; learning rate, schedule, beta and length come from the config; each batch's completion mask is checked. The
@@ -33,6 +34,8 @@ def main(job: artifacts.Job) -> None:
     model = models.load(start, job.work, step["device"], step["precision"], config.get("quant"))
 
     given = tuple(training.rows_of(rows, heldout, fields=("prompt", "chosen", "rejected")) for heldout in (False, True))
+    if config.get("flip_labels"):  # held-out rows stay as they are: on them the objective has to go the wrong way
+        given = (given[0].rename_columns({"chosen": "rejected", "rejected": "chosen"}), given[1])
     trainer = DPOTrainer(
         model=model,
         args=DPOConfig(**training.arguments(job), **config["train"], disable_dropout=False),

@@ -4,7 +4,7 @@ import re
 from collections.abc import Iterable
 from typing import NamedTuple
 
-from workflow_scripts.core import records
+from workflow_scripts.core import comparison, records
 from workflow_scripts.core.plan import Plan
 
 
@@ -20,6 +20,7 @@ class Phase(NamedTuple):
         verb, _, task = self.kind.partition("_")
         words = {"base": "base", "slice": f"data {self.name}", "train": f"{self.name} adapter", "merge": f"{self.name} merged"}
         words |= {"generate": f"{self.name} {task} answers", "score": f"{self.name} {task} scores", "eval": f"{self.name} eval"}
+        words |= {"report": "report"}
         return words[verb]
 
 
@@ -41,6 +42,13 @@ def parents(plan: Plan, phase: Phase) -> dict[str, Phase]:
     """Role -> phase, for each parent of the phase's step: `Plan.step(...)["parents"]` with names in place of fingerprints."""
     kind, run = phase
     verb, _, task = kind.partition("_")
+    if kind == "report":
+        scores = {
+            f"{task} {run}": Phase(f"score_{task}", run)
+            for run in comparison.runs(plan.config)
+            for task in plan.config.evaluations
+        }
+        return scores | {f"rm {run}": Phase("eval_rm", run) for run in comparison.reward_models(plan.config)}
     prompts = {name: Phase("slice", slice_name) for name, slice_name in plan.config.evaluations.items()}
     if kind == "slice":
         decontaminated = plan.config.trains_on(run)
@@ -70,6 +78,9 @@ def phases_by_file(plan: Plan, named: Iterable[str]) -> dict[str, Phase]:
     seeded |= {name.removeprefix(f"{task}_") for name in seeded for task in plan.config.evaluations}
     known = plan.config.experiments
     extra = [name for name in sorted(seeded) if name.split(".")[0] in known and not name.endswith(".seed1")]
+    if "report" in plan.config.data:
+        found.append(Phase("report", ""))
+        extra += comparison.runs(plan.config)
     for run in dict.fromkeys(["base", *plan.runs(), *extra]):
         kinds = [f"{verb}_{task}" for verb in ("generate", "score") for task in plan.config.evaluations]
         if run != "base":

@@ -1,0 +1,64 @@
+"""What a report compares: the config's `report:` block, checked, and the runs that it needs. Plans; reads no result."""
+
+from workflow_scripts.core.config import Config, run_name
+
+
+def answering(config: Config) -> list[str]:
+    """What has answers: the base and every experiment that is no reward model."""
+    return ["base", *(name for name, body in config.experiments.items() if body["method"] != "rm")]
+
+
+def contrasts(family: dict) -> list[tuple[str, str]]:
+    """(after, before) of each comparison of a declared family."""
+    if "pairs" in family:
+        names = family["pairs"]
+        return [(names[j], names[i]) for i in range(len(names)) for j in range(i + 1, len(names))]
+    return [(name, family["reference"]) for name in family["runs"]]
+
+
+def check(config: Config) -> None:
+    """InputError if the `report:` block names what the config does not have."""
+    if "report" not in config.data:
+        return
+    report, known = config.data["report"], answering(config)
+
+    def named(path: list, *names: str) -> None:
+        for name in names:
+            if name not in known:
+                raise config.fail(["report", *path], f"found {name!r}, expected one of {', '.join(known)}")
+
+    for name, family in report["families"].items():
+        path = ["families", name]
+        if family["task"] not in config.evaluations:
+            tasks = ", ".join(config.evaluations)
+            raise config.fail(["report", *path, "task"], f"found {family['task']!r}, expected what `eval:` has: {tasks}")
+        for key in ("runs", "pairs"):
+            named([*path, key], *family.get(key, []))
+        named([*path, "reference"], *([family["reference"]] if "reference" in family else []))
+        if family.get("reference") in family.get("runs", []):
+            raise config.fail(
+                ["report", *path, "runs"], f"{family['reference']} is the reference: it can't be compared with itself"
+            )
+    for name, control in report["controls"].items():
+        named(["controls", name], control["run"], *([control["against"]] if "against" in control else []))
+    null, seeds = report["controls"].get("null"), config.data["seeds"]
+    if null and {seed + null["seeds_from"] for seed in seeds} & set(seeds):
+        problem = f"{null['seeds_from']} added to seeds {seeds} gives some of them again; take a larger number"
+        raise config.fail(["report", "controls", "null", "seeds_from"], problem)
+
+
+def null_runs(config: Config) -> list[str]:
+    """The runs of the null control: one experiment again, with seeds of its own."""
+    null = config.data["report"]["controls"].get("null")
+    return [run_name(null["run"], seed + null["seeds_from"]) for seed in config.data["seeds"]] if null else []
+
+
+def runs(config: Config) -> list[str]:
+    """Every run whose answers the report reads."""
+    seeded = [run_name(name, seed) for name in answering(config) for seed in config.data["seeds"]]
+    return list(dict.fromkeys([*seeded, *null_runs(config)]))
+
+
+def reward_models(config: Config) -> list[str]:
+    names = [name for name, body in config.experiments.items() if body["method"] == "rm"]
+    return [run_name(name, seed) for name in names for seed in config.data["seeds"]]

@@ -1,0 +1,168 @@
+"""What a report reads: score files, which it was planned with, and what lies beside them. Decides what may be compared.
+
+Score files are the inputs. Answers, adapters' manifests, curves, run.json and benchmark files are read where they lie, never make
+the report stale, and may be missing.
+"""
+
+import json
+from dataclasses import dataclass, field
+from itertools import combinations
+from pathlib import Path
+from typing import Any
+
+import numpy
+import pandas
+
+from workflow_scripts.core import artifacts
+from workflow_scripts.core.artifacts import Job
+from workflow_scripts.core.config import run_name
+from workflow_scripts.core.messages import InputError
+
+METRIC = {"ifeval": "prompt_level_strict_acc", "gsm8k": "exact_match"}
+LABEL = {"ifeval": "IFEval, prompt-level strict accuracy", "gsm8k": "GSM8K, exact match"}
+
+
+@dataclass
+class Run:
+    """One experiment with one seed, as far as it is there."""
+
+    name: str
+    experiment: str
+    seed: int
+    folder: Path
+    manifest: dict = field(default_factory=dict)  # of the adapter; {} for the base, or where it is missing
+    curves: pandas.DataFrame | None = None
+    phases: dict[str, dict] = field(default_factory=dict)  # phase -> run.json's seconds, peak memory and device
+
+
+@dataclass
+class World:
+    """All that the page shows, read and checked."""
+
+    config: dict  # of the step: report, seeds, experiments, tasks, device
+    scores: dict[tuple[str, str], dict]  # (task, run) -> score file
+    runs: dict[str, Run]
+    warnings: list[str] = field(default_factory=list)
+
+    @property
+    def seeds(self) -> list[int]:
+        return self.config["seeds"]
+
+    def seeded(self, experiment: str, seeds: list[int] | None = None) -> list[str]:
+        """The runs of an experiment, one for each seed; the base stands for itself with each."""
+        return [run_name(experiment, seed) for seed in (self.seeds if seeds is None else seeds)]
+
+    def arm(self, task: str, experiment: str, seeds: list[int] | None = None) -> numpy.ndarray:
+        """Verdicts of an experiment's runs: 0 or 1, seeds x prompts, prompts in one order for all."""
+        return numpy.array([self.verdicts(task, run) for run in self.seeded(experiment, seeds)], dtype=float)
+
+    def verdicts(self, task: str, run: str) -> list[bool]:
+        return [verdict(row) for row in self.scores[task, run]["per_prompt"]]
+
+
+def verdict(row: dict) -> bool:
+    """Whether a prompt's answer passes: all its instructions, strictly (IFEval); `correct` (everything else)."""
+    found = row.get("follow_instruction_list_strict", row.get("correct"))
+    return all(found) if isinstance(found, list) else bool(found)
+
+
+def read(job: Job) -> World:
+    """Everything for one page. InputError where score files are not those that were planned, or can't be compared."""
+    given = {str(path) for path in job.inputs}
+    results = job.out.parent.parent
+    scores: dict[tuple[str, str], dict] = {}
+    for role, wanted in job.step["parents"].items():
+        task, run = role.split(" ")
+        path = results / run / "rm_eval.json" if task == "rm" else results / f"{task}_{run}.json"
+        if str(path) not in given:
+            raise InputError(f"{path}: not among the inputs of the report; run snakemake again")
+        found = artifacts.read(path)
+        if wanted not in found.stands_for():
+            raise InputError(
+                f"{path}: not the scores that the report was planned with (fingerprint {found.fingerprint[:12]}, expected "
+                f"{wanted[:12]}); run snakemake again"
+            )
+        scores[task, run] = found.data
+    world = World(job.config, scores, {})
+    for task in job.config["tasks"]:
+        check_comparable({run: score for (one, run), score in scores.items() if one == task}, task, results)
+        world.warnings += suspicious({run: world.verdicts(task, run) for one, run in scores if one == task}, task)
+    for run in dict.fromkeys(run for _, run in scores):
+        world.runs[run] = read_run(results, run)
+    return world
+
+
+def check_comparable(scores: dict[str, dict], task: str, results: Path) -> None:
+    """InputError unless all runs answered the same prompts, each once, and each file's mean is that of its verdicts."""
+    keys: dict[str, list] = {}
+    for run, score in scores.items():
+        place = f"{results}/{task}_{run}.json"
+        keys[run] = [row["key"] for row in score["per_prompt"]]
+        if len(set(keys[run])) < len(keys[run]):
+            twice = next(key for key in keys[run] if keys[run].count(key) > 1)
+            raise InputError(f"{place}: prompt {twice!r} has two verdicts; delete the file and run snakemake again")
+        if len(keys[run]) != score["n_prompts"]:
+            raise InputError(
+                f"{place}: says {score['n_prompts']} prompts and has {len(keys[run])}; delete it and run snakemake again"
+            )
+        mean, stated = float(numpy.mean([verdict(row) for row in score["per_prompt"]])), score[METRIC[task]]
+        if abs(mean - stated) > 1e-9:
+            raise InputError(
+                f"{place}: {METRIC[task]} is {stated:.6f}, and its verdicts make {mean:.6f}: altered since it was made; delete it "
+                "and run snakemake again"
+            )
+    first, *others = keys
+    for run in others:
+        if keys[run] != keys[first]:
+            missing = [key for key in keys[first] if key not in set(keys[run])]
+            what = (
+                f"lacks {len(missing)} of them, such as {missing[0]!r}" if missing else "has them in another order, or has others"
+            )
+            raise InputError(
+                f"{results}/{task}_{run}.json: other prompts than {results}/{task}_{first}.json: it {what}. Scores over different "
+                "prompts are never averaged; delete the file and run snakemake again"
+            )
+
+
+def suspicious(verdicts: dict[str, list[bool]], task: str) -> list[str]:
+    """A warning for each two runs that agree on every prompt while neither passes nearly all or nearly none."""
+    found = []
+    for one, other in combinations(verdicts, 2):
+        share = sum(verdicts[one]) / len(verdicts[one])
+        if verdicts[one] == verdicts[other] and 0.02 < share < 0.98 and len(verdicts[one]) >= 20:
+            found.append(
+                f"{one} and {other} have the same verdict on each of {len(verdicts[one])} prompts ({task}). Two runs do not agree like "
+                "that by chance: one of them is probably a copy of the other."
+            )
+    return found
+
+
+def read_run(results: Path, name: str) -> Run:
+    experiment, _, seed = name.partition(".seed")
+    folder = results / name
+    run = Run(name, experiment, int(seed or 1), folder, _json(folder / "adapter" / "manifest.json"))
+    try:
+        run.curves = pandas.read_csv(folder / "adapter" / "metrics.csv")
+    except (OSError, ValueError):
+        run.curves = None
+    files = {"training": "adapter/run.json", "merge": "merged/run.json", "base": "run.json"}
+    files |= {f"answers {task}": f"{task}_responses.run.json" for task in METRIC}
+    run.phases = {phase: found for phase, file in files.items() if (found := _json(folder / file)).get("seconds")}
+    return run
+
+
+def answers(run: Run, task: str) -> dict[Any, dict]:
+    """Key -> answer row of a run; {} where the answers are gone."""
+    try:
+        text = (run.folder / f"{task}_responses.jsonl").read_text(encoding="utf-8")
+        return {row["key"]: row for row in map(json.loads, text.splitlines())}
+    except (OSError, ValueError, KeyError):
+        return {}
+
+
+def _json(path: Path) -> dict:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}

@@ -1,0 +1,79 @@
+"""From verdicts to statements: the declared families, the controls, and what each run's own objective says."""
+
+from dataclasses import dataclass
+
+import numpy
+
+from workflow_scripts.core.comparison import contrasts
+from workflow_scripts.report.collect import World
+from workflow_scripts.stats.family import Comparison, Family, compare
+
+NULL_ALPHA = 0.01  # of the null control: it fails by chance in so many reports
+ALPHA = 0.05
+
+
+@dataclass(frozen=True)
+class Judged:
+    """A declared family with its result."""
+
+    name: str
+    title: str
+    task: str
+    confirmatory: bool  # only IFEval's prompt-level strict accuracy is
+    result: Family
+
+
+@dataclass(frozen=True)
+class Control:
+    name: str
+    what: str  # for people
+    passed: bool
+    comparison: Comparison
+
+
+def arms(world: World, task: str, pairs: list[tuple[str, str]]) -> dict[str, numpy.ndarray]:
+    return {name: world.arm(task, name) for pair in pairs for name in pair}
+
+
+def families(world: World) -> list[Judged]:
+    found = []
+    for family in world.config["report"]["families"]:
+        pairs = contrasts(family)
+        result = compare(arms(world, family["task"], pairs), pairs, ALPHA)
+        found.append(Judged(family["name"], family["title"], family["task"], family["task"] == "ifeval", result))
+    return found
+
+
+def controls(world: World) -> list[Control]:
+    """The declared controls on IFEval, each by the test of the first family, with that family's seed variance pooled in.
+
+    A control has one comparison of its own, whose seeds say too little alone. p is not adjusted: a control is not part of a family.
+    """
+    declared = world.config["report"]["controls"]
+    first = next(family for family in world.config["report"]["families"] if family["task"] == "ifeval")
+    pairs = contrasts(first)
+    tables = arms(world, "ifeval", pairs)
+    found = []
+    for name in ("null", "negative", "positive"):
+        if name not in declared:
+            continue
+        control = declared[name]
+        if name == "null":
+            after, before = f"{control['run']} again", control["run"]
+            tables[after] = world.arm("ifeval", control["run"], [seed + control["seeds_from"] for seed in world.seeds])
+            tables[before] = world.arm("ifeval", before)
+        else:
+            after, before = control["run"], control["against"]
+            tables |= arms(world, "ifeval", [(after, before)])
+        known = [pair for pair in pairs if set(pair) != {after, before}]
+        comparison = compare(tables, [*known, (after, before)], ALPHA).comparisons[-1]
+        seeds = ", ".join(str(seed + control.get("seeds_from", 0)) for seed in world.seeds)
+        if name == "null":
+            what = f"{before} once more, with seeds {seeds}: there must be no difference (p above {NULL_ALPHA:.0%})"
+            passed = comparison.p >= NULL_ALPHA
+        else:
+            word = "worse" if name == "negative" else "better"
+            what = f"{after} must be {word} than {before} (p below {ALPHA:.0%})"
+            passed = comparison.p < ALPHA and (comparison.difference < 0) == (name == "negative")
+        found.append(Control(name, what, passed, comparison))
+    return found

@@ -1,0 +1,115 @@
+"""The page itself, and the table for other programs.
+
+The page carries all that it shows and asks nothing of a network: a content security policy allows its own style and its own script,
+by hash, and nothing else. Stored text reaches it escaped by the template, or as JSON whose angle brackets are escaped; the
+script puts it in place as text.
+"""
+
+import base64
+import csv
+import hashlib
+import io
+from pathlib import Path
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+from workflow_scripts.report import figures, sections
+from workflow_scripts.report.collect import LABEL, World
+from workflow_scripts.report.judge import Control, Judged
+
+TEMPLATES = Path(__file__).parent / "templates"
+FILES = "report/templates"  # named, so that a change of them makes the report stale
+
+COLUMNS = [
+    "after", "before", "mean_after", "mean_before", "difference", "se", "df", "t", "p", "p_holm", "low", "high", "low_simultaneous",
+    "high_simultaneous", "se_unpooled", "df_unpooled", "low_unpooled", "high_unpooled", "verdict", "prompts_needed", "seeds_needed",
+    "words",
+]  # fmt: skip
+
+
+def render(world: World, families: list[Judged], controls: list[Control]) -> str:
+    environment = Environment(
+        loader=FileSystemLoader(TEMPLATES), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    environment.filters |= {"points": points, "p": p_text}
+    script = (TEMPLATES / "report.js").read_text(encoding="utf-8")
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    return environment.get_template("report.html.jinja").render(
+        style=(TEMPLATES / "report.css").read_text(encoding="utf-8"),
+        script=script,
+        script_hash=f"sha256-{digest}",
+        world=world,
+        one_seed=len(world.seeds) == 1,
+        families=[shown(family) for family in families],
+        controls=controls,
+        failed=[control for control in controls if not control.passed],
+        training=sections.training(world),
+        scores=sections.scores(world),
+        kinds=sections.kinds(world),
+        lengths=sections.lengths(world),
+        curves=sections.curves(world),
+        rewards=sections.rewards(world),
+        costs=sections.costs(world),
+        tree=sections.tree(world),
+        viewer=sections.viewer(world),
+        label=LABEL,
+    )
+
+
+def shown(family: Judged) -> dict:
+    """What the template says of a family: its rows in points, and its forest plot."""
+    rows = []
+    for one in family.result.comparisons:
+        rows.append(
+            {
+                "label": f"{one.after} - {one.before}",
+                "after": one.after,
+                "before": one.before,
+                "verdict": one.verdict,
+                "words": one.words,
+                "p": one.p_holm,
+                "unpooled": f"{points(one.low_unpooled)} to {points(one.high_unpooled)}",
+                "mcnemar": [f"{m.only_after} : {m.only_before}, p {p_text(m.p)}" for m in one.mcnemar],
+                **{key: 100 * getattr(one, key) for key in ("mean_after", "mean_before", "difference", "low", "high")},
+                **{key: 100 * getattr(one, key) for key in ("low_simultaneous", "high_simultaneous", "se")},
+                "df": one.df,
+            }
+        )
+    return {
+        "name": family.name,
+        "title": family.title,
+        "task": family.task,
+        "confirmatory": family.confirmatory,
+        "result": family.result,
+        "rows": rows,
+        "forest": figures.forest(rows, f"{family.title}: differences with intervals"),
+    }
+
+
+def points(value: float) -> str:
+    """A share as percentage points with a sign."""
+    return f"{100 * value:+.1f}"
+
+
+def p_text(p: float) -> str:
+    return "< 0.001" if p < 0.001 else f"{p:.3f}" if p < 0.1 else f"{p:.2f}"
+
+
+def table(families: list[Judged]) -> str:
+    """comparison.csv: a row for each comparison; shares, not percent."""
+    out = io.StringIO()
+    writer = csv.writer(out, lineterminator="\n")
+    writer.writerow(["family", "task", "seeds", "prompts", "mde", *COLUMNS])
+    for family in families:
+        result = family.result
+        for one in result.comparisons:
+            row = [family.name, family.task, result.seeds, result.prompts, result.mde, *(getattr(one, name) for name in COLUMNS)]
+            writer.writerow([cell(value) for value in row])
+    return out.getvalue()
+
+
+def cell(value: object) -> object:
+    """A value for a spreadsheet: a text that one would take for a formula gets an apostrophe; numbers stay numbers."""
+    if isinstance(value, str) and value[:1] in ("=", "+", "-", "@", "\t", "\r"):
+        return "'" + value
+    return f"{value:.8g}" if isinstance(value, float) else value

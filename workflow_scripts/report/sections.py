@@ -1,0 +1,230 @@
+"""What the page shows besides the verdicts: tables and pictures from what lies beside the scores. Descriptive, all of it."""
+
+import math
+from collections import Counter
+from typing import Any
+
+import numpy
+
+from workflow_scripts.core import comparison
+from workflow_scripts.report import collect, figures
+from workflow_scripts.report.collect import METRIC, Run, World
+from workflow_scripts.report.trained import trained
+
+# What is drawn of a training, by the names that TRL and our trainers log: the first that a run has.
+CURVES = {
+    "loss": ("loss",),
+    "reward margin, chosen over rejected": ("rewards/margins",),
+    "reward": ("reward",),
+    "KL to the reference": ("kl", "objective/kl"),
+    "length of answers, tokens": ("completions/mean_length", "response_length"),
+    "gradient norm": ("grad_norm", "policy/grad_norm"),
+}
+VIEWER_BYTES = 2_500_000  # for answers: the page has to be mailed
+LONGEST = 1_200  # characters of an answer that are shown
+
+
+def percent(value: float | None) -> str:
+    return "" if value is None or math.isnan(value) else f"{100 * value:.1f}"
+
+
+def scores(world: World) -> list[dict]:
+    """A row for each experiment: mean over its seeds of each task, seeds one by one, length and truncation."""
+    rows = []
+    for name in comparison_names(world):
+        runs = dict.fromkeys(world.seeded(name))
+        row: dict[str, Any] = {"name": name, "seeds": len(runs), "tasks": {}}
+        for task in world.config["tasks"]:
+            values = [world.scores[task, run][METRIC[task]] for run in runs]
+            row["tasks"][task] = {"mean": percent(float(numpy.mean(values))), "each": ", ".join(map(percent, values))}
+        loose = [world.scores["ifeval", run]["prompt_level_loose_acc"] for run in runs]
+        inst = [world.scores["ifeval", run]["inst_level_strict_acc"] for run in runs]
+        rows.append(row | {"loose": percent(float(numpy.mean(loose))), "instructions": percent(float(numpy.mean(inst)))})
+    return rows
+
+
+def comparison_names(world: World) -> list[str]:
+    return ["base", *(name for name, body in world.config["experiments"].items() if body["method"] != "rm")]
+
+
+def training(world: World) -> list[dict]:
+    """For every run that trains: its own objective on held-out rows, before and after (report/trained.py)."""
+    rows = []
+    for run in world.runs.values():
+        if run.manifest.get("objective"):
+            rows.append(
+                {"run": run.name, "method": world.config["experiments"][run.experiment]["method"], **trained(run.manifest)}
+            )
+    return rows
+
+
+def kinds(world: World) -> dict:
+    """IFEval by instruction kind: strict accuracy, mean over seeds, for each experiment."""
+    names = comparison_names(world)
+    first = world.scores["ifeval", "base"]["by_instruction"]
+    rows = []
+    for kind in sorted(first):
+        values = [
+            float(numpy.mean([world.scores["ifeval", run]["by_instruction"][kind]["strict_acc"] for run in world.seeded(name)]))
+            for name in names
+        ]
+        cells = [{"text": f"{100 * value:.0f}", "shade": figures.shade(value, 0.0, 1.0)} for value in values]
+        rows.append({"kind": kind, "n": first[kind]["n"], "cells": cells})
+    return {"names": names, "rows": rows}
+
+
+def lengths(world: World) -> list[dict]:
+    """Length by experiment, share cut off at the limit, and accuracy among the answers that ended."""
+    rows = []
+    for name in comparison_names(world):
+        for task in world.config["tasks"]:
+            tokens, cut, ended = [], [], []
+            for run in dict.fromkeys(world.seeded(name)):
+                score, given = world.scores[task, run], collect.answers(world.runs[run], task)
+                tokens.append(score.get("mean_response_tokens"))
+                cut.append(score.get("truncated_share"))
+                passed = [
+                    collect.verdict(row)
+                    for row in score["per_prompt"]
+                    if given.get(row["key"], {}).get("finish_reason") == "stop"
+                ]
+                ended += [float(numpy.mean(passed))] if passed else []
+            known = [value for value in tokens if value is not None]
+            rows.append(
+                {
+                    "name": name,
+                    "task": task,
+                    "tokens": f"{numpy.mean(known):.0f}" if known else "",
+                    "cut": percent(float(numpy.mean([c for c in cut if c is not None])))
+                    if any(c is not None for c in cut)
+                    else "",
+                    "ended": percent(float(numpy.mean(ended))) if ended else "",
+                }
+            )
+    return rows
+
+
+def curves(world: World) -> str:
+    """Training curves, a thin line for each seed. "" where no run has any."""
+    panels: dict[str, dict[str, list]] = {}
+    for what, columns in CURVES.items():
+        for run in world.runs.values():
+            found = next((column for column in columns if run.curves is not None and column in run.curves), None)
+            if found is not None and run.curves is not None and "step" in run.curves:
+                line = run.curves[["step", found]].dropna()
+                if len(line) > 1:
+                    lines = panels.setdefault(what, {}).setdefault(run.experiment, [])
+                    lines.append((line["step"].tolist(), line[found].tolist()))
+    return figures.curves(panels, "training curves: " + ", ".join(panels)) if panels else ""
+
+
+def rewards(world: World) -> str:
+    """Reward at the end of training against IFEval, for methods with a reward. "" where there are none."""
+    points = []
+    for run in world.runs.values():
+        after = run.manifest.get("objective", {}).get("after", {})
+        if "reward" in after and ("ifeval", run.name) in world.scores:
+            score = 100 * world.scores["ifeval", run.name][METRIC["ifeval"]]
+            points.append({"x": after["reward"], "y": score, "name": run.experiment})
+    if not points:
+        return ""
+    return figures.scatter(points, "held-out reward after training", "IFEval, prompt strict, %", "reward against IFEval")
+
+
+def costs(world: World) -> list[dict]:
+    """Time, memory and money by experiment, over its seeds: its own phases, not those that it starts from."""
+    price, currency = world.config["report"].get("price"), world.config["report"].get("currency", "")
+    rows = []
+    by_experiment: dict[str, list[Run]] = {}
+    for run in world.runs.values():
+        by_experiment.setdefault(run.experiment, []).append(run)
+    for name, runs in by_experiment.items():
+        seconds: Counter = Counter()
+        memory = 0.0
+        for run in runs:
+            for phase, facts in run.phases.items():
+                seconds[phase.split(" ")[0]] += facts["seconds"]
+                memory = max(memory, facts.get("peak_gpu_memory_bytes") or facts.get("peak_memory_bytes") or 0)
+        gpu_seconds = sum(value for phase, value in seconds.items() if phase in ("training", "answers"))
+        hours = gpu_seconds / 3600 if world.config["device"] == "cuda" else None
+        rows.append(
+            {
+                "name": name,
+                "runs": len(runs),
+                "training": _time(seconds["training"]),
+                "answers": _time(seconds["answers"]),
+                "other": _time(sum(value for phase, value in seconds.items() if phase not in ("training", "answers"))),
+                "memory": f"{memory / 2**30:.2f}" if memory else "",
+                "gpu_hours": f"{hours:.2f}" if hours is not None else "",
+                "money": f"{hours * price:.2f} {currency}" if hours is not None and price is not None else "",
+            }
+        )
+    return rows
+
+
+def _time(seconds: float) -> str:
+    return "" if not seconds else f"{seconds:.0f} s" if seconds < 600 else f"{seconds / 60:.0f} min"
+
+
+def tree(world: World) -> list[dict]:
+    """The experiments as they start from each other, depth first: name, depth, method, and how many seeds are there."""
+    experiments = world.config["experiments"]
+    children: dict[str, list[str]] = {}
+    for name, body in experiments.items():
+        children.setdefault(body.get("start_from", "base"), []).append(name)
+    rows: list[dict] = []
+
+    def visit(name: str, depth: int) -> None:
+        made = [run for run in world.runs.values() if run.experiment == name]
+        body = experiments.get(name, {"method": world.config.get("base", "base model")})
+        reward = body.get("reward")
+        rows.append(
+            {
+                "name": name,
+                "depth": depth,
+                "method": body["method"] + (f", reward {reward}" if reward else ""),
+                "state": "scored" if name == "base" else f"{len(made)} of {len(made)} runs scored",
+            }
+        )
+        for child in children.get(name, []):
+            visit(child, depth + 1)
+
+    visit("base", 0)
+    return rows
+
+
+def viewer(world: World) -> dict:
+    """Prompts whose verdict flips between two runs of the first seed, with both answers. Cut to a budget, most disputed first."""
+    pairs = list(
+        dict.fromkeys(
+            (family["task"], *pair) for family in world.config["report"]["families"] for pair in comparison.contrasts(family)
+        )
+    )
+    seed = world.seeds[0]
+    texts: dict[str, dict] = {task: {} for task in world.config["tasks"]}
+    passed: dict[str, dict[str, dict]] = {task: {} for task in texts}
+    given: dict[str, dict[str, dict]] = {task: {} for task in texts}
+    disputed: Counter = Counter()
+    for task, *names in pairs:
+        for name in names:
+            if name not in passed[task]:
+                run = world.seeded(name, [seed])[0]
+                given[task][name] = collect.answers(world.runs[run], task)
+                passed[task][name] = {row["key"]: collect.verdict(row) for row in world.scores[task, run]["per_prompt"]}
+        after, before = names
+        disputed.update((task, key) for key, value in passed[task][after].items() if value != passed[task][before][key])
+    shown: dict[str, dict] = {task: {name: {} for name in passed[task]} for task in texts}
+    size, kept = 0, 0
+    for (task, key), _ in sorted(disputed.items(), key=lambda item: (-item[1], str(item[0]))):
+        rows = {name: rows.get(key) for name, rows in given[task].items()}
+        if not all(rows.values()):
+            continue
+        prompt = next(iter(rows.values()))["prompt"]
+        size += len(prompt) + sum(min(len(row["response"]), LONGEST) + 20 for row in rows.values() if row)
+        if size > VIEWER_BYTES:
+            break
+        kept += 1
+        texts[task][str(key)] = prompt[:LONGEST]
+        for name, row in rows.items():
+            shown[task][name][str(key)] = [int(passed[task][name][key]), (row or {})["response"][:LONGEST]]
+    return {"pairs": [list(pair) for pair in pairs], "prompts": texts, "answers": shown, "kept": kept, "flipped": len(disputed)}
