@@ -317,7 +317,7 @@ CODE: dict[str, list[str]] = {
     "core/chat.py": [*SLICE, "make_base", *MODELS],
     "core/device.py": ["make_base", *MODELS],
     "core/models.py": MODELS,
-    **dict.fromkeys(("core/training.py", "core/checkpoints.py"), ["eval_rm", *TRAIN]),
+    **dict.fromkeys(tuple(f"core/{name}.py" for name in "training checkpoints units change".split()), ["eval_rm", *TRAIN]),
     "core/slicing.py": [*SLICE, "generate"],
     "core/formats.py": [*SLICE, "generate", "score_gsm8k"],
     "core/scores.py": [*SCORE, *ROLLOUTS],
@@ -335,6 +335,7 @@ CODE: dict[str, list[str]] = {
     **{f"steps/{step}.py": [step] for step in ("make_base", "merge", "generate", "eval_rm", *SCORE, *TRAIN)},
     **dict.fromkeys((f"core/{name}.py" for name in NO_STEP), []),
     **dict.fromkeys((f"tools/{name}.py" for name in "__init__ compare status card push pin runs chat".split()), []),
+    **dict.fromkeys(("report/__init__.py", "report/trained.py"), []),
     **dict.fromkeys(("templates/chatml_text.jinja", "templates/smollm2.jinja"), []),
 }
 # Modules that run when Snakemake plans: there a statement may be added, and nothing changed.

@@ -112,7 +112,7 @@ def restore_sums(trainer: Any, found: dict) -> None:
         trainer._metrics[mode].update(values)
 
 
-def train(trainer: Any, fingerprint: str, minutes: float, boundary: int, measure: Callable[[], dict]) -> tuple[dict, dict]:
+def train(trainer: Any, fingerprint: str, minutes: float, boundary: int, measure: Callable[[], Any]) -> tuple[Any, Any]:
     """Train to the end, from the last checkpoint if there is one. Returns what `measure` says before and after training.
 
     Raises Interrupted if SIGTERM ended the training early; a checkpoint was written then.

@@ -6,8 +6,9 @@ from typing import Any
 
 from transformers import PrinterCallback, TrainerCallback
 
-from workflow_scripts.core import chat, checkpoints, models
+from workflow_scripts.core import chat, checkpoints, models, units
 from workflow_scripts.core.artifacts import Artifact, Draft, Job
+from workflow_scripts.core.change import Units, changes
 from workflow_scripts.core.fingerprint import fingerprint
 from workflow_scripts.core.messages import InputError
 from workflow_scripts.core.progress import Progress
@@ -15,6 +16,8 @@ from workflow_scripts.core.progress import Progress
 # Measurements of time: they go to run.json, not into a manifest or a curve that two equal runs share.
 CLOCK = ("runtime", "per_second", "total_flos", "preparation_time", "step_time")
 SINCE_RESUME = ("train_loss",)  # transformers' mean over the steps since the last resume: no figure of the run
+
+Measured = tuple[dict[str, Any], Units]  # the held-out objective: its values, and the units of each one that is a mean over units
 
 
 def arguments(job: Job) -> dict[str, Any]:
@@ -154,29 +157,35 @@ class Watch(TrainerCallback):
             self.progress.close()
 
 
-def fit(trainer: Any, job: Job, measure: Callable[[], dict]) -> dict:
-    """Train, from the step's last checkpoint where there is one. Returns the objective before and after, for the manifest."""
+def fit(trainer: Any, job: Job, measure: Callable[[], Measured]) -> dict:
+    """Train, from the step's last checkpoint where there is one.
+
+    Returns the objective before and after, and its change with a standard error, for the manifest.
+    """
     args = trainer.args
     # Micro-steps on one set of sampled answers; without rollouts, 1: every step can be resumed from.
     rollout = getattr(args, "steps_per_generation", 1) * getattr(args, "num_iterations", 1)
     boundary = rollout // math.gcd(rollout, args.gradient_accumulation_steps)
     before, after = checkpoints.train(trainer, fingerprint(job.step), job.checkpoint_minutes, boundary, measure)
-    return {"objective": {"before": before, "after": after}, "adapter_moved": changed(trainer)}
+    found: dict[str, Any] = {"before": before[0], "after": after[0], "change": changes(before[1], after[1])}
+    return {"objective": found, "adapter_moved": changed(trainer)}
 
 
-def objective(trainer: Any, keys: dict[str, str]) -> dict[str, float]:
+def objective(trainer: Any, keys: dict[str, str]) -> Measured:
     """The method's own objective on the held-out rows: our name -> value, from the trainer's `eval_` metrics by `keys`.
 
     TRL's metrics are means over batches, so all batches get one size: the largest that is no larger than the config's, divides
-    the rows (or sampled answers), and holds whole groups.
+    the rows (or sampled answers), and holds whole groups. The units of its change: core/units.py.
     """
     args = trainer.args
     group = getattr(args, "num_generations_eval", None) or 1
     size, rows = args.per_device_eval_batch_size, len(trainer.eval_dataset) * group
     args.per_device_eval_batch_size = max(n for n in range(group, max(size, group) + 1, group) if rows % n == 0)
-    metrics = trainer.evaluate()
+    with units.kept(trainer) as found:
+        metrics = trainer.evaluate()
     args.per_device_eval_batch_size = size
-    return {name: round(float(metrics[f"eval_{key}"]), 6) for name, key in keys.items()}
+    means = {name: round(float(metrics[f"eval_{key}"]), 6) for name, key in keys.items()}
+    return means, {name: found[key] for name, key in keys.items()}
 
 
 def save(trainer: Any, draft: Draft, job: Job, start: Artifact, facts: dict) -> None:

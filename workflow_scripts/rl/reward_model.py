@@ -80,14 +80,18 @@ def score_pairs(
     return chosen, rejected
 
 
-def objective(chosen: list[float], rejected: list[float]) -> dict[str, float]:
-    """The Bradley-Terry loss, the share of pairs in the right order (a tie is wrong), and the mean margin; `n` pairs."""
+def by_pair(chosen: list[float], rejected: list[float]) -> dict[str, list[float]]:
+    """Of each pair the Bradley-Terry loss, whether it is in the right order (a tie is wrong), and the margin."""
     import numpy
 
     margins = numpy.asarray(chosen) - numpy.asarray(rejected)
-    return {
-        "loss": round(float(numpy.logaddexp(0, -margins).mean()), 6),
-        "accuracy": round(float((margins > 0).mean()), 6),
-        "margin": round(float(margins.mean()), 6),
-        "n": len(margins),
-    }
+    found = {"loss": numpy.logaddexp(0, -margins), "accuracy": (margins > 0).astype(float), "margin": margins}
+    return {name: values.tolist() for name, values in found.items()}
+
+
+def objective(chosen: list[float], rejected: list[float]) -> dict[str, float]:
+    """The means of `by_pair`, and `n` pairs."""
+    import numpy
+
+    means = {name: round(float(numpy.mean(values)), 6) for name, values in by_pair(chosen, rejected).items()}
+    return {**means, "n": len(chosen)}

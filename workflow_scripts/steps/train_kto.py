@@ -21,15 +21,17 @@ import json
 from typing import Any
 
 from workflow_scripts.core import artifacts, cli
+from workflow_scripts.core.change import Units, of_ratio
 from workflow_scripts.core.unpaired import spread, unpair, weights
 
 
-def told_apart(trainer: Any, rows: list[dict]) -> dict[str, float | None]:
+def told_apart(trainer: Any, rows: list[dict]) -> tuple[dict[str, float | None], Units]:
     """How the policy rewards the held-out answers: beta (log pi - log ref) for each, the reference being the adapter off.
 
     The mean reward of each class, their margin, and `accuracy`: of all pairs of a desirable and an undesirable answer to one
     prompt, the share whose desirable one has the higher reward; None where no prompt has both. Row by row, since TRL's own
-    figures are means over batches, and leave out batches of one class.
+    figures are means over batches, and leave out batches of one class. The units of their change are prompts: two answers to one
+    prompt are no two observations.
     """
     import torch
 
@@ -50,15 +52,25 @@ def told_apart(trainer: Any, rows: list[dict]) -> dict[str, float | None]:
     groups: dict[str, tuple[list[float], list[float]]] = {}
     for row, reward in zip(rows, rewards, strict=True):
         groups.setdefault(json.dumps(row["prompt"]), ([], []))[row["label"]].append(reward)
-    right = [better > worse for bad, good in groups.values() for better in good for worse in bad]
+    pairs = [[better > worse for better in good for worse in bad] for bad, good in groups.values()]
+    right = [one for found in pairs for one in found]
+    desirable, undesirable = (of_ratio((sum(both[label]), len(both[label])) for both in groups.values()) for label in (1, 0))
+    units = {
+        "margin": [high - low for high, low in zip(desirable, undesirable, strict=True)],
+        "reward_desirable": of_ratio((sum(good), len(good)) for _, good in groups.values() if good),
+        "reward_undesirable": of_ratio((sum(bad), len(bad)) for bad, _ in groups.values() if bad),
+    }
+    if right:
+        units["accuracy"] = of_ratio((sum(found), len(found)) for found in pairs if found)
     means = {label: sum(r for r, row in zip(rewards, rows, strict=True) if row["label"] == label) for label in (True, False)}
     means = {label: total / sum(row["label"] == label for row in rows) for label, total in means.items()}
-    return {
+    values = {
         "margin": round(means[True] - means[False], 6),
         "reward_desirable": round(means[True], 6),
         "reward_undesirable": round(means[False], 6),
         "accuracy": round(sum(right) / len(right), 6) if right else None,
     }
+    return values, units
 
 
 def main(job: artifacts.Job) -> None:
@@ -96,8 +108,9 @@ def main(job: artifacts.Job) -> None:
     )
     facts: dict = {"constant": training.settle(trainer, job, tokenizer, given, rows)}
 
-    def objective() -> dict:
-        return training.objective(trainer, {"loss": "loss"}) | told_apart(trainer, ordered[True][0])
+    def objective() -> training.Measured:
+        (loss, batches), (rewards, prompts) = training.objective(trainer, {"loss": "loss"}), told_apart(trainer, ordered[True][0])
+        return loss | rewards, batches | prompts
 
     facts |= training.fit(trainer, job, objective)
     facts["class_weights"] = class_weights

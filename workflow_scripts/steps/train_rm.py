@@ -64,9 +64,10 @@ def main(job: artifacts.Job) -> None:
     )
     facts: dict = {"constant": training.settle(trainer, job, tokenizer, given, rows, mask=False)}
 
-    def objective() -> dict[str, float]:
+    def objective() -> training.Measured:
         batch_size = config["train"]["per_device_eval_batch_size"]
-        return reward_model.objective(*reward_model.score_pairs(trainer.model, tokenizer, short[True], batch_size, max_length))
+        scores = reward_model.score_pairs(trainer.model, tokenizer, short[True], batch_size, max_length)
+        return reward_model.objective(*scores), reward_model.by_pair(*scores)
 
     facts |= training.fit(trainer, job, objective)
     facts["left_out"] = {"train": len(pairs[False]) - len(short[False]), "heldout": len(pairs[True]) - len(short[True])}
