@@ -40,7 +40,7 @@ def of_run(clusters: Clusters, alpha: float = 0.05) -> Accuracy:
 def of_arm(runs: Sequence[Clusters], alpha: float = 0.05) -> Accuracy:
     """Mean over the seeds of an arm; its error covers prompts and seeds. The prompts, and their counts of items, are the same.
 
-    Crossed random effects (`components.parts`) on z[s, i] = (sum of the m_i items of prompt i at seed s - mean * m_i) * n / N, with
+    Crossed random effects (`components.parts`) on z[s, i] = (sum of the m_i items of prompt i - mean * m_i) * n / N, with
     N items in n prompts. Over one seed the variance over prompts of z / n is Liang & Zeger's (1986, Biometrika 73, 13-22)
     cluster-robust variance, so one seed gives the same as `of_run`. The seed variance is this arm's own: with three seeds its
     degrees of freedom are few, and the interval wide. Raises ValueError if the runs do not have the same prompts and items.
