@@ -305,7 +305,11 @@ EVERY = [*SLICE, "make_base", *MODELS, *SCORE]
 
 # Plumbing; what plans; what only models from elsewhere need.
 NO_STEP = "cli gpus progress messages runinfo work fingerprint hub plan config records schema_errors yaml_files".split()
-NO_STEP += ["estimate", "patterns", "signals", "sources", "templates"]
+NO_STEP += ["estimate", "patterns", "signals", "comparison", "sources", "templates"]
+
+REPORT = [f"report/{name}.py" for name in "__init__ collect figures judge page sections trained".split()]  # no target here
+REPORT += [f"stats/{name}.py" for name in "__init__ accuracy components family power".split()]
+REPORT += ["steps/report.py", *(f"report/templates/report.{ending}" for ending in ("html.jinja", "css", "js"))]
 
 # File of the package -> the steps that can run it.
 CODE: dict[str, list[str]] = {
@@ -335,7 +339,7 @@ CODE: dict[str, list[str]] = {
     **{f"steps/{step}.py": [step] for step in ("make_base", "merge", "generate", "eval_rm", *SCORE, *TRAIN)},
     **dict.fromkeys((f"core/{name}.py" for name in NO_STEP), []),
     **dict.fromkeys((f"tools/{name}.py" for name in "__init__ compare status card push pin runs chat".split()), []),
-    **dict.fromkeys(("report/__init__.py", "report/trained.py"), []),
+    **dict.fromkeys(REPORT, []),
     **dict.fromkeys(("templates/chatml_text.jinja", "templates/smollm2.jinja"), []),
 }
 # Modules that run when Snakemake plans: there a statement may be added, and nothing changed.

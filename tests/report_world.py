@@ -1,4 +1,4 @@
-"""A results folder as a finished comparison leaves it, without training: verdicts drawn from given accuracies, answers, curves."""
+"""A results folder as a finished comparison leaves it, without training: verdicts drawn from given accuracies, answers."""
 
 import contextlib
 import json
@@ -43,7 +43,7 @@ def make(folder: Path, config: Path, accuracy: dict[str, float] | None = None, s
                 passes = rng.random(prompts) < 1 / (1 + numpy.exp(-(1.6 * numpy.log(share / (1 - share)) + difficulty)))
                 _score(plan, task, run, passes)
             if run != "base":
-                _adapter(plan, run, rng, plan.config.experiments[experiment]["method"])
+                _adapter(plan, run, rng, plan.config.experiments[experiment]["method"], experiment != "dpo_ipo")
         for run in comparison.reward_models(plan.config):
             _adapter(plan, run, rng, "rm")
             _write(Path(f"{plan.results}/{run}/rm_eval.json"), {"fingerprint": plan.fingerprint("eval_rm", run), "files": {}})
@@ -83,16 +83,17 @@ def _score(plan: Plan, task: str, run: str, passes: numpy.ndarray) -> None:
     _write(file.with_name(f"{task}_responses.run.json"), {"seconds": 12.5, "peak_memory_bytes": 6e8})
 
 
-def _adapter(plan: Plan, run: str, rng: numpy.random.Generator, method: str) -> None:
+def _adapter(plan: Plan, run: str, rng: numpy.random.Generator, method: str, trains: bool = True) -> None:
     folder = Path(f"{plan.results}/{run}/adapter")
-    value = {"sft": "loss", "ppo": "reward", "grpo": "reward", "rloo": "reward"}.get(method, "accuracy")
-    change = -0.2 if value == "loss" else 0.4
+    values = {"sft": ["loss"], "ppo": ["reward"], "grpo": ["reward"], "rloo": ["reward"]}.get(method, ["accuracy", "margin"])
+    moved = {value: (-0.2 if value == "loss" else 0.4) * (1 if trains else 0.01) for value in values}
     objective = {
-        "before": {value: 0.5},
-        "after": {value: 0.5 + change},
-        "change": {value: {"mean": change, "stderr": 0.02, "n": 20}},
+        "before": dict.fromkeys(values, 0.5),
+        "after": {value: 0.5 + change for value, change in moved.items()},
+        "change": {value: {"mean": change, "stderr": 0.02, "n": 20} for value, change in moved.items()},
     }
-    _write(folder / "manifest.json", {"fingerprint": plan.fingerprint("train", run), "files": {}, "objective": objective})
+    manifest = {"fingerprint": plan.fingerprint("train", run), "files": {}, "objective": objective}
+    _write(folder / "manifest.json", manifest | {"step": {"config": {"method": method}}})
     _write(folder / "run.json", {"seconds": 33.0, "peak_memory_bytes": 9e8})
     steps = numpy.arange(1, 61)
     curve = 0.7 - 0.005 * steps + rng.normal(0, 0.01, 60)

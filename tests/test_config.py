@@ -96,7 +96,7 @@ MISTAKES = {
     "experiments: {x: {extends: sft_v2, method: dpo, train: {packing: true}}}": ("experiments.x.train.packing", "for method dpo"),
     # references
     "experiments: {dpo: {start_from: nowhere}}": (
-        "experiments.dpo.start_from", "found 'nowhere', expected one of base, dpo, dpo_4bit, dpo_ipo, grpo"),
+        "experiments.dpo.start_from", "found 'nowhere', expected one of base, dpo, dpo_4bit, dpo_flipped, dpo_ipo"),
     "experiments: {dpo: {start_from: nowhere}, a: {extends: dpo}}": ("experiments.dpo.start_from", "found 'nowhere'"),
     "methods: {sft: {start_from: nowhere}}": ("methods.sft.start_from", "found 'nowhere'"),
     "experiments: {sft_v2: {start_from: dpo}}": ("experiments.sft_v2.start_from", "a loop: dpo -> sft_v2 -> dpo; one of"),

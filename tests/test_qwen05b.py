@@ -42,7 +42,7 @@ def snakemake(folder: Path, *args: str, **more: str) -> subprocess.CompletedProc
 def test_the_study_has_the_numbers_of_its_design(study):
     experiments = study.config.experiments
     others = {"kto", "rm", "ppo", "grpo", "rloo"}
-    assert set(experiments) == {"sft_v1", "sft_v2", "dpo", "dpo_ipo", "dpo_hinge", "dpo_4bit"} | others
+    assert set(experiments) == {"sft_v1", "sft_v2", "dpo", "dpo_ipo", "dpo_hinge", "dpo_4bit", "dpo_flipped"} | others
     common = {"num_train_epochs": 1, "warmup_steps": 0.03, "lr_scheduler_type": "cosine", "gradient_checkpointing": True}
     for name, body in experiments.items():
         train = body["train"]
@@ -72,7 +72,7 @@ def test_the_study_has_the_numbers_of_its_design(study):
     assert (train["num_iterations"], train["epsilon"], train["temperature"]) == (4, 0.2, 1.0)
     assert experiments["ppo"]["reward"] == "rm" and experiments["ppo"]["slice"] == "prompts"
     losses = {name: experiments[name]["train"]["loss_type"] for name in experiments if name.startswith("dpo")}
-    assert losses == {"dpo": "sigmoid", "dpo_ipo": "ipo", "dpo_hinge": "hinge", "dpo_4bit": "sigmoid"}
+    assert losses == {"dpo": "sigmoid", "dpo_ipo": "ipo", "dpo_hinge": "hinge", "dpo_4bit": "sigmoid", "dpo_flipped": "sigmoid"}
     slices = study.config.data["data"]["slices"]
     assert (slices["sft"]["source"]["hub"], slices["sft"]["source"]["split"]) == ("HuggingFaceH4/ultrachat_200k", "train_sft")
     assert (slices["pairs"]["source"]["hub"], slices["pairs"]["source"]["split"]) == (

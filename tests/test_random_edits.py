@@ -205,21 +205,21 @@ def default(default_made: Clone, tmp_path: Path) -> Clone:
 
 
 ALL = {"all": 1}
-DPO = {"train_dpo": 3, "generate": 6, "score": 6, **ALL}
-ADAPTERS = {"train_sft": 2, "merge": 1, "train_dpo": 3, "train_kto": 1, "train_rm": 1, "eval_rm": 1}
-ADAPTERS |= {"train_ppo": 2, "train_grpo": 3, "train_rloo": 1, "generate": 24, "score": 24, **ALL}
+DPO = {"train_dpo": 4, "generate": 8, "score": 8, **ALL}
+ADAPTERS = {"train_sft": 2, "merge": 1, "train_dpo": 4, "train_kto": 1, "train_rm": 1, "eval_rm": 1}
+ADAPTERS |= {"train_ppo": 2, "train_grpo": 3, "train_rloo": 1, "generate": 26, "score": 26, **ALL}
 REWARD = {"train_rm": 1, "eval_rm": 1, "train_ppo": 1, "train_grpo": 1}  # the reward model, and what is trained with it
 
 BY_CONFIG = {
     "{}": {},
     "methods: {dpo: {train: {beta: 0.2}}}": DPO,
     "lora: {r: 8}": ADAPTERS,
-    "eval: {batch_size: 50}": {"generate": 26, "score": 26, **ALL},
-    "eval: {ifeval: {max_new_tokens: 50}}": {"generate": 13, "score": 13, **ALL},
-    "eval: {ifeval: {strip_think: true}}": {"score": 13, **ALL},
-    "data: {slices: {ifeval: {rows: 300}}}": {**ADAPTERS, "slice_data": 6, "make_base": 1, "generate": 26, "score": 26},
-    "data: {slices: {sums_eval: {rows: 150}}}": {**ADAPTERS, "slice_data": 6, "generate": 25, "score": 25},
-    "threads: 2": {**ADAPTERS, "slice_data": 5, "make_base": 1, "generate": 26, "score": 26},
+    "eval: {batch_size: 50}": {"generate": 28, "score": 28, **ALL},
+    "eval: {ifeval: {max_new_tokens: 50}}": {"generate": 14, "score": 14, **ALL},
+    "eval: {ifeval: {strip_think: true}}": {"score": 14, **ALL},
+    "data: {slices: {ifeval: {rows: 300}}}": {**ADAPTERS, "slice_data": 6, "make_base": 1, "generate": 28, "score": 28},
+    "data: {slices: {sums_eval: {rows: 150}}}": {**ADAPTERS, "slice_data": 6, "generate": 27, "score": 27},
+    "threads: 2": {**ADAPTERS, "slice_data": 5, "make_base": 1, "generate": 28, "score": 28},
     "methods: {rm: {train: {learning_rate: 2.0e-3}}}": {**REWARD, "generate": 4, "score": 4, **ALL},
     "experiments: {more: {extends: dpo, train: {beta: 0.5}}}": {"train_dpo": 1, "generate": 2, "score": 2, **ALL},
     "seeds: [1, 2]": ADAPTERS,
@@ -245,13 +245,13 @@ def test_the_table_touch_comments_and_layout_rerun_nothing(default):
     ("path", "old", "new", "expected"),
     [
         ("steps/train_dpo.py", "callbacks=[training.Watch(job.run)]", "callbacks=[training.Watch(str(job.run))]", DPO),
-        ("steps/score_ifeval.py", "in units.items()", "in [*units.items()]", {"score": 13, **ALL}),
+        ("steps/score_ifeval.py", "in units.items()", "in [*units.items()]", {"score": 14, **ALL}),
         # lm-eval's checkers are a reward as well
         (
             "core/ifeval.py",
             "random.seed(seed)",
             "random.seed(str(seed))",
-            {"train_ppo": 2, "train_grpo": 3, "train_rloo": 1, "generate": 12, "score": 19, **ALL},
+            {"train_ppo": 2, "train_grpo": 3, "train_rloo": 1, "generate": 12, "score": 20, **ALL},
         ),
     ],
 )
@@ -266,12 +266,12 @@ def test_the_table_rows_of_the_preference_source(default):
     lines = path.read_text().splitlines()
     taken = [set(random.Random(seed).sample(range(len(lines)), rows)) for rows, seed in ((1100, 1), (2200, 2))]
     rows = set(range(len(lines)))
-    pairs = {"slice_data": 1, "train_dpo": 3, "train_kto": 1, "generate": 8, "score": 8, **ALL}
+    pairs = {"slice_data": 1, "train_dpo": 4, "train_kto": 1, "generate": 10, "score": 10, **ALL}
     for where, expected in (
         (rows - taken[0] - taken[1], {}),
         (taken[0] - taken[1], pairs),
         (taken[1] - taken[0], {**REWARD, "slice_data": 1, "generate": 4, "score": 4, **ALL}),
-        (taken[0] & taken[1], {**pairs, **REWARD, "slice_data": 2, "generate": 12, "score": 12}),
+        (taken[0] & taken[1], {**pairs, **REWARD, "slice_data": 2, "generate": 14, "score": 14}),
     ):
         at = min(where)
         path.write_text("\n".join([*lines[:at], lines[at].replace("good", "fine"), *lines[at + 1 :]]) + "\n")

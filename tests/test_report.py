@@ -55,6 +55,13 @@ def test_known_effects_are_better_and_an_equal_method_cannot_be_told(html):
     assert "Do not trust" not in html and "Something is wrong" not in html and "One seed" not in html
 
 
+def test_a_method_that_did_not_move_its_own_objective_is_marked(html):
+    table = html[html.index('id="trained"') : html.index("Every run, with the interval")]
+    rows = re.findall(r"<tr><td>(\w+)</td>(.*?)</tr>", table, flags=re.S)
+    assert len(rows) == 13
+    assert [name for name, row in rows if "did not train with these settings" in row] == ["dpo_ipo"]
+
+
 def test_the_table_has_a_row_for_each_comparison_with_the_page_s_numbers(made, html):
     rows = list(csv.DictReader(io.StringIO((made[0] / "results/report/comparison.csv").read_text())))
     assert [row["family"] for row in rows].count("primary") == 5 and [row["family"] for row in rows].count("methods") == 10

@@ -1,4 +1,4 @@
-"""The report's page in a headless Chromium: it fits, it asks nothing of a network, stored text stays text, and it opens at once."""
+"""The report's page in a headless Chromium: it fits, asks nothing of a network, stored text stays text, and it opens at once."""
 
 import shutil
 import sys

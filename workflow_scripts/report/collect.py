@@ -108,8 +108,8 @@ def check_comparable(scores: dict[str, dict], task: str, results: Path) -> None:
         mean, stated = float(numpy.mean([verdict(row) for row in score["per_prompt"]])), score[METRIC[task]]
         if abs(mean - stated) > 1e-9:
             raise InputError(
-                f"{place}: {METRIC[task]} is {stated:.6f}, and its verdicts make {mean:.6f}: altered since it was made; delete it "
-                "and run snakemake again"
+                f"{place}: {METRIC[task]} is {stated:.6f}, and its verdicts make {mean:.6f}: altered since it was made; delete "
+                "it and run snakemake again"
             )
     first, *others = keys
     for run in others:
@@ -119,8 +119,8 @@ def check_comparable(scores: dict[str, dict], task: str, results: Path) -> None:
                 f"lacks {len(missing)} of them, such as {missing[0]!r}" if missing else "has them in another order, or has others"
             )
             raise InputError(
-                f"{results}/{task}_{run}.json: other prompts than {results}/{task}_{first}.json: it {what}. Scores over different "
-                "prompts are never averaged; delete the file and run snakemake again"
+                f"{results}/{task}_{run}.json: other prompts than {results}/{task}_{first}.json: it {what}. Scores over "
+                "different prompts are never averaged; delete the file and run snakemake again"
             )
 
 
@@ -131,8 +131,8 @@ def suspicious(verdicts: dict[str, list[bool]], task: str) -> list[str]:
         share = sum(verdicts[one]) / len(verdicts[one])
         if verdicts[one] == verdicts[other] and 0.02 < share < 0.98 and len(verdicts[one]) >= 20:
             found.append(
-                f"{one} and {other} have the same verdict on each of {len(verdicts[one])} prompts ({task}). Two runs do not agree like "
-                "that by chance: one of them is probably a copy of the other."
+                f"{one} and {other} have the same verdict on each of {len(verdicts[one])} prompts ({task}). Two runs do not "
+                "agree like that by chance: one of them is probably a copy of the other."
             )
     return found
 

@@ -1,7 +1,7 @@
 """Pictures of the report, as SVG that follows the page's colours and width. Matplotlib draws; nothing is computed here.
 
-Ink is drawn in one colour that becomes `currentColor`, so that a picture is readable on light and on dark paper. The same data give
-the same bytes: no dates, and ids from a fixed salt.
+Ink is drawn in one colour that becomes `currentColor`, so that a picture is readable on light and on dark paper. The same data
+give the same bytes: no dates, and ids from a fixed salt.
 """
 
 import io
@@ -49,7 +49,7 @@ def svg(figure: Figure, title: str) -> str:
 
 
 def forest(rows: list[dict], title: str) -> str:
-    """Differences with both intervals. rows: label, difference, low, high, low_simultaneous, high_simultaneous (points), verdict."""
+    """Differences with both intervals. rows: label, verdict and, in points, difference, low, high and *_simultaneous."""
     figure, axes = pyplot.subplots(figsize=(7.2, 0.6 + 0.34 * len(rows)))
     axes.axvline(0, color=INK, linewidth=0.8)
     for y, row in enumerate(reversed(rows)):

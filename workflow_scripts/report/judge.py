@@ -47,7 +47,7 @@ def families(world: World) -> list[Judged]:
 def controls(world: World) -> list[Control]:
     """The declared controls on IFEval, each by the test of the first family, with that family's seed variance pooled in.
 
-    A control has one comparison of its own, whose seeds say too little alone. p is not adjusted: a control is not part of a family.
+    A control has one comparison of its own, whose seeds say too little alone. p is not adjusted: a control is in no family.
     """
     declared = world.config["report"]["controls"]
     first = next(family for family in world.config["report"]["families"] if family["task"] == "ifeval")

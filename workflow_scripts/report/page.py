@@ -1,7 +1,7 @@
 """The page itself, and the table for other programs.
 
-The page carries all that it shows and asks nothing of a network: a content security policy allows its own style and its own script,
-by hash, and nothing else. Stored text reaches it escaped by the template, or as JSON whose angle brackets are escaped; the
+The page carries all that it shows and asks nothing of a network: a content security policy allows its own style, and its own
+script by hash, and nothing else. Stored text reaches it escaped by the template, or as JSON whose angle brackets are escaped; the
 script puts it in place as text.
 """
 
@@ -20,11 +20,8 @@ from workflow_scripts.report.judge import Control, Judged
 TEMPLATES = Path(__file__).parent / "templates"
 FILES = "report/templates"  # named, so that a change of them makes the report stale
 
-COLUMNS = [
-    "after", "before", "mean_after", "mean_before", "difference", "se", "df", "t", "p", "p_holm", "low", "high", "low_simultaneous",
-    "high_simultaneous", "se_unpooled", "df_unpooled", "low_unpooled", "high_unpooled", "verdict", "prompts_needed", "seeds_needed",
-    "words",
-]  # fmt: skip
+COLUMNS = """after before mean_after mean_before difference se df t p p_holm low high low_simultaneous high_simultaneous
+se_unpooled df_unpooled low_unpooled high_unpooled verdict prompts_needed seeds_needed words""".split()
 
 
 def render(world: World, families: list[Judged], controls: list[Control]) -> str:

@@ -48,13 +48,32 @@ def comparison_names(world: World) -> list[str]:
 
 
 def training(world: World) -> list[dict]:
-    """For every run that trains: its own objective on held-out rows, before and after (report/trained.py)."""
-    rows = []
+    """For every experiment that trains: its own objective on held-out rows, seed by seed (report/trained.py)."""
+    found: dict[str, list[dict]] = {}
     for run in world.runs.values():
-        if run.manifest.get("objective"):
-            rows.append(
-                {"run": run.name, "method": world.config["experiments"][run.experiment]["method"], **trained(run.manifest)}
-            )
+        if "objective" in run.manifest:
+            found.setdefault(run.experiment, []).append({"run": run.name, **trained(run.manifest)})
+    rows = []
+    for name, runs in found.items():
+        verdicts = [run["trained"] for run in runs]
+        values = [
+            {
+                "name": value["name"],
+                "before": numpy.mean([run["values"][i]["before"] for run in runs]),
+                "after": numpy.mean([run["values"][i]["after"] for run in runs]),
+            }
+            for i, value in enumerate(runs[0]["values"])
+        ]
+        rows.append(
+            {
+                "name": name,
+                "method": runs[0]["method"],
+                "runs": runs,
+                "values": values,
+                "moved": sum(verdict is True for verdict in verdicts),
+                "trained": False if False in verdicts else None if None in verdicts else True,
+            }
+        )
     return rows
 
 
@@ -167,7 +186,7 @@ def _time(seconds: float) -> str:
 
 
 def tree(world: World) -> list[dict]:
-    """The experiments as they start from each other, depth first: name, depth, method, and how many seeds are there."""
+    """The experiments as they start from each other, depth first: name, depth, method, and what of it there is."""
     experiments = world.config["experiments"]
     children: dict[str, list[str]] = {}
     for name, body in experiments.items():
@@ -175,15 +194,18 @@ def tree(world: World) -> list[dict]:
     rows: list[dict] = []
 
     def visit(name: str, depth: int) -> None:
-        made = [run for run in world.runs.values() if run.experiment == name]
-        body = experiments.get(name, {"method": world.config.get("base", "base model")})
+        runs = [run for run in world.runs.values() if run.experiment == name]
+        there = {"trained": "adapter/manifest.json", "merged": "merged/manifest.json", "answered": "ifeval_responses.jsonl"}
+        counts = {what: sum((run.folder / file).exists() for run in runs) for what, file in there.items()}
+        state = [f"{count} {what}" for what, count in counts.items() if count]
+        body = experiments.get(name, {"method": "base model"})
         reward = body.get("reward")
         rows.append(
             {
                 "name": name,
                 "depth": depth,
                 "method": body["method"] + (f", reward {reward}" if reward else ""),
-                "state": "scored" if name == "base" else f"{len(made)} of {len(made)} runs scored",
+                "state": ", ".join([*state, f"{len(runs)} scored"]),
             }
         )
         for child in children.get(name, []):
@@ -216,15 +238,15 @@ def viewer(world: World) -> dict:
     shown: dict[str, dict] = {task: {name: {} for name in passed[task]} for task in texts}
     size, kept = 0, 0
     for (task, key), _ in sorted(disputed.items(), key=lambda item: (-item[1], str(item[0]))):
-        rows = {name: rows.get(key) for name, rows in given[task].items()}
-        if not all(rows.values()):
+        rows = {name: rows[key] for name, rows in given[task].items() if key in rows}
+        if len(rows) < len(given[task]):
             continue
         prompt = next(iter(rows.values()))["prompt"]
-        size += len(prompt) + sum(min(len(row["response"]), LONGEST) + 20 for row in rows.values() if row)
+        size += len(prompt) + sum(min(len(row["response"]), LONGEST) + 20 for row in rows.values())
         if size > VIEWER_BYTES:
             break
         kept += 1
         texts[task][str(key)] = prompt[:LONGEST]
         for name, row in rows.items():
-            shown[task][name][str(key)] = [int(passed[task][name][key]), (row or {})["response"][:LONGEST]]
+            shown[task][name][str(key)] = [int(passed[task][name][key]), row["response"][:LONGEST]]
     return {"pairs": [list(pair) for pair in pairs], "prompts": texts, "answers": shown, "kept": kept, "flipped": len(disputed)}

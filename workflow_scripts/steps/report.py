@@ -1,7 +1,7 @@
-"""The comparison: one page and one table from the scores of all experiments and seeds (docs/report.md says how to read them).
+"""The comparison: one page and one table from the scores of all experiments and seeds (docs/report.md: how to read them).
 
-In: score files, which are the inputs; answers, manifests, curves, run.json beside them, read where they lie. Out: comparison.html,
-which needs nothing else, neither a network nor other files, and comparison.csv, a row for each comparison of the declared families.
+In: score files, which are the inputs; answers, manifests, curves, run.json beside them, read where they lie. Out:
+comparison.html, which needs neither a network nor other files, and comparison.csv, a row for each comparison of the families.
 
     python -m workflow_scripts.steps.report --step results/report/manifest.json --out trial/report/manifest.json \\
         --inputs results/ifeval_*.json results/gsm8k_*.json results/*/rm_eval.json
