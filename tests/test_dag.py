@@ -201,7 +201,7 @@ def test_the_default_target_is_every_experiment_and_the_base(clone):
     jobs = clone.plan()
     assert jobs["train_dpo"] == 3 and jobs["train_sft"] == 1  # dpo_ipo, dpo_4bit, dpo_flipped; sft_v1: the others are there
     assert {jobs[f"train_{method}"] for method in ("kto", "rm", "rloo")} == {1} and jobs["train_grpo"] == jobs["train_ppo"] == 2
-    assert jobs["score"] == 9 + 12  # IFEval of the runs that lack it, GSM8K of all
+    assert jobs["score"] == 10 + 13  # IFEval of the runs that lack it, GSM8K of all
     assert jobs["eval_rm"] == 1
 
 
