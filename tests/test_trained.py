@@ -57,7 +57,7 @@ def test_the_verdict(method, values, verdict):
 def test_what_a_value_says():
     (loss,) = trained(manifest("sft", loss=(2.0, 1.0, 0.4, 10), token_accuracy=(0.1, 0.2, 0.3, 10)))["values"]
     low, high = loss.pop("interval")
-    assert (low, high) == pytest.approx((-1.904863, -0.095137))
+    assert (low, high) == pytest.approx((-1.904863, -0.095137), abs=1e-6)
     assert loss == {"name": "loss", "good": "down", "before": 2.0, "after": 1.0, "change": -1.0, "moved": True}
 
 
