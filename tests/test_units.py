@@ -69,7 +69,8 @@ def test_the_mean_over_the_units_is_what_trl_reports(trainer, method):
         assert figure in found, f"{type(built).__name__} has no {figure} in _metrics['eval'] any more: core/units.py takes it"
         assert len(found[figure]) == n
         assert fmean(found[figure]) == pytest.approx(metrics[f"eval_{figure}"], abs=1e-6)
-        assert len(set(found[figure])) > 1, "units that are all alike show nothing"
+        if figure != "rewards/accuracies":  # of two pairs a batch: often one
+            assert len(set(found[figure])) > 1, "units that are all alike show nothing"
     assert not {"prediction_step", "_calculate_rewards"} & set(vars(built))  # the wraps are gone
 
 
