@@ -234,6 +234,7 @@ def test_each_method_makes_its_artifact_and_its_results(clone):
             == json.loads((clone.folder / "results/sft_v2/merged/manifest.json").read_text())["fingerprint"]
         )
         assert set(manifest["objective"]["before"]) == set(manifest["objective"]["after"]), name
+        assert set(manifest["objective"]["change"]) == set(manifest["objective"]["after"]) - {"n"}, name
     report = json.loads((clone.folder / "results/rm/rm_eval.json").read_text())
     rm = json.loads((clone.folder / "results/rm/adapter/manifest.json").read_text())
     assert report["accuracy"] == pytest.approx(rm["objective"]["after"]["accuracy"], abs=1e-6)
