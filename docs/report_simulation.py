@@ -15,6 +15,8 @@ import argparse
 import dataclasses
 import itertools
 import json
+import multiprocessing
+import os
 import sys
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
@@ -195,6 +197,7 @@ def simulate(task: tuple[Setting, int, np.random.SeedSequence]) -> dict:
     coverage = np.concatenate(covered).mean(axis=0)
     return {
         **dataclasses.asdict(setting),
+        "families": families,
         "fwer": 100 * np.mean(wrong),
         "coverage": 100 * coverage.mean(),
         "worst": 100 * coverage.min(),
@@ -305,6 +308,19 @@ def summary(rows: pandas.DataFrame) -> pandas.DataFrame:
     return pandas.DataFrame(lines)
 
 
+def targets(rows: pandas.DataFrame) -> str:
+    """Settings that miss the targets, by kind of seed variances: what the report must be honest about."""
+    lines = ["\n## Targets\n", "How many settings are outside; a single setting may be, by chance.\n"]
+    for even, part in rows.groupby("variances", sort=False):
+        over = part["fwer"] > 100 * (ALPHA + 1.96 * np.sqrt(ALPHA * (1 - ALPHA) / part["families"]))
+        low, high, off = part["coverage"] < 93, part["coverage"] > 97, (part["power"] - 80).abs() > 4
+        lines.append(
+            f"- {even} seed variances, {len(part)} settings: wrong verdicts above 5 % plus error in {over.sum()}; coverage below 93 % "
+            f"in {low.sum()}, above 97 % in {high.sum()}; power beyond 80 +- 4 % in {off.sum()}."
+        )
+    return "\n".join(lines)
+
+
 def kinds(rows: pandas.DataFrame) -> list[str]:
     return ["none" if row.seed_sd == 0 else f"{row.variances}, {row.parent} parent" for row in rows.itertuples()]
 
@@ -322,7 +338,8 @@ def main() -> None:
     sequences = np.random.SeedSequence(given.seed).spawn(len(chosen))
     tasks = [(setting, given.families, sequence) for setting, sequence in zip(chosen, sequences, strict=True)]
     found = []
-    with ProcessPoolExecutor(given.jobs) as pool:
+    os.environ["OMP_NUM_THREADS"] = os.environ["OPENBLAS_NUM_THREADS"] = "1"  # in the jobs: small matrices, and threads that spin
+    with ProcessPoolExecutor(given.jobs, multiprocessing.get_context("spawn")) as pool:
         for number, row in enumerate(pool.map(simulate, tasks), start=1):
             found.append(row)
             print(f"\r{number} of {len(tasks)} settings", end="", file=sys.stderr, flush=True)
@@ -330,24 +347,45 @@ def main() -> None:
     rows["rate"] = (100 * rows["rate"]).round().astype(int)
     if given.csv:
         rows.to_csv(given.csv, index=False)
-    error = 100 * 1.96 * np.sqrt(ALPHA * (1 - ALPHA) / given.families)
-    print(
-        HEADER.format(
-            families=given.families,
-            seed=given.seed,
-            jobs=given.jobs,
-            difficulty=difficulty,
-            error=error,
-            interaction=interaction,
-            fit="fitted on score files" if given.scores else "assumed",
-        )
-    )
+    error, power_error = (100 * 1.96 * np.sqrt(share * (1 - share) / given.families) for share in (ALPHA, power.POWER))
+    fit = "fitted on score files" if given.scores else "assumed"
+    words = {
+        "families": given.families,
+        "settings": len(tasks),
+        "prompts": PROMPTS,
+        "jobs": given.jobs,
+        "seed": given.seed,
+        "fit": fit,
+    }
+    words |= {"difficulty": difficulty, "interaction": interaction, "error": error, "power_error": power_error}
+    print(HEADER.format(**words))
     print(markdown(summary(rows)))
+    print(targets(rows))
     print("\n## Each setting\n")
     print(markdown(rows[list(COLUMNS)].rename(columns=COLUMNS)))
 
 
-HEADER = """HEADER"""
+HEADER = """# Do verdicts and intervals keep what they promise?
+
+{families:,} families of binary verdicts are simulated for each of {settings} settings, and judged by the functions that the report
+itself calls (`workflow_scripts/stats`). The model is crossed and logistic: mu of the arm + difficulty of the prompt + prompt x arm +
+effect of the seed. mu is solved so that in a null family all true differences over the population of prompts and seeds are exactly 0.
+{prompts} prompts; standard deviations on the logit scale: difficulty {difficulty:.2f}, prompt x arm {interaction:.2f} ({fit}).
+
+    PYTHONPATH=. python docs/report_simulation.py --families {families} --jobs {jobs} --seed {seed} > docs/report_simulation.md
+
+- base %: accuracy of every arm in the null family. Seed sd: points of accuracy, of one run's own seed effect.
+- parent: *shared*, children inherit their parent's seed effect and add their own (the reference is the parent; for all pairs the parent
+  is not in the family); *independent*, they do not. Seed variances *unequal*: one arm has 2 times the seed sd, the first 0.5 times.
+- wrong verdict %: null families with any *better* or *worse*. At most 5 is promised; the simulation's error is {error:.1f}.
+- coverage %: 95 % intervals that hold 0, over all contrasts; worst contrast %: of the contrast that is covered least; unpooled %:
+  intervals from each contrast's own seed variance.
+- MDE: true difference, in points, found with 80 % power at Holm's first step, from the true variances. Power %: how often the
+  difference of the last arm to the first is found when it is that large (error {power_error:.1f}).
+- uneven %: families in which the check of equal seed variances gives p <= 0.05.
+
+## Summary
+"""
 
 if __name__ == "__main__":
     main()
