@@ -315,8 +315,8 @@ def targets(rows: pandas.DataFrame) -> str:
         over = part["fwer"] > 100 * (ALPHA + 1.96 * np.sqrt(ALPHA * (1 - ALPHA) / part["families"]))
         low, high, off = part["coverage"] < 93, part["coverage"] > 97, (part["power"] - 80).abs() > 4
         lines.append(
-            f"- {even} seed variances, {len(part)} settings: wrong verdicts above 5 % plus error in {over.sum()}; coverage below 93 % "
-            f"in {low.sum()}, above 97 % in {high.sum()}; power beyond 80 +- 4 % in {off.sum()}."
+            f"- {even} seed variances, {len(part)} settings: wrong verdicts above 5 % plus error in {over.sum()}; "
+            f"coverage below 93 % in {low.sum()}, above 97 % in {high.sum()}; power beyond 80 +- 4 % in {off.sum()}."
         )
     return "\n".join(lines)
 
@@ -367,16 +367,18 @@ def main() -> None:
 
 HEADER = """# Do verdicts and intervals keep what they promise?
 
-{families:,} families of binary verdicts are simulated for each of {settings} settings, and judged by the functions that the report
-itself calls (`workflow_scripts/stats`). The model is crossed and logistic: mu of the arm + difficulty of the prompt + prompt x arm +
-effect of the seed. mu is solved so that in a null family all true differences over the population of prompts and seeds are exactly 0.
-{prompts} prompts; standard deviations on the logit scale: difficulty {difficulty:.2f}, prompt x arm {interaction:.2f} ({fit}).
+{families:,} families of binary verdicts are simulated for each of {settings} settings, and judged by the functions that
+the report itself calls (`workflow_scripts/stats`). The model is crossed and logistic: mu of the arm + difficulty of the prompt +
+prompt x arm + effect of the seed. mu is solved so that in a null family all true differences over the population of prompts and
+seeds are exactly 0. {prompts} prompts; standard deviations on the logit scale: difficulty {difficulty:.2f}, prompt x arm
+{interaction:.2f} ({fit}).
 
     PYTHONPATH=. python docs/report_simulation.py --families {families} --jobs {jobs} --seed {seed} > docs/report_simulation.md
 
 - base %: accuracy of every arm in the null family. Seed sd: points of accuracy, of one run's own seed effect.
-- parent: *shared*, children inherit their parent's seed effect and add their own (the reference is the parent; for all pairs the parent
-  is not in the family); *independent*, they do not. Seed variances *unequal*: one arm has 2 times the seed sd, the first 0.5 times.
+- parent: *shared*, children inherit their parent's seed effect and add their own (the reference is the parent; for all pairs
+  the parent is not in the family); *independent*, they do not.
+- seed variances: *unequal*, one arm has 2 times the seed sd, the first (the reference) 0.5 times.
 - wrong verdict %: null families with any *better* or *worse*. At most 5 is promised; the simulation's error is {error:.1f}.
 - coverage %: 95 % intervals that hold 0, over all contrasts; worst contrast %: of the contrast that is covered least; unpooled %:
   intervals from each contrast's own seed variance.
