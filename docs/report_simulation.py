@@ -15,6 +15,8 @@ import argparse
 import dataclasses
 import itertools
 import json
+import multiprocessing
+import os
 import sys
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
@@ -50,7 +52,7 @@ class Model:
 
     contrasts: np.ndarray  # (contrasts, arms)
     mu: np.ndarray
-    parent: float  # sd of the effect that all arms of a seed share
+    parent: np.ndarray  # sd of the effect that all arms of a seed share, as each arm feels it
     own: np.ndarray  # sd of each arm's own seed effect
 
 
@@ -68,37 +70,45 @@ def centre(rate: float, sd: float) -> float:
     return float(optimize.brentq(lambda mu: weights @ special.expit(mu + nodes) - rate, -30, 30, xtol=1e-12))
 
 
-def model(setting: Setting) -> Model:
+def model(setting: Setting, shift: float = 0.0) -> Model:
+    """The setting with the last arm's true accuracy shifted. Its seed effects keep their size in points, not in logits."""
     count = 7 if setting.family == REFERENCE else 5
     pairs = [(a, 0) for a in range(1, 7)] if count == 7 else [(b, a) for a, b in itertools.combinations(range(5), 2)]
     contrasts = np.zeros((len(pairs), count))
     for row, (after, before) in zip(contrasts, pairs, strict=True):
         row[after], row[before] = 1, -1
     prompts = np.hypot(setting.difficulty, setting.interaction)
-    nodes, weights = expect(101, prompts)
-    chances = special.expit(centre(setting.rate, prompts) + nodes)
-    sd = setting.seed_sd / 100 / (weights @ (chances * (1 - chances)))  # points to logits: the slope at the base rate
-    own = np.full(count, sd)
+    own, parent = np.full(count, setting.seed_sd), np.zeros(count)  # in points
     if setting.variances == "unequal":
         own[:2] *= 0.5, 2
-    parent = 0.0
     if setting.parent == "shared":
-        parent = sd
+        parent[:] = setting.seed_sd
         if setting.family == REFERENCE:  # the reference is the parent: its own effect is the one that its children inherit
-            parent, own[0] = own[0], 0.0
-    mu = np.array([centre(setting.rate, np.sqrt(prompts**2 + parent**2 + each**2)) for each in own])
-    return Model(contrasts, mu, parent, own)
+            parent[:], own[0] = own[0], 0.0
+    rates = np.full(count, setting.rate)
+    rates[-1] += shift
+    own, parent = (sds / slopes(rates, prompts) / 100 for sds in (own, parent))
+    mu = [centre(rate, np.sqrt(prompts**2 + a**2 + b**2)) for rate, a, b in zip(rates, own, parent, strict=True)]
+    return Model(contrasts, np.array(mu), parent, own)
+
+
+def slopes(rates: np.ndarray, sd: float) -> np.ndarray:
+    """Accuracy gained for each logit, at each rate: points into logits."""
+    nodes, weights = expect(101, sd)
+    chances = special.expit(np.array([[centre(rate, sd)] for rate in rates]) + nodes)
+    return (chances * (1 - chances)) @ weights
 
 
 def truth(setting: Setting, world: Model, after: int, before: int) -> tuple[float, float, float]:
     """The variances (prompt, seed, residual) of d[s, i] between two arms, by quadrature over all effects."""
     difficulty, difficulty_w = expect(41, setting.difficulty)
-    parent, parent_w = expect(15, world.parent)
+    parent, parent_w = expect(15, float(world.parent.any()))
     means, by_prompt, by_seed = [], [], []
     for arm in (after, before):
         interaction, interaction_w = expect(15, setting.interaction)
         own, own_w = expect(15, world.own[arm])
-        logit = world.mu[arm] + difficulty[:, None, None, None] + interaction[:, None, None] + parent[:, None] + own
+        logit = world.mu[arm] + difficulty[:, None, None, None] + interaction[:, None, None] + own
+        logit = logit + world.parent[arm] * parent[:, None]
         chances = special.expit(logit)  # (difficulty, interaction, parent, own)
         means.append(np.einsum("buPo,u,o->bP", chances, interaction_w, own_w))
         by_prompt.append((np.einsum("buPo,P,o->bu", chances, parent_w, own_w), interaction_w))
@@ -117,48 +127,48 @@ def truth(setting: Setting, world: Model, after: int, before: int) -> tuple[floa
     return prompt, seed, float(first + second - 2 * both_right - square - prompt - seed)
 
 
-def detectable(setting: Setting, world: Model) -> tuple[float, np.ndarray]:
-    """(minimum detectable effect of the last arm against arm 0 from the true variances, mu with the last arm shifted by it).
+def detectable(setting: Setting) -> tuple[float, Model]:
+    """(minimum detectable effect of the last arm against arm 0 from the true variances, the model with that arm shifted by it).
 
-    The shift changes the variances themselves, so both are solved for together.
+    The shift changes the variances between prompts, so both are solved for together.
     """
-    last, n, seeds = len(world.mu) - 1, PROMPTS, setting.seeds
-    total = np.sqrt(setting.difficulty**2 + setting.interaction**2 + world.parent**2 + world.own[last] ** 2)
-    worth, effect, shifted = components.effective(world.contrasts), 0.0, world
+    n, seeds, effect, world = PROMPTS, setting.seeds, 0.0, model(setting)
+    worth = components.effective(world.contrasts)
     for _ in range(8):
-        prompt, seed, resid = truth(setting, shifted, last, 0)
+        prompt, seed, resid = truth(setting, world, len(world.mu) - 1, 0)
         residual = resid / (n * seeds)
         squares = (prompt / n + residual, seed / seeds + residual, residual)
         variance = squares[0] + seed / seeds
         df = components.satterthwaite(np.array(variance), tuple(map(np.array, squares)), components.dfs(seeds, n, worth))
         effect = power.detectable(variance**0.5, float(df), ALPHA / len(world.contrasts))
-        mu = world.mu.copy()
-        mu[last] = centre(setting.rate + effect, total)
-        shifted = dataclasses.replace(world, mu=mu)
-    return effect, shifted.mu
+        world = model(setting, effect)
+    return effect, world
 
 
-def latent(setting: Setting, world: Model, families: int, rng: np.random.Generator) -> np.ndarray:
-    """(families, arms, seeds, prompts): the logit plus logistic noise; a verdict is 1 where this is above 0."""
-    arms, seeds = len(world.mu), setting.seeds
+def verdicts(setting: Setting, worlds: list[Model], families: int, rng: np.random.Generator) -> list[np.ndarray]:
+    """For each model (families, arms, seeds, prompts) of 0 and 1, all from the same random numbers."""
+    arms, seeds = len(worlds[0].mu), setting.seeds
 
     def normal(*shape: int) -> np.ndarray:
         return rng.standard_normal(shape, dtype=np.float32)
 
     chance = rng.random((families, arms, seeds, PROMPTS), dtype=np.float32)
     np.clip(chance, 1e-7, 1 - 1e-7, out=chance)
-    values = np.log(chance / (1 - chance))
-    values += np.float32(setting.difficulty) * normal(families, 1, 1, PROMPTS)
-    values += np.float32(setting.interaction) * normal(families, arms, 1, PROMPTS)
-    values += np.float32(world.parent) * normal(families, 1, seeds, 1)
-    values += world.own.astype(np.float32)[:, None, None] * normal(families, arms, seeds, 1)
-    return values
+    noise = np.log(chance / (1 - chance))  # logistic: above -logit with the probability of the logit
+    noise += np.float32(setting.difficulty) * normal(families, 1, 1, PROMPTS)
+    noise += np.float32(setting.interaction) * normal(families, arms, 1, PROMPTS)
+    parent, own = normal(families, 1, seeds, 1), normal(families, arms, seeds, 1)
+    found = []
+    for world in worlds:
+        mu, by_parent, by_own = (each.astype(np.float32)[:, None, None] for each in (world.mu, world.parent, world.own))
+        found.append((noise > -(mu + by_parent * parent + by_own * own)).astype(float))
+    return found
 
 
-def judge(verdicts: np.ndarray, contrasts: np.ndarray, worth: float) -> tuple[np.ndarray, ...]:
+def judge(runs: np.ndarray, contrasts: np.ndarray, worth: float) -> tuple[np.ndarray, ...]:
     """For each family and contrast: p, whether the interval covers 0, whether the unpooled one does."""
     after, before = contrasts.argmax(axis=1), contrasts.argmin(axis=1)
-    own = components.parts(verdicts[:, after] - verdicts[:, before])
+    own = components.parts(runs[:, after] - runs[:, before])
     pooled = (part.mean(axis=1, keepdims=True) for part in (own.seed, own.resid))
     found = [components.variance(own, *pooled, worth), components.variance(own, own.seed, own.resid, 1.0)]
     p, p_unpooled = (components.p_value(own.mean, variance, df, PROMPTS) for variance, df in found)
@@ -170,24 +180,24 @@ def simulate(task: tuple[Setting, int, np.random.SeedSequence]) -> dict:
     setting, families, sequence = task
     world, rng = model(setting), np.random.default_rng(sequence)
     worth, count = components.effective(world.contrasts), len(world.contrasts)
-    effect, mu = detectable(setting, world)
+    effect, shifted = detectable(setting)
     tested = int(np.flatnonzero((world.contrasts[:, -1] == 1) & (world.contrasts[:, 0] == -1))[0])
     wrong, uneven, found, covered, covered_unpooled = [], [], [], [], []
     for start in range(0, families, CHUNK):
-        values = latent(setting, world, min(CHUNK, families - start), rng)
-        verdicts = (values > -world.mu.astype(np.float32)[:, None, None]).astype(float)
-        p, covers, covers_unpooled = judge(verdicts, world.contrasts, worth)
+        size = min(CHUNK, families - start)
+        null, alternative = verdicts(setting, [world, shifted], size, rng)
+        p, covers, covers_unpooled = judge(null, world.contrasts, worth)
         wrong += list(p.min(axis=1) <= ALPHA / count)  # Holm's first step: with it, or not at all, comes a wrong verdict
         covered.append(covers)
         covered_unpooled.append(covers_unpooled)
-        for family in verdicts:
+        for family in null:
             checked = homogeneity({str(arm): runs for arm, runs in enumerate(family)})
             uneven.append(checked is not None and checked.p <= ALPHA)
-        shifted = (values > -mu.astype(np.float32)[:, None, None]).astype(float)
-        found += list(judge(shifted, world.contrasts, worth)[0][:, tested] <= ALPHA / count)
+        found += list(judge(alternative, world.contrasts, worth)[0][:, tested] <= ALPHA / count)
     coverage = np.concatenate(covered).mean(axis=0)
     return {
         **dataclasses.asdict(setting),
+        "families": families,
         "fwer": 100 * np.mean(wrong),
         "coverage": 100 * coverage.mean(),
         "worst": 100 * coverage.min(),
@@ -298,6 +308,19 @@ def summary(rows: pandas.DataFrame) -> pandas.DataFrame:
     return pandas.DataFrame(lines)
 
 
+def targets(rows: pandas.DataFrame) -> str:
+    """Settings that miss the targets, by kind of seed variances: what the report must be honest about."""
+    lines = ["\n## Targets\n", "How many settings are outside; a single setting may be, by chance.\n"]
+    for even, part in rows.groupby("variances", sort=False):
+        over = part["fwer"] > 100 * (ALPHA + 1.96 * np.sqrt(ALPHA * (1 - ALPHA) / part["families"]))
+        low, high, off = part["coverage"] < 93, part["coverage"] > 97, (part["power"] - 80).abs() > 4
+        lines.append(
+            f"- {even} seed variances, {len(part)} settings: wrong verdicts above 5 % plus error in {over.sum()}; "
+            f"coverage below 93 % in {low.sum()}, above 97 % in {high.sum()}; power beyond 80 +- 4 % in {off.sum()}."
+        )
+    return "\n".join(lines)
+
+
 def kinds(rows: pandas.DataFrame) -> list[str]:
     return ["none" if row.seed_sd == 0 else f"{row.variances}, {row.parent} parent" for row in rows.itertuples()]
 
@@ -315,32 +338,56 @@ def main() -> None:
     sequences = np.random.SeedSequence(given.seed).spawn(len(chosen))
     tasks = [(setting, given.families, sequence) for setting, sequence in zip(chosen, sequences, strict=True)]
     found = []
-    with ProcessPoolExecutor(given.jobs) as pool:
+    os.environ["OMP_NUM_THREADS"] = os.environ["OPENBLAS_NUM_THREADS"] = "1"  # in the jobs: small matrices, and threads that spin
+    with ProcessPoolExecutor(given.jobs, multiprocessing.get_context("spawn")) as pool:
         for number, row in enumerate(pool.map(simulate, tasks), start=1):
             found.append(row)
-            print(f"{number} of {len(tasks)} settings", end="\r", file=sys.stderr, flush=True)
+            print(f"\r{number} of {len(tasks)} settings", end="", file=sys.stderr, flush=True)
     rows = pandas.DataFrame(found)
     rows["rate"] = (100 * rows["rate"]).round().astype(int)
     if given.csv:
         rows.to_csv(given.csv, index=False)
-    error = 100 * 1.96 * np.sqrt(ALPHA * (1 - ALPHA) / given.families)
-    print(
-        HEADER.format(
-            families=given.families,
-            seed=given.seed,
-            jobs=given.jobs,
-            difficulty=difficulty,
-            error=error,
-            interaction=interaction,
-            fit="fitted on score files" if given.scores else "assumed",
-        )
-    )
+    error, power_error = (100 * 1.96 * np.sqrt(share * (1 - share) / given.families) for share in (ALPHA, power.POWER))
+    fit = "fitted on score files" if given.scores else "assumed"
+    words = {
+        "families": given.families,
+        "settings": len(tasks),
+        "prompts": PROMPTS,
+        "jobs": given.jobs,
+        "seed": given.seed,
+        "fit": fit,
+    }
+    words |= {"difficulty": difficulty, "interaction": interaction, "error": error, "power_error": power_error}
+    print(HEADER.format(**words))
     print(markdown(summary(rows)))
+    print(targets(rows))
     print("\n## Each setting\n")
     print(markdown(rows[list(COLUMNS)].rename(columns=COLUMNS)))
 
 
-HEADER = """HEADER"""
+HEADER = """# Do verdicts and intervals keep what they promise?
+
+{families:,} families of binary verdicts are simulated for each of {settings} settings, and judged by the functions that
+the report itself calls (`workflow_scripts/stats`). The model is crossed and logistic: mu of the arm + difficulty of the prompt +
+prompt x arm + effect of the seed. mu is solved so that in a null family all true differences over the population of prompts and
+seeds are exactly 0. {prompts} prompts; standard deviations on the logit scale: difficulty {difficulty:.2f}, prompt x arm
+{interaction:.2f} ({fit}).
+
+    PYTHONPATH=. python docs/report_simulation.py --families {families} --jobs {jobs} --seed {seed} > docs/report_simulation.md
+
+- base %: accuracy of every arm in the null family. Seed sd: points of accuracy, of one run's own seed effect.
+- parent: *shared*, children inherit their parent's seed effect and add their own (the reference is the parent; for all pairs
+  the parent is not in the family); *independent*, they do not.
+- seed variances: *unequal*, one arm has 2 times the seed sd, the first (the reference) 0.5 times.
+- wrong verdict %: null families with any *better* or *worse*. At most 5 is promised; the simulation's error is {error:.1f}.
+- coverage %: 95 % intervals that hold 0, over all contrasts; worst contrast %: of the contrast that is covered least; unpooled %:
+  intervals from each contrast's own seed variance.
+- MDE: true difference, in points, found with 80 % power at Holm's first step, from the true variances. Power %: how often the
+  difference of the last arm to the first is found when it is that large (error {power_error:.1f}).
+- uneven %: families in which the check of equal seed variances gives p <= 0.05.
+
+## Summary
+"""
 
 if __name__ == "__main__":
     main()

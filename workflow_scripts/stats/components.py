@@ -68,7 +68,8 @@ def variance(own: Parts, seed: np.ndarray, resid: np.ndarray, worth: float) -> t
 
         df = variance^2 / (prompt^2 / (n - 1) + seed^2 / (worth (S - 1)) + resid^2 / (worth (n - 1)(S - 1)))
 
-    also where the seed part is cut off at 0: that the cut hides the part does not make it known. One seed: n - 1.
+    also where the seed part is cut off at 0: that the cut hides the part does not make it known. (Simulated in
+    docs/report_simulation.md: the df of prompt + max(0, seed - resid) as two parts is too liberal.) One seed: n - 1.
     """
     total = own.prompt + np.maximum(0.0, seed - resid)
     if own.seeds == 1:

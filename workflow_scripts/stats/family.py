@@ -13,7 +13,6 @@ import numpy as np
 import pandas
 from scipy import stats
 from statsmodels.stats.contingency_tables import mcnemar
-from statsmodels.stats.multitest import multipletests
 
 from workflow_scripts.stats import components, power
 from workflow_scripts.stats.components import Parts
@@ -113,7 +112,7 @@ def compare(arms: dict[str, np.ndarray], contrasts: Sequence[tuple[str, str]], a
     variance, df = components.variance(own, pooled_seed, pooled_resid, worth)
     variance_unpooled, df_unpooled = components.variance(own, own.seed, own.resid, 1.0)
     p = components.p_value(own.mean, variance, df, prompts)
-    p_holm = multipletests(p, alpha, method="holm")[1]
+    p_holm = holm(p)
     first_step = alpha / len(contrasts)
     alone = components.interval(own.mean, variance, df, alpha, prompts)
     together = components.interval(own.mean, variance, df, first_step, prompts)
@@ -166,6 +165,17 @@ def contrast_matrix(contrasts: Sequence[tuple[str, str]]) -> np.ndarray:
     for row, (after, before) in zip(matrix, contrasts, strict=True):
         row[names.index(after)], row[names.index(before)] = 1.0, -1.0
     return matrix
+
+
+def holm(p: np.ndarray) -> np.ndarray:
+    """Holm's adjusted p: the k-th smallest of K times K - k + 1, at least its predecessor and at most 1.
+
+    As statsmodels' `multipletests(p, method="holm")`, which collects garbage each time (0.2 s in a large process).
+    """
+    order = np.argsort(p, kind="stable")
+    adjusted = np.empty_like(p)
+    adjusted[order] = np.minimum(1.0, np.maximum.accumulate(p[order] * np.arange(len(p), 0, -1)))
+    return adjusted
 
 
 def homogeneity(arms: dict[str, np.ndarray]) -> Homogeneity | None:

@@ -1,0 +1,273 @@
+"""Families of comparisons: what other programs and a hand say of the same numbers, edge cases, and the level of the verdicts."""
+
+import itertools
+import time
+
+import numpy as np
+import pandas
+import pytest
+from scipy import stats
+from statsmodels.api import OLS
+from statsmodels.formula.api import ols
+from statsmodels.stats.anova import anova_lm
+from statsmodels.stats.contingency_tables import mcnemar
+from statsmodels.stats.multitest import multipletests
+
+from workflow_scripts.stats import accuracy, components, power
+from workflow_scripts.stats.family import compare, homogeneity
+
+
+def random_arms(count: int, seeds: int, prompts: int = 541, seed: int = 0, gain: float = 0.0, seed_sd: float = 0.0) -> dict:
+    """Arms m0, m1, ... of 0 and 1 on prompts of unequal difficulty; each is `gain` logits better than the one before."""
+    rng = np.random.default_rng(seed)
+    difficulty = 2 * rng.normal(size=prompts)
+    arms = {}
+    for number in range(count):
+        logit = difficulty + 0.5 * rng.normal(size=prompts) + gain * number - 1 + seed_sd * rng.normal(size=(seeds, 1))
+        arms[f"m{number}"] = (rng.random((seeds, prompts)) < 1 / (1 + np.exp(-logit))).astype(int)
+    return arms
+
+
+def against_first(arms: dict) -> list[tuple[str, str]]:
+    return [(name, "m0") for name in arms if name != "m0"]
+
+
+def test_variance_parts_worked_by_hand():
+    # Prompt means 1, 0.5, 0, 0.5; seed means 0.75, 0.25; grand mean 0.5.
+    # Prompts: (0.25 + 0 + 0.25 + 0) / 3 / 4 prompts = 1/24. Seeds: (1/16 + 1/16) / 1 / 2 seeds = 1/16.
+    # Residuals: row 0 is 1 - 1 - .25, 1 - .5 - .25, 0 - 0 - .25, 1 - .5 - .25 = -.25, .25, -.25, .25; row 1 has the signs turned.
+    # MS = 8 / 16 / 3 = 1/6, over n S = 8: 1/48.
+    own = components.parts(np.array([[1.0, 1, 0, 1], [1, 0, 0, 0]]))
+    assert (own.mean, own.prompt, own.seed, own.resid) == pytest.approx((0.5, 1 / 24, 1 / 16, 1 / 48))
+    variance, df = components.variance(own, own.seed, own.resid, 1.0)
+    assert variance == pytest.approx(1 / 24 + 1 / 16 - 1 / 48)  # = 1/12
+    assert df == pytest.approx((1 / 144) / (1 / 576 / 3 + 1 / 256 / 1 + 1 / 2304 / 3))
+
+
+def test_variance_parts_are_the_mean_squares_of_the_two_way_anova():
+    table = random_arms(1, 4, 30)["m0"]
+    seeds, prompts = np.indices(table.shape)
+    fit = ols(
+        "y ~ C(seed) + C(prompt)", pandas.DataFrame({"y": table.ravel(), "seed": seeds.ravel(), "prompt": prompts.ravel()})
+    ).fit()
+    squares = anova_lm(fit)["mean_sq"] / table.size
+    own = components.parts(table.astype(float))
+    assert (own.seed, own.prompt, own.resid) == pytest.approx((squares["C(seed)"], squares["C(prompt)"], squares["Residual"]))
+
+
+def test_one_seed_is_the_paired_t_test():
+    arms = random_arms(2, 1)
+    family = compare(arms, [("m1", "m0")])
+    (found,) = family.comparisons
+    expected = stats.ttest_rel(arms["m1"][0], arms["m0"][0])
+    assert (found.t, found.p, found.df) == pytest.approx((expected.statistic, expected.pvalue, 540))
+    assert (found.low, found.high) == pytest.approx(tuple(expected.confidence_interval()))
+    assert not family.seeds_covered and family.seed_sd_points is None and family.homogeneity is None
+    assert found.seeds_needed is None and "one seed" in found.words
+
+
+def test_pooled_seed_variance_is_the_mean_over_the_contrasts():
+    arms = random_arms(4, 3, seed_sd=0.2)
+    contrasts = against_first(arms)
+    family = compare(arms, contrasts)
+    own = [components.parts((arms[a] - arms[b]).astype(float)) for a, b in contrasts]
+    pooled = np.mean([part.seed - part.resid for part in own])
+    assert pooled > 0
+    for comparison, part in zip(family.comparisons, own, strict=True):
+        assert comparison.se**2 == pytest.approx(part.prompt + pooled)
+        assert comparison.se_unpooled**2 == pytest.approx(part.prompt + max(0, part.seed - part.resid))
+    assert family.seed_df == pytest.approx(4 * 3 * 2 / (3 + 3))
+
+
+@pytest.mark.parametrize("count", [2, 5, 7])
+def test_contrasts_are_worth_what_theory_says(count):
+    pairs = np.array([np.eye(count)[b] - np.eye(count)[a] for a, b in itertools.combinations(range(count), 2)])
+    assert components.effective(pairs) == pytest.approx(count - 1)
+    methods = count - 1
+    assert components.effective(np.eye(count)[1:] - np.eye(count)[0]) == pytest.approx(4 * methods / (methods + 3))
+
+
+def test_holm_and_mcnemar_are_those_of_statsmodels():
+    arms = random_arms(5, 3, gain=0.15)
+    family = compare(arms, against_first(arms))
+    p = [comparison.p for comparison in family.comparisons]
+    assert [comparison.p_holm for comparison in family.comparisons] == pytest.approx(multipletests(p, method="holm")[1])
+    assert {comparison.verdict for comparison in family.comparisons} == {"better", "cannot tell"}
+    for comparison in family.comparisons:
+        for seed, found in enumerate(comparison.mcnemar):
+            after, before = arms[comparison.after][seed], arms["m0"][seed]
+            table = [[np.sum((before == x) & (after == y)) for y in (0, 1)] for x in (0, 1)]
+            assert (found.only_after, found.only_before) == (table[0][1], table[1][0])
+            assert found.p == pytest.approx(mcnemar(table, exact=True).pvalue)
+    turned = compare(arms, [(before, after) for after, before in against_first(arms)])
+    assert {comparison.verdict for comparison in turned.comparisons} == {"worse", "cannot tell"}
+
+
+def test_simultaneous_intervals_are_wider_and_never_call_what_holm_does_not():
+    arms = random_arms(6, 3, gain=0.1, seed_sd=0.1)
+    for found in compare(arms, against_first(arms)).comparisons:
+        assert found.low_simultaneous < found.low < found.high < found.high_simultaneous
+        if found.low_simultaneous > 0 or found.high_simultaneous < 0:
+            assert found.verdict != "cannot tell"
+
+
+def test_power_is_the_noncentral_t():
+    for df, alpha, effect in ((2, 0.05, 3.0), (5.33, 0.05 / 6, 4.0), (540, 0.05, 2.8)):
+        critical = stats.t.isf(alpha / 2, df)
+        expected = stats.nct.sf(critical, df, effect) + stats.nct.cdf(-critical, df, effect)
+        assert power.power(effect, 1.0, df, alpha) == pytest.approx(expected, abs=2e-5)
+        assert power.power(power.detectable(0.5, df, alpha), 0.5, df, alpha) == pytest.approx(0.8, abs=1e-6)
+
+
+def test_needed_prompts_are_the_textbook_number_with_one_seed():
+    arms = random_arms(2, 1, seed=3, gain=0.1)
+    (found,) = compare(arms, [("m1", "m0")]).comparisons
+    sd = found.se * 541**0.5
+    expected = ((stats.norm.isf(0.025) + stats.norm.isf(0.2)) * sd / found.difference) ** 2  # the normal approximation
+    assert found.verdict == "cannot tell" and found.prompts_needed == pytest.approx(expected, rel=0.01)
+
+
+def test_the_number_of_prompts_or_seeds_needed_just_suffices():
+    own, worth, alpha, effect = (2e-4, 1.2e-4, 1e-4), 3.0, 0.01, 0.05
+    prompts = power.prompts_needed(effect, own, 3, 541, worth, alpha)
+    seeds = power.seeds_needed(effect, own, 3, 541, worth, alpha)
+    assert prompts > 541 and seeds > 3
+
+    def at(n: float, s: float) -> float:
+        prompt, between, resid = 1e-4 * 541 / n, 2e-5 * 3 / s, 1e-4 * 541 * 3 / (n * s)
+        total = prompt + between + resid
+        squares = tuple(map(np.array, (prompt + resid, between + resid, resid)))
+        df = components.satterthwaite(np.array(total), squares, components.dfs(s, n, worth))
+        return power.power(effect, total**0.5, float(df), alpha)
+
+    assert at(prompts, 3) >= 0.8 > at(prompts - 1, 3)
+    assert at(541, seeds) >= 0.8 > at(541, seeds - 1)
+    assert power.prompts_needed(0.001, own, 3, 541, worth, alpha) is None  # the seeds alone hide it
+    assert power.seeds_needed(0.001, own, 3, 541, worth, alpha) is None
+
+
+def test_what_cannot_be_told_says_what_it_would_take():
+    arms = random_arms(2, 3, seed=4, gain=0.1)
+    (found,) = compare(arms, [("m1", "m0")]).comparisons
+    assert found.verdict == "cannot tell" and found.prompts_needed > 541 and found.seeds_needed > 3
+    assert found.words.startswith("cannot tell: would need about ") and found.words.endswith(f" {found.seeds_needed} seeds")
+
+
+def test_identical_verdicts_cannot_be_told_apart():
+    arms = random_arms(3, 3, seed_sd=0.3)
+    arms["m1"] = arms["m0"].copy()
+    for contrasts in ([("m1", "m0")], [("m1", "m0"), ("m2", "m0")]):
+        found = compare(arms, contrasts).comparisons[0]
+        assert (found.difference, found.t, found.p, found.verdict) == (0, 0, 1, "cannot tell")
+        assert (found.prompts_needed, found.seeds_needed) == (None, None)
+        assert found.words == "cannot tell: both arms have the same verdicts"
+    alone = compare(arms, [("m1", "m0")])
+    assert (alone.comparisons[0].low, alone.comparisons[0].high, alone.mde) == (0, 0, 0)
+
+
+@pytest.mark.parametrize("seeds", [1, 3])
+def test_no_variance_and_a_difference_is_a_sign_test(seeds):
+    none, all_ = np.zeros((seeds, 10)), np.ones((seeds, 10))
+    found = compare({"none": none, "all": all_}, [("all", "none")]).comparisons[0]
+    assert (found.difference, found.p, found.verdict) == (1, pytest.approx(stats.binomtest(10, 10).pvalue), "better")
+    lower = stats.binomtest(10, 10).proportion_ci(0.95, "exact").low
+    assert (found.low, found.high) == (pytest.approx(2 * lower - 1), 1)
+    few = compare({"none": none[:, :4], "all": all_[:, :4]}, [("none", "all")]).comparisons[0]
+    assert few.verdict == "cannot tell"  # 4 of 4 happens by chance in one of 8
+
+
+def test_homogeneity_finds_an_uneven_arm_and_keeps_its_level_with_a_shared_parent():
+    rng = np.random.default_rng(5)
+
+    def refused(own: list[float], families: int = 2000) -> float:
+        means = rng.normal(size=(families, 1, 3)) * 3 + rng.normal(size=(families, len(own), 3)) * np.array(own)[:, None]
+        checks = [homogeneity({str(a): runs[:, None] for a, runs in enumerate(family)}) for family in means]
+        return float(np.mean([check.p <= 0.05 for check in checks if check]))
+
+    assert 0.03 < refused([1.0] * 6) < 0.065  # 0.05 with an error of 0.005
+    assert refused([1.0] * 5 + [10.0]) > 0.5
+    assert homogeneity({"a": np.eye(3), "b": np.eye(3)}) is None  # two arms: their residuals are one another's negative
+
+
+def test_a_table_has_a_row_for_each_comparison():
+    arms = random_arms(3, 3)
+    family = compare(arms, against_first(arms))
+    table = family.table()
+    assert list(table["after"]) == ["m1", "m2"] and list(table["p_holm"]) == [found.p_holm for found in family.comparisons]
+
+
+@pytest.mark.parametrize(
+    "arms, contrasts, words",
+    [
+        ({"a": np.zeros((3, 5)), "b": np.zeros((2, 5))}, [("a", "b")], "'b' has 2 seeds x 5 prompts, arm 'a' has 3 seeds x 5"),
+        ({"a": np.zeros((3, 5)), "b": np.zeros((3, 4))}, [("a", "b")], "'b' has 3 seeds x 4 prompts"),
+        ({"a": np.zeros(5), "b": np.zeros(5)}, [("a", "b")], "1 dimensions; expected 2"),
+        ({"a": np.zeros((0, 5)), "b": np.zeros((0, 5))}, [("a", "b")], "at least 1 seed and 2 prompts"),
+        ({"a": np.zeros((3, 1)), "b": np.zeros((3, 1))}, [("a", "b")], "at least 1 seed and 2 prompts"),
+        ({"a": np.zeros((1, 2)), "b": np.array([[0, np.nan]])}, [("a", "b")], "'b' has values other than 0 and 1"),
+        ({"a": np.zeros((1, 2)), "b": np.array([[0, 0.5]])}, [("a", "b")], "'b' has values other than 0 and 1"),
+        ({"a": np.zeros((1, 2)), "b": np.array([["0", "1"]])}, [("a", "b")], "'b' has values other than 0 and 1"),
+        ({"a": np.zeros((1, 2))}, [("a", "b")], "names 'b', which is not among the arms a"),
+        ({"a": np.zeros((1, 2))}, [("a", "a")], "compares an arm with itself"),
+        ({"a": np.zeros((1, 2)), "b": np.zeros((1, 2))}, [("a", "b"), ("b", "a")], "declared twice"),
+        ({"a": np.zeros((1, 2))}, [], "no contrasts"),
+    ],
+)
+def test_what_is_no_family_is_refused_in_words(arms, contrasts, words):
+    with pytest.raises(ValueError, match=words):
+        compare(arms, contrasts)
+
+
+def test_alpha_out_of_range_is_refused():
+    with pytest.raises(ValueError, match="alpha is 5; expected a number between 0 and 1"):
+        compare(random_arms(2, 1), [("m1", "m0")], alpha=5)
+
+
+def test_clustered_error_is_that_of_statsmodels():
+    rng = np.random.default_rng(6)
+    clusters = [list(rng.random(size) < rng.random()) for size in rng.integers(1, 4, 60)]
+    groups = np.repeat(np.arange(60), [len(cluster) for cluster in clusters])
+    values = np.concatenate(clusters).astype(float)
+    # The same small-sample factor: G / (G - 1) * (N - 1) / (N - 1) for a constant alone.
+    expected = OLS(values, np.ones(len(values))).fit(cov_type="cluster", cov_kwds={"groups": groups})
+    found = accuracy.of_run(clusters)
+    assert (found.mean, found.stderr) == pytest.approx((expected.params[0], expected.bse[0]))
+    assert accuracy.of_arm([clusters]) == found
+    strict = accuracy.of_run(accuracy.prompt_level(clusters))
+    passed = [all(cluster) for cluster in clusters]
+    assert (strict.mean, strict.stderr) == pytest.approx((np.mean(passed), stats.sem(passed)))
+
+
+def test_accuracy_of_an_arm_covers_prompts_and_seeds():
+    runs = [[[bool(verdict)] for verdict in run] for run in random_arms(1, 3, 40, seed=2, seed_sd=1.5)["m0"]]
+    own = components.parts(np.array(runs, dtype=float)[:, :, 0])
+    found = accuracy.of_arm(runs)
+    assert own.seed > own.resid and found.seeds_covered
+    assert (found.mean, found.stderr) == pytest.approx((own.mean, (own.prompt + own.seed - own.resid) ** 0.5))
+    twice = accuracy.of_arm([[item * 2 for item in run] for run in runs])  # copies of an item are no new information
+    assert (twice.mean, twice.stderr, twice.df) == pytest.approx((found.mean, found.stderr, found.df))
+    with pytest.raises(ValueError, match="run 2 has other prompts or instructions than run 1"):
+        accuracy.of_arm([runs[0], runs[1][:-1]])
+    assert accuracy.of_arm([[[True, False]], [[True, True]]]).stderr is None  # one prompt
+
+
+@pytest.mark.parametrize("pairs", [False, True])
+def test_a_family_of_equal_arms_keeps_its_level(pairs):
+    families, wrong, covered, total = 300, 0, 0, 0
+    for seed in range(families):
+        arms = random_arms(4, 3, 200, seed=100 + seed, seed_sd=0.15)
+        contrasts = list(itertools.combinations(arms, 2)) if pairs else against_first(arms)
+        found = compare(arms, contrasts).comparisons
+        wrong += any(comparison.verdict != "cannot tell" for comparison in found)
+        covered += sum(comparison.low <= 0 <= comparison.high for comparison in found)
+        total += len(found)
+    assert wrong <= 26  # of 300, where 15 are expected at 5 %: exceeded by chance once in 250
+    assert 0.93 < covered / total < 0.98
+
+
+def test_thirty_five_runs_take_seconds():
+    arms = random_arms(7, 5, seed_sd=0.1)
+    start = time.perf_counter()
+    compare(arms, against_first(arms))
+    compare(arms, list(itertools.combinations(list(arms)[:5], 2)))
+    assert time.perf_counter() - start < 5
