@@ -190,7 +190,8 @@ def homogeneity(arms: dict[str, np.ndarray]) -> Homogeneity | None:
         sum_s r[a, s]^2 / sum r^2  is  (1 - 1/A) * Beta((S - 1) / 2, (A - 2)(S - 1) / 2)
 
     and p is the smallest tail times A (Bonferroni; 't Lam 2010, Analytica Chimica Acta 659, 68-84, for independent arms).
-    So it keeps its level with three seeds, unlike Levene's or Brown and Forsythe's test, and a variance of 0 does no harm,
+    An arm that is the others' parent has no effect of its own and counts as uneven, rightly (docs/report_simulation.md).
+    It keeps its level with three seeds, unlike Levene's or Brown and Forsythe's test, and a variance of 0 does no harm,
     unlike in Bartlett's. With three seeds it finds only gross differences: a large p is no proof of equal variances.
     """
     means = np.stack([runs.mean(axis=1) for runs in arms.values()])
