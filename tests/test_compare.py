@@ -2,12 +2,13 @@
 
 import pytest
 
-from workflow_scripts.tools.compare import METRICS, paired, table
+from workflow_scripts.core.messages import InputError
+from workflow_scripts.tools.compare import IFEVAL, paired, paired_table, table
 
 
 def scores(*followed: bool) -> dict:
     share = sum(followed) / len(followed)
-    made: dict = {metric: share for metric in METRICS} | {f"{metric}_stderr": 0.1 for metric in METRICS}
+    made: dict = {metric: share for metric in IFEVAL} | {f"{metric}_stderr": 0.1 for metric in IFEVAL}
     made["n_prompts"] = len(followed)
     made["per_prompt"] = [{"key": key, "follow_instruction_list_strict": [ok, True]} for key, ok in enumerate(followed)]
     return made
@@ -28,3 +29,16 @@ def test_prompts_are_matched_by_key_and_not_by_position():
 def test_the_table_has_a_row_for_each_file_in_percent():
     text = table({"base": scores(False, True), "dpo": scores(True, True)}).to_string()
     assert "50.0 +- 10.0" in text and "100.0 +- 10.0" in text and "+50.0 +- 50.0 pp" in text
+
+
+def test_two_files_make_a_paired_table_with_mcnemar():
+    before, after = scores(*[False] * 8, *[True] * 4), scores(*[True] * 6, *[False] * 2, *[True] * 3, False)
+    text = paired_table(before, after, ("sft_v2", "dpo"))
+    assert "dpo - sft_v2: +41.7 points" in text and "6 prompts gained, 1 lost; McNemar's exact p 0.125" in text  # 2 (1 + 7) / 128
+    assert [line.split() for line in text.splitlines()[2:4]] == [["fails", "2", "6"], ["passes", "1", "3"]]
+
+
+def test_other_prompts_are_refused_and_never_averaged_over():
+    before, after = scores(True, False, False), scores(True, False)
+    with pytest.raises(InputError, match="prompt 2 and 0 more stand in one of two files only"):
+        paired(after, before)

@@ -1,34 +1,60 @@
-"""Scores side by side, with their standard errors, and the paired difference to the one before.
+"""Scores side by side, with standard errors, and the paired difference to the one before; for two files, the paired table.
 
     python -m workflow_scripts.tools.compare results/ifeval_base.json results/ifeval_sft_v2.json results/ifeval_dpo.json
+    python -m workflow_scripts.tools.compare results/gsm8k_sft_v2.json results/gsm8k_grpo.json
 
-The difference is taken prompt by prompt (prompt-level strict), and its standard error is that of the mean of these paired
-differences: sample standard deviation / sqrt(n). It covers the choice of prompts, not the training seed: one seed says
-nothing about the spread between seeds.
+Files of one task, over the same prompts. The difference is taken prompt by prompt (prompt-level strict; exact match), and its
+standard error is that of the mean of these paired differences: sample standard deviation / sqrt(n). It covers the choice of
+prompts, not the training seed: one seed says nothing about the spread between seeds. For that there is the report (docs/report.md).
 """
 
 import argparse
-import json
 from pathlib import Path
 
+import numpy
 import pandas
 
-METRICS = ("prompt_level_strict_acc", "prompt_level_loose_acc", "inst_level_strict_acc", "inst_level_loose_acc")
+from workflow_scripts.core import artifacts
+from workflow_scripts.core.messages import InputError
+from workflow_scripts.report.collect import verdict
+from workflow_scripts.tools import runs
+
+IFEVAL = ("prompt_level_strict_acc", "prompt_level_loose_acc", "inst_level_strict_acc", "inst_level_loose_acc")
+METRICS = {"prompt_level_strict_acc": IFEVAL, "exact_match": ("exact_match", "strict_match")}  # the first one -> all of a task
+AGAINST = {"prompt_level_strict_acc": "prompt strict", "exact_match": "exact match"}
 
 
 def name_of(path: Path) -> str:
-    return path.stem.removeprefix("ifeval_")
+    return path.stem.removeprefix("ifeval_").removeprefix("gsm8k_")
 
 
-def followed(scores: dict) -> pandas.Series:
-    """Key -> 1.0 where every instruction of the prompt was followed strictly, else 0.0."""
-    return pandas.Series({row["key"]: float(all(row["follow_instruction_list_strict"])) for row in scores["per_prompt"]})
+def metrics_of(scores: dict, name: str) -> tuple[str, ...]:
+    for first, metrics in METRICS.items():
+        if first in scores and "per_prompt" in scores:
+            return metrics
+    raise InputError(f"{name}: no scores of IFEval or GSM8K with a verdict for each prompt; give results/<task>_<run>.json")
+
+
+def passed(scores: dict) -> pandas.Series:
+    """Key -> 1.0 where the prompt's answer passes, else 0.0."""
+    return pandas.Series({row["key"]: float(verdict(row)) for row in scores["per_prompt"]})
+
+
+def aligned(after: dict, before: dict) -> tuple[pandas.Series, pandas.Series]:
+    """The verdicts of both, prompt by prompt. InputError where they are not over the same prompts."""
+    one, other = passed(after), passed(before)
+    if set(one.index) != set(other.index):
+        lacking = sorted(set(one.index) ^ set(other.index), key=str)
+        raise InputError(
+            f"prompt {lacking[0]!r} and {len(lacking) - 1} more stand in one of two files only; score both over the same prompts"
+        )
+    return one, other[one.index]
 
 
 def paired(after: dict, before: dict) -> tuple[float, float]:
-    """(difference of prompt-level strict accuracy, its standard error), over the prompts that both answered."""
-    differences = (followed(after) - followed(before)).dropna()
-    return differences.mean(), differences.sem()
+    """(difference of the first metric, its standard error)."""
+    one, other = aligned(after, before)
+    return (one - other).mean(), (one - other).sem()
 
 
 def table(scores: dict[str, dict]) -> pandas.DataFrame:
@@ -36,23 +62,47 @@ def table(scores: dict[str, dict]) -> pandas.DataFrame:
     rows, before = [], None
     for name, score in scores.items():
         row = {"": name}
-        for metric in METRICS:
+        for metric in metrics_of(score, name):
             row[metric.removesuffix("_acc")] = f"{100 * score[metric]:5.1f} +- {100 * score[metric + '_stderr']:.1f}"
         if before is not None:
             difference, stderr = paired(score, before)
-            row["prompt strict, against the row above"] = f"{100 * difference:+5.1f} +- {100 * stderr:.1f} pp"
+            row[f"{AGAINST[metrics_of(score, name)[0]]}, against the row above"] = (
+                f"{100 * difference:+5.1f} +- {100 * stderr:.1f} pp"
+            )
         row["prompts"] = score["n_prompts"]
         rows.append(row)
         before = score
     return pandas.DataFrame(rows).fillna("")
 
 
+def paired_table(before: dict, after: dict, names: tuple[str, str]) -> str:
+    """The four counts of two runs over the same prompts, the difference with its interval, and McNemar's exact test."""
+    from workflow_scripts.stats.family import compare
+
+    one, other = aligned(after, before)
+    counts = pandas.crosstab(other.map({0.0: "fails", 1.0: "passes"}), one.map({0.0: "fails", 1.0: "passes"}))
+    counts.index.name, counts.columns.name = names
+    arms = {"after": numpy.array([one]), "before": numpy.array([other])}
+    (found,) = compare(arms, [("after", "before")]).comparisons
+    mcnemar = found.mcnemar[0]
+    low, high = 100 * found.low, 100 * found.high
+    difference = (
+        f"{names[1]} - {names[0]}: {100 * found.difference:+.1f} points, 95 % interval {low:+.1f} to {high:+.1f} over prompts"
+    )
+    flips = f"{mcnemar.only_after} prompts gained, {mcnemar.only_before} lost; McNemar's exact p {mcnemar.p:.3g}"
+    return f"{counts.to_string()}\n\n{difference}\n{flips}"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("scores", nargs="+", type=Path, help="score files of ifeval")
+    parser.add_argument("scores", nargs="+", type=Path, help="score files of one task")
     files = parser.parse_args().scores
-    print(table({name_of(path): json.loads(path.read_text()) for path in files}).to_string(index=False))
+    scores = {name_of(path): artifacts.read(path).data for path in files}
+    print(table(scores).to_string(index=False))
+    if len(scores) == 2:
+        (first, before), (second, after) = scores.items()
+        print(f"\n{paired_table(before, after, (first, second))}")
 
 
 if __name__ == "__main__":
-    main()
+    runs.command(main)
