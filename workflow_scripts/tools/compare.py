@@ -5,7 +5,7 @@
 
 Files of one task, over the same prompts. The difference is taken prompt by prompt (prompt-level strict; exact match), and its
 standard error is that of the mean of these paired differences: sample standard deviation / sqrt(n). It covers the choice of
-prompts, not the training seed: one seed says nothing about the spread between seeds. For that there is the report (docs/report.md).
+prompts, not the training seed: one seed says nothing about the spread between seeds. The report does (docs/report.md).
 """
 
 import argparse
