@@ -64,7 +64,7 @@ print("calls", pstats.Stats(profile).total_calls)
 def write_config(folder: Path, experiments: int, seeds: int) -> None:
     """The tiny world with `experiments` DPO runs and without GSM8K."""
     data = yaml.safe_load((ROOT / "config" / "config.yaml").read_text())
-    del data["eval"]["gsm8k"]
+    del data["eval"]["gsm8k"], data["report"]
     data["seeds"] = list(range(1, seeds + 1))
     kept = {name: data["experiments"][name] for name in ("sft_v2", "dpo")}
     for i in range(1, experiments):
