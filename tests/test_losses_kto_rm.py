@@ -241,7 +241,7 @@ def test_the_held_out_accuracy_of_kto_is_the_share_of_pairs_in_the_right_order(k
     r = numpy.array([log_prob(policy, *part) - log_prob(reference, *part) for part in parts]).reshape(-1, 2)
     wanted = (r[:, 0] > r[:, 1]).mean()
     assert len(r) == 8 and 0 < wanted < 1
-    assert train_kto.told_apart(trainer, ordered)["accuracy"] == pytest.approx(wanted, abs=1e-6)
+    assert train_kto.told_apart(trainer, ordered)[0]["accuracy"] == pytest.approx(wanted, abs=1e-6)
 
 
 def test_dropout_acts_while_kto_trains(kto):
