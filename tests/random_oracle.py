@@ -305,12 +305,11 @@ EVERY = [*SLICE, "make_base", *MODELS, *SCORE]
 
 # Plumbing; what plans; what only models from elsewhere need.
 NO_STEP = "cli gpus progress messages runinfo work fingerprint hub plan config records schema_errors yaml_files".split()
-NO_STEP += ["estimate", "patterns", "signals", "comparison", "sources", "templates"]
-
-REPORT = [f"report/{name}.py" for name in "__init__ collect figures judge page sections trained".split()]  # no target here
-REPORT += [f"stats/{name}.py" for name in "__init__ accuracy components family power".split()]
-REPORT += ["steps/report.py", *(f"report/templates/report.{ending}" for ending in ("html.jinja", "css", "js"))]
-
+NO_STEP += "estimate patterns signals comparison names sources templates".split()
+# The report, which is no target here
+REPORT = """report/__init__ report/collect report/figures report/judge report/page report/sections report/trained steps/report
+stats/__init__ stats/accuracy stats/components stats/family stats/power""".split()
+PAGE = [f"report/templates/report.{ending}" for ending in ("html.jinja", "css", "js")]
 # File of the package -> the steps that can run it.
 CODE: dict[str, list[str]] = {
     **dict.fromkeys(("__init__.py", "core/__init__.py", "steps/__init__.py", "core/artifacts.py", "core/jsonl.py"), EVERY),
@@ -339,7 +338,7 @@ CODE: dict[str, list[str]] = {
     **{f"steps/{step}.py": [step] for step in ("make_base", "merge", "generate", "eval_rm", *SCORE, *TRAIN)},
     **dict.fromkeys((f"core/{name}.py" for name in NO_STEP), []),
     **dict.fromkeys((f"tools/{name}.py" for name in "__init__ compare status card push pin runs chat".split()), []),
-    **dict.fromkeys(REPORT, []),
+    **dict.fromkeys([*(f"{name}.py" for name in REPORT), *PAGE], []),
     **dict.fromkeys(("templates/chatml_text.jinja", "templates/smollm2.jinja"), []),
 }
 # Modules that run when Snakemake plans: there a statement may be added, and nothing changed.
@@ -382,10 +381,7 @@ def running(steps: list[str]) -> set[Phase]:
 # -- rows -------------------------------------------------------------------------------------------------------------------
 
 # Slice -> (files, rows, seed), as random_edits.yaml has them.
-LOCAL = {
-    "mine": (("mine/pairs.jsonl",), 64, 1),
-    "mixed": (("mine/more.json", "mine/pairs.jsonl"), 64, 2),
-}
+LOCAL = {"mine": (("mine/pairs.jsonl",), 64, 1), "mixed": (("mine/more.json", "mine/pairs.jsonl"), 64, 2)}
 
 
 def selection(folder: Path, name: str) -> list[tuple[str, int, Any]]:

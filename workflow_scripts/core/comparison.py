@@ -1,19 +1,12 @@
 """What a report compares: the config's `report:` block, checked, and the runs that it needs. Plans; reads no result."""
 
-from workflow_scripts.core.config import Config, run_name
+from workflow_scripts.core.config import Config
+from workflow_scripts.core.names import run_name
 
 
 def answering(config: Config) -> list[str]:
     """What has answers: the base and every experiment that is no reward model."""
     return ["base", *(name for name, body in config.experiments.items() if body["method"] != "rm")]
-
-
-def contrasts(family: dict) -> list[tuple[str, str]]:
-    """(after, before) of each comparison of a declared family."""
-    if "pairs" in family:
-        names = family["pairs"]
-        return [(names[j], names[i]) for i in range(len(names)) for j in range(i + 1, len(names))]
-    return [(name, family["reference"]) for name in family["runs"]]
 
 
 def check(config: Config) -> None:

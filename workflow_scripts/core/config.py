@@ -383,10 +383,6 @@ def rewards(body: dict) -> dict[str, float]:
     return {reward: 1.0} if isinstance(reward, str) else dict(sorted(reward.items()))
 
 
-def run_name(experiment: str, seed: int) -> str:
-    return experiment if seed == 1 or experiment == "base" else f"{experiment}.seed{seed}"
-
-
 def merge_all(parts: list[dict]) -> dict:
     merged: dict = {}
     for part in parts:

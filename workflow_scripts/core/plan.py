@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from workflow_scripts.core import comparison, fingerprint, slicing, sources
-from workflow_scripts.core.config import VERIFIERS, Config, rewards, run_name
+from workflow_scripts.core.config import VERIFIERS, Config, rewards
 from workflow_scripts.core.messages import InputError
+from workflow_scripts.core.names import run_name
 
 STEPS = "workflow_scripts.steps."
 CHATML_TEXT = fingerprint.ROOT / fingerprint.PACKAGE / "templates" / "chatml_text.jinja"

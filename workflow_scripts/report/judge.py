@@ -4,7 +4,6 @@ from dataclasses import dataclass
 
 import numpy
 
-from workflow_scripts.core.comparison import contrasts
 from workflow_scripts.report.collect import World
 from workflow_scripts.stats.family import Comparison, Family, compare
 
@@ -29,6 +28,14 @@ class Control:
     what: str  # for people
     passed: bool
     comparison: Comparison
+
+
+def contrasts(family: dict) -> list[tuple[str, str]]:
+    """(after, before) of each comparison of a declared family."""
+    if "pairs" in family:
+        names = family["pairs"]
+        return [(names[j], names[i]) for i in range(len(names)) for j in range(i + 1, len(names))]
+    return [(name, family["reference"]) for name in family["runs"]]
 
 
 def arms(world: World, task: str, pairs: list[tuple[str, str]]) -> dict[str, numpy.ndarray]:

@@ -6,9 +6,9 @@ from typing import Any
 
 import numpy
 
-from workflow_scripts.core import comparison
 from workflow_scripts.report import collect, figures
 from workflow_scripts.report.collect import METRIC, Run, World
+from workflow_scripts.report.judge import contrasts
 from workflow_scripts.report.trained import trained
 
 # What is drawn of a training, by the names that TRL and our trainers log: the first that a run has.
@@ -218,9 +218,7 @@ def tree(world: World) -> list[dict]:
 def viewer(world: World) -> dict:
     """Prompts whose verdict flips between two runs of the first seed, with both answers. Cut to a budget, most disputed first."""
     pairs = list(
-        dict.fromkeys(
-            (family["task"], *pair) for family in world.config["report"]["families"] for pair in comparison.contrasts(family)
-        )
+        dict.fromkeys((family["task"], *pair) for family in world.config["report"]["families"] for pair in contrasts(family))
     )
     seed = world.seeds[0]
     texts: dict[str, dict] = {task: {} for task in world.config["tasks"]}

@@ -18,8 +18,9 @@ from pathlib import Path
 
 from workflow_scripts.core import artifacts, records, work
 from workflow_scripts.core import config as configs
-from workflow_scripts.core.config import Config, run_name
+from workflow_scripts.core.config import Config
 from workflow_scripts.core.messages import InputError
+from workflow_scripts.core.names import run_name
 from workflow_scripts.core.records import Place
 from workflow_scripts.tools import runs, verify
 

@@ -1,0 +1,6 @@
+"""Names of runs. Apart from the config, so that what reads results does not count the config's own code."""
+
+
+def run_name(experiment: str, seed: int) -> str:
+    """`dpo` for seed 1, `dpo.seed2`; the base has no seed."""
+    return experiment if seed == 1 or experiment == "base" else f"{experiment}.seed{seed}"
