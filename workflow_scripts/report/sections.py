@@ -10,6 +10,7 @@ from workflow_scripts.report import collect, figures
 from workflow_scripts.report.collect import METRIC, Run, World
 from workflow_scripts.report.judge import contrasts
 from workflow_scripts.report.trained import trained
+from workflow_scripts.stats import accuracy
 
 # What is drawn of a training, by the names that TRL and our trainers log: the first that a run has.
 CURVES = {
@@ -29,18 +30,25 @@ def percent(value: float | None) -> str:
 
 
 def scores(world: World) -> list[dict]:
-    """A row for each experiment: mean over its seeds of each task, seeds one by one, length and truncation."""
+    """A row for each experiment: mean over its seeds of each task with its standard error, and seed by seed."""
     rows = []
     for name in comparison_names(world):
-        runs = dict.fromkeys(world.seeded(name))
-        row: dict[str, Any] = {"name": name, "seeds": len(runs), "tasks": {}}
+        runs = list(dict.fromkeys(world.seeded(name)))
+        row: dict[str, Any] = {"name": name, "tasks": {}}
         for task in world.config["tasks"]:
             values = [world.scores[task, run][METRIC[task]] for run in runs]
-            row["tasks"][task] = {"mean": percent(float(numpy.mean(values))), "each": ", ".join(map(percent, values))}
+            clusters = [[[float(passed)] for passed in world.verdicts(task, run)] for run in runs]
+            row["tasks"][task] = {"mean": mean_and_error(clusters), "each": ", ".join(map(percent, values))}
+        followed = [[row["follow_instruction_list_strict"] for row in world.scores["ifeval", run]["per_prompt"]] for run in runs]
         loose = [world.scores["ifeval", run]["prompt_level_loose_acc"] for run in runs]
-        inst = [world.scores["ifeval", run]["inst_level_strict_acc"] for run in runs]
-        rows.append(row | {"loose": percent(float(numpy.mean(loose))), "instructions": percent(float(numpy.mean(inst)))})
+        rows.append(row | {"loose": percent(float(numpy.mean(loose))), "instructions": mean_and_error(followed)})
     return rows
+
+
+def mean_and_error(runs: list) -> str:
+    """Percent, +- one standard error over prompts and, with several runs, seeds."""
+    found = accuracy.of_arm(runs)
+    return percent(found.mean) + (f" +- {100 * found.stderr:.1f}" if found.stderr is not None else "")
 
 
 def comparison_names(world: World) -> list[str]:
