@@ -3,7 +3,7 @@ sbatch and its like (Slurm).
 
     QUEUE=FOLDER qsub -l walltime=60 job.sh       a command of each name calls this file; the folder is the queue
 
-Each call leaves its arguments in FOLDER/calls.jsonl. With RUN_JOBS set, qsub runs the job's script in the background and
+Each call leaves its arguments in FOLDER/calls.jsonl; without QUEUE it says and does nothing. With RUN_JOBS set, qsub runs the job's script in the background and
 keeps its exit status for qstat. QUEUE_ENDS=KILL: the first job is killed at once, without a word to Snakemake.
 """
 
@@ -13,7 +13,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-QUEUE = Path(os.environ.get("QUEUE", "."))
+QUEUE = Path(os.environ.get("QUEUE", "/nowhere"))
 NAMES = ["qsub", "qstat", "qdel", "bsub", "badmin", "lsclusters", "bhist", "bjobs"]
 NAMES += ["sbatch", "sinfo", "scontrol", "squeue", "sacct", "scancel"]
 
@@ -47,6 +47,8 @@ def qstat(arguments: list[str]) -> str:
 
 
 def main(name: str, arguments: list[str]) -> None:
+    if "QUEUE" not in os.environ:  # a plugin that looks around while it is loaded
+        return
     with open(QUEUE / "calls.jsonl", "a") as file:
         file.write(json.dumps([name, *arguments]) + "\n")
     calls = (QUEUE / "calls.jsonl").read_text().splitlines()
