@@ -3,8 +3,9 @@ sbatch and its like (Slurm).
 
     QUEUE=FOLDER qsub -l walltime=60 job.sh       a command of each name calls this file; the folder is the queue
 
-Each call leaves its arguments in FOLDER/calls.jsonl; without QUEUE it says and does nothing. With RUN_JOBS set, qsub runs the job's script in the background and
-keeps its exit status for qstat. QUEUE_ENDS=KILL: the first job is killed at once, without a word to Snakemake.
+Each call leaves its arguments in FOLDER/calls.jsonl; without QUEUE it says and does nothing. With RUN_JOBS set, qsub runs the
+job's script in the background and keeps its exit status for qstat. QUEUE_ENDS=KILL: the first job is killed at once, without a
+word to Snakemake.
 """
 
 import json
