@@ -128,7 +128,7 @@ class Estimates:
 
     def _report(self, name: str) -> dict[str, float]:
         runs = len(self.config.experiments) * len(self.config.data["seeds"])
-        return {"memory_mb": 400 + 3 * runs, "seconds": 10 + 0.3 * runs, "disk_mb": 10}
+        return {"memory_mb": 150 + 2.5 * runs, "seconds": 2 + 0.05 * runs, "disk_mb": 10}
 
     def _merge(self, name: str) -> dict[str, float]:
         """Three models in fp32, one after the other, on the CPU."""

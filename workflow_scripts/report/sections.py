@@ -79,10 +79,16 @@ def training(world: World) -> list[dict]:
                 "runs": runs,
                 "values": values,
                 "moved": sum(verdict is True for verdict in verdicts),
-                "trained": False if False in verdicts else None if None in verdicts else True,
+                "verdict": _in_words(verdicts),
             }
         )
     return rows
+
+
+def _in_words(moved: list[bool | None]) -> str:
+    if None in moved:
+        return "not known"
+    return "trained" if all(moved) else "not in every seed" if any(moved) else "did not train with these settings"
 
 
 def kinds(world: World) -> dict:
