@@ -317,5 +317,5 @@ def test_the_shipped_configs_plan_without_the_model(files, monkeypatch, tmp_path
     planned = Plan(made)
     planned.check()
     assert planned.results == f"results/{files[-1]}"
-    assert set(made.experiments) == {"sft_v1", "sft_v2", "dpo", "dpo_study", "kto", "rm", "ppo", "grpo", "rloo"}
+    assert set(made.experiments) == {"sft_v1", "sft_v2", "dpo", "dpo_flipped", "dpo_study", "kto", "rm", "ppo", "grpo", "rloo"}
     assert made.experiments["dpo_study"]["train"]["learning_rate"] == 5.0e-6
