@@ -12,6 +12,7 @@ import yaml
 from workflow_scripts.core import config as configs
 from workflow_scripts.core.config import Config, load, merge
 from workflow_scripts.core.messages import InputError
+from workflow_scripts.core.names import run_name
 from workflow_scripts.core.plan import Plan
 from workflow_scripts.core.yaml_files import read_yaml
 
@@ -274,8 +275,8 @@ def test_one_run_has_one_name():
     for name in ("nothing", "dpo.seed", "dpo.seed2x", "dpo.seed٢", "dpo.seed2.seed3", "dpo\n"):
         with pytest.raises(InputError, match="no experiment of this config"):
             config.run(name)
-    assert [configs.run_name("dpo", seed) for seed in (1, 2)] == ["dpo", "dpo.seed2"]
-    assert configs.run_name("base", 3) == "base"
+    assert [run_name("dpo", seed) for seed in (1, 2)] == ["dpo", "dpo.seed2"]
+    assert run_name("base", 3) == "base"
 
 
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.name)

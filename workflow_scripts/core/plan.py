@@ -5,6 +5,7 @@ config of that step alone, the fingerprints of its parents, code and package ver
 contain: its hash is the step's fingerprint (see `fingerprint`). Runs at parse time, without heavy imports.
 """
 
+import json
 import math
 from functools import cache, cached_property
 from pathlib import Path
@@ -184,7 +185,7 @@ class Plan:
         """What is kept of a step: its dict takes several times the memory."""
         key = (kind, name)
         if key not in self._texts:
-            self._texts[key] = fingerprint.canonical(self.step(kind, name))
+            self._texts[key] = fingerprint.canonical(self._make(kind, name))
         return self._texts[key]
 
     def fingerprint(self, kind: str, name: str) -> str:
@@ -194,6 +195,10 @@ class Plan:
         return self._fingerprints[key]
 
     def step(self, kind: str, name: str = "") -> dict:
+        """The step as it was first planned, whatever has changed on disk since."""
+        return json.loads(self._text(kind, name))
+
+    def _make(self, kind: str, name: str) -> dict:
         verb, _, task = kind.partition("_")
         if verb in ("generate", "score"):
             return getattr(self, f"_{verb}_step")(task, name)
