@@ -1,9 +1,11 @@
-"""The table that `make demo` prints."""
+"""The comparison by hand, and the table that `make demo` prints."""
+
+import json
 
 import pytest
 
 from workflow_scripts.core.messages import InputError
-from workflow_scripts.tools.compare import IFEVAL, paired, paired_table, table
+from workflow_scripts.tools.compare import IFEVAL, paired, paired_table, read, table
 
 
 def scores(*followed: bool) -> dict:
@@ -42,3 +44,15 @@ def test_other_prompts_are_refused_and_never_averaged_over():
     before, after = scores(True, False, False), scores(True, False)
     with pytest.raises(InputError, match="prompt 2 and 0 more stand in one of two files only"):
         paired(after, before)
+
+
+def test_files_of_one_name_in_two_folders_are_two_and_a_file_made_by_hand_will_do(tmp_path):
+    for folder, share in (("a", True), ("b", False)):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "ifeval_dpo.json").write_text(json.dumps(scores(share, True)))
+    files = [tmp_path / "a/ifeval_dpo.json", tmp_path / "b/ifeval_dpo.json"]
+    assert list(read(files)) == list(map(str, files)) and list(read(files[:1])) == ["dpo"]
+    with pytest.raises(InputError, match="given twice"):
+        read([files[0], files[0]])
+    with pytest.raises(InputError, match="no JSON object can be read"):
+        read([tmp_path / "c.json"])

@@ -14,7 +14,6 @@ from pathlib import Path
 import numpy
 import pandas
 
-from workflow_scripts.core import artifacts
 from workflow_scripts.core.messages import InputError
 from workflow_scripts.report.collect import verdict
 from workflow_scripts.tools import runs
@@ -26,6 +25,20 @@ AGAINST = {"prompt_level_strict_acc": "prompt strict", "exact_match": "exact mat
 
 def name_of(path: Path) -> str:
     return path.stem.removeprefix("ifeval_").removeprefix("gsm8k_")
+
+
+def read(files: list[Path]) -> dict[str, dict]:
+    """Name -> scores, made by the pipeline or by a scorer by hand. Named by their paths where names would be one."""
+    names = [name_of(path) for path in files]
+    found = {}
+    for path, name in zip(files, names if len(set(names)) == len(names) else map(str, files), strict=True):
+        scores = runs.read_json(path)
+        if scores is None:
+            raise InputError(f"{path}: no JSON object can be read from it; give a score file, such as results/ifeval_dpo.json")
+        if name in found:
+            raise InputError(f"{path}: given twice")
+        found[name] = scores
+    return found
 
 
 def metrics_of(scores: dict, name: str) -> tuple[str, ...]:
@@ -97,7 +110,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("scores", nargs="+", type=Path, help="score files of one task")
     files = parser.parse_args().scores
-    scores = {name_of(path): artifacts.read(path).data for path in files}
+    scores = read(files)
     print(table(scores).to_string(index=False))
     if len(scores) == 2:
         (first, before), (second, after) = scores.items()
