@@ -94,7 +94,7 @@ def _adapter(plan: Plan, run: str, rng: numpy.random.Generator, method: str, tra
     }
     manifest = {"fingerprint": plan.fingerprint("train", run), "files": {}, "objective": objective}
     _write(folder / "manifest.json", manifest | {"step": {"config": {"method": method}}})
-    _write(folder / "run.json", {"seconds": 33.0, "peak_memory_bytes": 9e8})
+    _write(folder / "run.json", {"seconds": 33.0, "peak_memory_bytes": 9e8, "gpu_peak_memory_bytes": 3 * 2**30})
     steps = numpy.arange(1, 61)
     curve = 0.7 - 0.005 * steps + rng.normal(0, 0.01, 60)
     lines = [f"{step},{loss:.4f},{0.4:.2f}" for step, loss in zip(steps, curve, strict=True)]

@@ -16,9 +16,8 @@ import pandas
 from workflow_scripts.core import artifacts
 from workflow_scripts.core.artifacts import Job
 from workflow_scripts.core.messages import InputError
-from workflow_scripts.core.names import run_name
+from workflow_scripts.core.names import METRIC, run_name
 
-METRIC = {"ifeval": "prompt_level_strict_acc", "gsm8k": "exact_match"}
 LABEL = {"ifeval": "IFEval, prompt-level strict accuracy", "gsm8k": "GSM8K, exact match"}
 
 

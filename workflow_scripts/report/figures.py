@@ -48,7 +48,7 @@ def svg(figure: Figure, title: str) -> str:
     )
 
 
-def forest(rows: list[dict], title: str) -> str:
+def forest(rows: list[dict], level: str, title: str) -> str:
     """Differences with both intervals. rows: label, verdict and, in points, difference, low, high and *_simultaneous."""
     figure, axes = pyplot.subplots(figsize=(7.2, 0.6 + 0.34 * len(rows)))
     axes.axvline(0, color=INK, linewidth=0.8)
@@ -60,7 +60,7 @@ def forest(rows: list[dict], title: str) -> str:
     axes.set_yticks(range(len(rows)), [row["label"] for row in reversed(rows)])
     axes.tick_params(axis="y", length=0)
     axes.set_ylim(-0.6, len(rows) - 0.4)
-    axes.set_xlabel("difference in percentage points; thick: 95 % interval, thin: all of this family at once")
+    axes.set_xlabel(f"difference in percentage points; thick: {level} % interval, thin: all of this family at once")
     axes.grid(axis="x", color=INK, alpha=0.12, linewidth=0.6)
     return svg(figure, title)
 

@@ -7,9 +7,6 @@ import numpy
 from workflow_scripts.report.collect import World
 from workflow_scripts.stats.family import Comparison, Family, compare
 
-NULL_ALPHA = 0.01  # of the null control: it fails by chance in so many reports
-ALPHA = 0.05
-
 
 @dataclass(frozen=True)
 class Judged:
@@ -46,7 +43,7 @@ def families(world: World) -> list[Judged]:
     found = []
     for family in world.config["report"]["families"]:
         pairs = contrasts(family)
-        result = compare(arms(world, family["task"], pairs), pairs, ALPHA)
+        result = compare(arms(world, family["task"], pairs), pairs, world.config["report"]["alpha"])
         found.append(Judged(family["name"], family["title"], family["task"], family["task"] == "ifeval", result))
     return found
 
@@ -56,7 +53,7 @@ def controls(world: World) -> list[Control]:
 
     A control has one comparison of its own, whose seeds say too little alone. p is not adjusted: a control is in no family.
     """
-    declared = world.config["report"]["controls"]
+    declared, alpha = world.config["report"]["controls"], world.config["report"]["alpha"]
     first = next(family for family in world.config["report"]["families"] if family["task"] == "ifeval")
     pairs = contrasts(first)
     tables = arms(world, "ifeval", pairs)
@@ -73,14 +70,15 @@ def controls(world: World) -> list[Control]:
             after, before = control["run"], control["against"]
             tables |= arms(world, "ifeval", [(after, before)])
         known = [pair for pair in pairs if set(pair) != {after, before}]
-        comparison = compare(tables, [*known, (after, before)], ALPHA).comparisons[-1]
+        comparison = compare(tables, [*known, (after, before)], alpha).comparisons[-1]
         seeds = ", ".join(str(seed + control.get("seeds_from", 0)) for seed in world.seeds)
         if name == "null":
-            what = f"{before} once more, with seeds {seeds}: there must be no difference (p above {NULL_ALPHA:.0%})"
-            passed = comparison.p >= NULL_ALPHA
+            limit = control["alpha"]  # by chance it fails in so many reports
+            what = f"{before} once more, with seeds {seeds}: there must be no difference (p above {limit:.0%})"
+            passed = comparison.p >= limit
         else:
             word = "worse" if name == "negative" else "better"
-            what = f"{after} must be {word} than {before} (p below {ALPHA:.0%})"
-            passed = comparison.p < ALPHA and (comparison.difference < 0) == (name == "negative")
+            what = f"{after} must be {word} than {before} (p below {alpha:.0%})"
+            passed = comparison.p < alpha and (comparison.difference < 0) == (name == "negative")
         found.append(Control(name, what, passed, comparison))
     return found

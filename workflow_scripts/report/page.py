@@ -6,22 +6,17 @@ script puts it in place as text.
 """
 
 import base64
-import csv
 import hashlib
-import io
 from pathlib import Path
 
+import pandas
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from workflow_scripts.report import figures, sections
 from workflow_scripts.report.collect import LABEL, World
 from workflow_scripts.report.judge import Control, Judged
 
-TEMPLATES = Path(__file__).parent / "templates"
-FILES = "report/templates"  # named, so that a change of them makes the report stale
-
-COLUMNS = """after before mean_after mean_before difference se df t p p_holm low high low_simultaneous high_simultaneous
-se_unpooled df_unpooled low_unpooled high_unpooled verdict prompts_needed seeds_needed words""".split()
+TEMPLATES = Path(__file__).parents[1] / "report/templates"  # so named that a change of them makes the report stale
 
 
 def render(world: World, families: list[Judged], controls: list[Control]) -> str:
@@ -37,6 +32,7 @@ def render(world: World, families: list[Judged], controls: list[Control]) -> str
         script_hash=f"sha256-{digest}",
         world=world,
         one_seed=len(world.seeds) == 1,
+        level=level(world.config["report"]["alpha"]),
         families=[shown(family) for family in families],
         controls=controls,
         failed=[control for control in controls if not control.passed],
@@ -79,8 +75,13 @@ def shown(family: Judged) -> dict:
         "confirmatory": family.confirmatory,
         "result": family.result,
         "rows": rows,
-        "forest": figures.forest(rows, f"{family.title}: differences with intervals"),
+        "forest": figures.forest(rows, level(family.result.alpha), f"{family.title}: differences with intervals"),
     }
+
+
+def level(alpha: float) -> str:
+    """Of the intervals, in percent."""
+    return f"{100 * (1 - alpha):g}"
 
 
 def points(value: float) -> str:
@@ -94,19 +95,16 @@ def p_text(p: float) -> str:
 
 def table(families: list[Judged]) -> str:
     """comparison.csv: a row for each comparison; shares, not percent."""
-    out = io.StringIO()
-    writer = csv.writer(out, lineterminator="\n")
-    writer.writerow(["family", "task", "seeds", "prompts", "mde", *COLUMNS])
+    parts = []
     for family in families:
-        result = family.result
-        for one in result.comparisons:
-            row = [family.name, family.task, result.seeds, result.prompts, result.mde, *(getattr(one, name) for name in COLUMNS)]
-            writer.writerow([cell(value) for value in row])
-    return out.getvalue()
+        result, part = family.result, family.result.table()
+        facts = {"family": family.name, "task": family.task, "seeds": result.seeds, "prompts": result.prompts, "mde": result.mde}
+        for at, (name, value) in enumerate(facts.items()):
+            part.insert(at, name, value)
+        parts.append(part)
+    return pandas.concat(parts).map(cell).to_csv(index=False, float_format="%.8g", lineterminator="\n")
 
 
 def cell(value: object) -> object:
     """A value for a spreadsheet: a text that one would take for a formula gets an apostrophe; numbers stay numbers."""
-    if isinstance(value, str) and value[:1] in ("=", "+", "-", "@", "\t", "\r"):
-        return "'" + value
-    return f"{value:.8g}" if isinstance(value, float) else value
+    return "'" + value if isinstance(value, str) and value[:1] in ("=", "+", "-", "@", "\t", "\r") else value

@@ -6,8 +6,9 @@ from typing import Any
 
 import numpy
 
+from workflow_scripts.core.names import METRIC
 from workflow_scripts.report import collect, figures
-from workflow_scripts.report.collect import METRIC, Run, World
+from workflow_scripts.report.collect import Run, World
 from workflow_scripts.report.judge import contrasts
 from workflow_scripts.report.trained import trained
 from workflow_scripts.stats import accuracy
@@ -15,11 +16,11 @@ from workflow_scripts.stats import accuracy
 # What is drawn of a training, by the names that TRL and our trainers log: the first that a run has.
 CURVES = {
     "loss": ("loss",),
-    "reward margin, chosen over rejected": ("rewards/margins",),
+    "margin, chosen over rejected": ("rewards/margins", "margin"),
     "reward": ("reward",),
-    "KL to the reference": ("kl", "objective/kl"),
-    "length of answers, tokens": ("completions/mean_length", "response_length"),
-    "gradient norm": ("grad_norm", "policy/grad_norm"),
+    "KL to the reference": ("kl",),
+    "length of answers, tokens": ("completions/mean_length",),
+    "gradient norm": ("grad_norm",),
 }
 VIEWER_BYTES = 2_500_000  # for answers: the page has to be mailed
 LONGEST = 1_200  # characters of an answer that are shown
@@ -32,7 +33,7 @@ def percent(value: float | None) -> str:
 def scores(world: World) -> list[dict]:
     """A row for each experiment: mean over its seeds of each task with its standard error, and seed by seed."""
     rows = []
-    for name in comparison_names(world):
+    for name in models(world):
         runs = list(dict.fromkeys(world.seeded(name)))
         row: dict[str, Any] = {"name": name, "tasks": {}}
         for task in world.config["tasks"]:
@@ -51,7 +52,8 @@ def mean_and_error(runs: list) -> str:
     return percent(found.mean) + (f" +- {100 * found.stderr:.1f}" if found.stderr is not None else "")
 
 
-def comparison_names(world: World) -> list[str]:
+def models(world: World) -> list[str]:
+    """What has answers: the base and every experiment that is no reward model."""
     return ["base", *(name for name, body in world.config["experiments"].items() if body["method"] != "rm")]
 
 
@@ -93,7 +95,7 @@ def _in_words(moved: list[bool | None]) -> str:
 
 def kinds(world: World) -> dict:
     """IFEval by instruction kind: strict accuracy, mean over seeds, for each experiment."""
-    names = comparison_names(world)
+    names = models(world)
     first = world.scores["ifeval", "base"]["by_instruction"]
     rows = []
     for kind in sorted(first):
@@ -109,7 +111,7 @@ def kinds(world: World) -> dict:
 def lengths(world: World) -> list[dict]:
     """Length by experiment, share cut off at the limit, and accuracy among the answers that ended."""
     rows = []
-    for name in comparison_names(world):
+    for name in models(world):
         for task in world.config["tasks"]:
             tokens, cut, ended = [], [], []
             for run in dict.fromkeys(world.seeded(name)):
@@ -177,7 +179,7 @@ def costs(world: World) -> list[dict]:
         for run in runs:
             for phase, facts in run.phases.items():
                 seconds[phase.split(" ")[0]] += facts["seconds"]
-                memory = max(memory, facts.get("peak_gpu_memory_bytes") or facts.get("peak_memory_bytes") or 0)
+                memory = max(memory, facts.get("gpu_peak_memory_bytes") or facts.get("peak_memory_bytes") or 0)
         gpu_seconds = sum(value for phase, value in seconds.items() if phase in ("training", "answers"))
         hours = gpu_seconds / 3600 if world.config["device"] == "cuda" else None
         rows.append(

@@ -14,8 +14,9 @@ from pathlib import Path
 from workflow_scripts.core import artifacts
 from workflow_scripts.core.artifacts import Artifact
 from workflow_scripts.core.messages import InputError
+from workflow_scripts.core.names import METRIC
 
-METRICS = {"ifeval": "prompt_level_strict_acc", "gsm8k": "exact_match", "rm": "accuracy"}  # the first one of each score file
+METRICS = METRIC | {"rm": "accuracy"}  # the first one of each score file
 
 # Phase of a run -> its manifest, from the run's folder.
 PHASES = {
