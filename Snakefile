@@ -1,4 +1,4 @@
-# The DAG: data slices -> base -> SFT -> merge -> DPO, KTO, RM, GRPO, RLOO -> answers -> scores. Targets are files:
+# The DAG: data slices -> base -> SFT -> merge -> DPO, KTO, RM, PPO, GRPO, RLOO -> answers -> scores -> report. Targets are files:
 #   snakemake results/ifeval_dpo.json             one score, and whatever it needs
 #   snakemake                                     every experiment and seed that the config names
 #   snakemake results/... --configfile config/other.yaml [OVERLAY...]     (the target first)
