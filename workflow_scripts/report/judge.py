@@ -76,9 +76,11 @@ def controls(world: World) -> list[Control]:
             limit = control["alpha"]  # by chance it fails in so many reports
             what = f"{before} once more, with seeds {seeds}: there must be no difference (p above {limit:.0%})"
             passed = comparison.p >= limit
+        elif name == "negative":
+            what = f"{after} must not be better than {before} (p below {alpha:.0%})"
+            passed = not (comparison.p < alpha and comparison.difference > 0)
         else:
-            word = "worse" if name == "negative" else "better"
-            what = f"{after} must be {word} than {before} (p below {alpha:.0%})"
-            passed = comparison.p < alpha and (comparison.difference < 0) == (name == "negative")
+            what = f"{after} must be better than {before} (p below {alpha:.0%})"
+            passed = comparison.p < alpha and comparison.difference > 0
         found.append(Control(name, what, passed, comparison))
     return found
