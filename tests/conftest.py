@@ -84,3 +84,12 @@ def clone(finished: Clone, tmp_path: Path) -> Clone:
 @pytest.fixture
 def fresh(tmp_path: Path) -> Clone:
     return make_clone(tmp_path / "phaseline")
+
+
+@pytest.fixture(scope="session")
+def speaking_base(tmp_path_factory) -> Path:
+    """The manifest of a small model that speaks the tiny world's language and follows some of its instructions; to be read only."""
+    from tests import small_steps
+
+    shape = {"hidden_size": 64, "intermediate_size": 192}
+    return small_steps.write_base(tmp_path_factory.mktemp("speaking") / "base", steps=300, shape=shape)

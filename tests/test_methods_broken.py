@@ -35,9 +35,8 @@ def folder(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def base(folder):
-    """A model that speaks the world's language and follows some of its instructions."""
-    return small_steps.write_base(folder / "base", steps=300, shape={"hidden_size": 64, "intermediate_size": 192})
+def base(speaking_base):
+    return speaking_base
 
 
 def rows_for(method, folder):

@@ -90,8 +90,8 @@ def folder(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def base(folder):
-    return small_steps.write_base(folder / "base", steps=300, shape={"hidden_size": 64, "intermediate_size": 192})
+def base(speaking_base):
+    return speaking_base
 
 
 @pytest.fixture(scope="module")
