@@ -88,7 +88,9 @@ CONF
 
 # The plugin's job step drops SLURM_CONF, with every other SLURM_ variable, before it calls srun.
 printf '#!/bin/sh\nSLURM_CONF=%s/etc/slurm.conf exec %s "$@"\n' "$dir" "$(command -v srun)" >"$dir/bin/srun"
-chmod +x "$dir/bin/srun"
+# What looks at the queue leaves a mark when it has seen it.
+printf '#!/bin/sh\n%s "$@"; code=$?; touch %s/looked; exit $code\n' "$(command -v squeue)" "$dir" >"$dir/bin/squeue"
+chmod +x "$dir/bin/srun" "$dir/bin/squeue"
 export SLURM_CONF=$dir/etc/slurm.conf SLURM_DIR=$dir PATH=$dir/bin:$PATH
 
 daemons=()

@@ -126,6 +126,13 @@ def wait(condition: Callable[[], object], otherwise: str, seconds: float = 150) 
         time.sleep(0.005)
 
 
+def between_looks() -> None:
+    """Wait until Snakemake has just looked at the queue: while it looks, an interrupt finds no job to cancel (docs/cluster.md)."""
+    mark, began = Path(os.environ["SLURM_DIR"]) / "looked", time.time()
+    wait(lambda: mark.exists() and mark.stat().st_mtime > began, "Snakemake did not look at the queue", 200)
+    time.sleep(2)
+
+
 def scontrol(*arguments: str) -> None:
     subprocess.run(["scontrol", *arguments], check=True)
 
@@ -223,6 +230,7 @@ class Trial:
         dpo.hold()
 
         with self.check("interrupted") as evidence:
+            between_looks()
             os.kill(first.pid, signal.SIGINT)
             step, took = dpo.ends_by_sigterm()
             code = first.wait(200)  # Snakemake first waits for its next look at the queue
