@@ -88,7 +88,7 @@ def fresh(tmp_path: Path) -> Clone:
 
 @pytest.fixture(scope="session")
 def speaking_base(tmp_path_factory) -> Path:
-    """The manifest of a small model that speaks the tiny world's language and follows some of its instructions; to be read only."""
+    """The manifest of a small model that speaks the tiny world's language and follows some instructions; to be read only."""
     from tests import small_steps
 
     shape = {"hidden_size": 64, "intermediate_size": 192}

@@ -127,7 +127,7 @@ def wait(condition: Callable[[], object], otherwise: str, seconds: float = 150) 
 
 
 def between_looks() -> None:
-    """Wait until Snakemake has just looked at the queue: while it looks, an interrupt finds no job to cancel (docs/cluster.md)."""
+    """Wait until Snakemake has looked at the queue: while it looks, an interrupt finds no job to cancel (docs/cluster.md)."""
     mark, began = Path(os.environ["SLURM_DIR"]) / "looked", time.time()
     wait(lambda: mark.exists() and mark.stat().st_mtime > began, "Snakemake did not look at the queue", 200)
     time.sleep(2)
