@@ -90,6 +90,13 @@ def test_costs_are_gpu_hours_and_money_where_there_is_a_gpu_and_a_price(tmp_path
     assert re.findall(r"<td>(.*?)</td>", row) == ["3", "99 s", "75 s", "", "3.00", "0.05", "1.74 EUR"]
 
 
+def test_budgets_are_means_over_seeds_of_what_each_training_was_given(html):
+    budgets = html[html.index('id="budget"') : html.index('id="cost"')]
+    rows = dict(re.findall(r"<tr><td>(\w+)</td>(.*?)</tr>", budgets, flags=re.S))
+    assert re.findall(r">([^<]+)</td>", rows["dpo"]) == ["dpo", "pairs", "300", "19", "12,600", "33"]
+    assert "base" not in rows and "rm" in rows and "<th>seconds</th>" in budgets
+
+
 def test_one_seed_is_said_loudly(tmp_path):
     html = report_world.report(tmp_path, report_world.make(tmp_path, report_world.write_config(tmp_path, seeds=1)))
     assert (

@@ -217,6 +217,8 @@ def save(trainer: Any, draft: Draft, job: Job, start: Artifact, facts: dict) -> 
         if k.startswith("train_") and any(word in k for word in CLOCK)
     }
     draft.run |= {
+        "rows": len(trainer.train_dataset),
+        "steps": trainer.state.global_step,
         "tokens": trainer.state.num_input_tokens_seen or getattr(trainer, "_total_train_tokens", None),
         "timing": timing,
         "trl_config": {k: v for k, v in trainer.args.to_dict().items() if k not in ("output_dir", "logging_dir")},

@@ -42,6 +42,7 @@ def render(world: World, families: list[Judged], controls: list[Control]) -> str
         lengths=sections.lengths(world),
         curves=sections.curves(world),
         rewards=sections.rewards(world),
+        budgets=sections.budgets(world),
         costs=sections.costs(world),
         tree=sections.tree(world),
         viewer=sections.viewer(world),

@@ -53,8 +53,9 @@ def mean_and_error(runs: list) -> str:
 
 
 def models(world: World) -> list[str]:
-    """What has answers: the base and every experiment that is no reward model."""
-    return ["base", *(name for name, body in world.config["experiments"].items() if body["method"] != "rm")]
+    """What has answers: the models that were not trained here, and every experiment that is no reward model."""
+    others = world.config.get("models", [])
+    return ["base", *others, *(name for name, body in world.config["experiments"].items() if body["method"] != "rm")]
 
 
 def training(world: World) -> list[dict]:
@@ -166,6 +167,24 @@ def rewards(world: World) -> str:
     return figures.scatter(points, "held-out reward after training", "IFEval, prompt strict, %", "reward against IFEval")
 
 
+def budgets(world: World) -> list[dict]:
+    """What each experiment's training was given, mean over its seeds: methods learn from different data, by their nature.
+
+    rows: of its slice (pairs, conversations, prompts); tokens: as its trainer counts them, answers that it sampled too.
+    """
+    rows = []
+    for name, body in world.config["experiments"].items():
+        trained = [run.phases["training"] for run in world.runs.values() if run.experiment == name and "training" in run.phases]
+        if not trained:
+            continue
+        row = {"name": name, "method": body["method"], "slice": body["slice"]}
+        for what in ("rows", "steps", "tokens", "seconds"):
+            known = [facts[what] for facts in trained if facts.get(what) is not None]
+            row[what] = f"{numpy.mean(known):,.0f}" if known else ""
+        rows.append(row)
+    return rows
+
+
 def costs(world: World) -> list[dict]:
     """Time, memory and money by experiment, over its seeds: its own phases, not those that it starts from."""
     price, currency = world.config["report"].get("price"), world.config["report"].get("currency", "")
@@ -214,7 +233,7 @@ def tree(world: World) -> list[dict]:
         there = {"trained": "adapter/manifest.json", "merged": "merged/manifest.json", "answered": "ifeval_responses.jsonl"}
         counts = {what: sum((run.folder / file).exists() for run in runs) for what, file in there.items()}
         state = [f"{count} {what}" for what, count in counts.items() if count]
-        body = experiments.get(name, {"method": "base model"})
+        body = experiments.get(name, {"method": "base model" if name == "base" else "only scored"})
         reward = body.get("reward")
         rows.append(
             {
@@ -227,7 +246,8 @@ def tree(world: World) -> list[dict]:
         for child in children.get(name, []):
             visit(child, depth + 1)
 
-    visit("base", 0)
+    for model in ("base", *world.config.get("models", [])):
+        visit(model, 0)
     return rows
 
 
