@@ -1,0 +1,130 @@
+"""The study's own config, end to end, on two CPU cores: a small stand-in for the model, local folders for the hub.
+
+    python -m tests.study FOLDER         makes FOLDER/hub, runs every target of the study in a clone, and says what differs
+
+The stand-in has the study's architecture (Qwen2, tied embeddings with more rows than the tokenizer has tokens), its chat template
+and its special tokens; its vocabulary is a byte-level BPE of 4,096 tokens, split as Qwen's is and trained on the repository's own
+data. The data sets have the columns and splits of those on the hub, with rows of the samples in data/. Only sizes differ, by
+tests/config/study_small.yaml: `differences` lists every key.
+"""
+
+import argparse
+import json
+import os
+import threading
+import time
+from pathlib import Path
+
+from tests import local_hub
+from tests.conftest import ROOT, make_clone
+from workflow_scripts.core import config as configs
+
+STUDY = ["config/qwen05b.yaml", "tests/config/study_small.yaml"]
+MODELS = {"Qwen/Qwen2.5-0.5B": "<|endoftext|>", "Qwen/Qwen2.5-0.5B-Instruct": "<|im_end|>"}  # id -> what its tokenizer ends with
+SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+ROWS_OF_EMBEDDINGS = 4224  # as Qwen's, more than there are tokens
+
+
+def rows_of(name: str) -> list[dict]:
+    return [json.loads(line) for line in (ROOT / "data" / name).read_text(encoding="utf-8").splitlines()]
+
+
+def make_hub(folder: Path) -> None:
+    """The two models and the two data sets of the study, in small."""
+    for name, end in MODELS.items():
+        make_model(folder / "models" / name, end, seed=len(name))
+    conversations = [row["messages"] for row in rows_of("sft/oasst_en_conversations.jsonl")]
+    write(
+        folder / "datasets/HuggingFaceH4/ultrachat_200k/data/train_sft-00000-of-00001.parquet",
+        [{"prompt": one[0]["content"], "prompt_id": str(i), "messages": one} for i, one in enumerate(conversations)],
+    )
+    pairs = [
+        {"prompt": row["prompt"][-1]["content"], "prompt_id": str(i)}
+        | {side: row["prompt"] + row[side] for side in ("chosen", "rejected")}
+        | {"messages": row["prompt"] + row["chosen"], "score_chosen": 8.0, "score_rejected": 5.0}
+        for i, row in enumerate(rows_of("preference/ultrafeedback_1k.jsonl"))
+        if row["chosen"] != row["rejected"]
+    ]
+    sets = folder / "datasets/HuggingFaceH4/ultrafeedback_binarized/data"
+    write(sets / "train_prefs-00000-of-00001.parquet", pairs[:-250])
+    write(sets / "test_prefs-00000-of-00001.parquet", pairs[-250:])
+
+
+def write(path: Path, rows: list[dict]) -> None:
+    import pandas
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pandas.DataFrame(rows).to_parquet(path)
+
+
+def make_model(folder: Path, end: str, seed: int) -> None:
+    """A Qwen2 model with random weights, a tokenizer, and Qwen2.5's own chat template, as a folder of a hub."""
+    import torch
+    from transformers import GenerationConfig, Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer
+    from trl import chat_template_utils
+
+    template = (Path(chat_template_utils.__file__).parent / "chat_templates/qwen2_5.jinja").read_text()
+    texts = [row["prompt"][-1]["content"] + row["chosen"][-1]["content"] for row in rows_of("preference/ultrafeedback_1k.jsonl")]
+    tokenizer = Qwen2Tokenizer().train_new_from_iterator(texts, 4096 - len(SPECIAL))
+    tokenizer.add_special_tokens({"additional_special_tokens": SPECIAL[1:], "eos_token": end, "pad_token": SPECIAL[0]})
+    tokenizer.chat_template, tokenizer.model_max_length = template, 4096
+    ids = {token: tokenizer.convert_tokens_to_ids(token) for token in SPECIAL}
+    torch.manual_seed(seed)
+    model = Qwen2ForCausalLM(
+        Qwen2Config(
+            vocab_size=ROWS_OF_EMBEDDINGS, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
+            num_key_value_heads=2, max_position_embeddings=4096, tie_word_embeddings=True, bos_token_id=ids["<|endoftext|>"],
+            eos_token_id=ids[end],
+        )
+    ).to(torch.bfloat16)  # fmt: skip
+    model.generation_config = GenerationConfig(eos_token_id=ids[end], pad_token_id=ids["<|endoftext|>"])
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def differences() -> list[str]:
+    """`key: of the study -> here`, for each key of the resolved configs that differs."""
+    ours, study = (flat(configs.load(*[ROOT / name for name in files]).data) for files in (STUDY, STUDY[:1]))
+    assert ours.keys() == study.keys()
+    return [f"{key}: {study[key]} -> {ours[key]}" for key in study if study[key] != ours[key]]
+
+
+def flat(data: dict, path: str = "") -> dict[str, object]:
+    found: dict[str, object] = {}
+    for key, value in data.items():
+        place = f"{path}.{key}" if path else key
+        found |= flat(value, place) if isinstance(value, dict) else {place: value}
+    return found
+
+
+def serve(folder: Path) -> local_hub.ThreadingHTTPServer:
+    server = local_hub.serve(folder)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    os.environ |= {"HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}", "HF_HOME": str(folder.parent / "home")}
+    return server
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--cores", default="2")
+    parser.add_argument("targets", nargs="*", help="default: every experiment and seed, and the report")
+    arguments = parser.parse_args()
+    folder = arguments.folder.resolve()
+    print("\n".join(differences()))
+    if not (folder / "hub").exists():
+        make_hub(folder / "hub")
+    server = serve(folder / "hub")
+    clone = make_clone(folder / "phaseline")
+    started = time.monotonic()
+    targets = arguments.targets or ["all", "results/study/report/comparison.html"]
+    done = clone.snakemake(*targets, "--cores", arguments.cores, "--quiet", "rules", configs=STUDY, check=False)
+    print(done.stdout[-3000:], done.stderr[-3000:])
+    print(*sorted(set(server.RequestHandlerClass.asked)), sep="\n")
+    results = sorted(path.name for path in (clone.folder / "results/study").glob("*.json"))
+    print(f"{time.monotonic() - started:.0f} s; {len(results)} score files: {', '.join(results)}")
+    raise SystemExit(done.returncode)
+
+
+if __name__ == "__main__":
+    main()
