@@ -29,7 +29,7 @@ if "report" in PLAN.config.data:
 rule all:
     default_target: True
     input:
-        [PLAN.results_of(run) for run in ["base", *PLAN.runs()]],
+        [PLAN.results_of(run) for run in [*PLAN.config.models, *PLAN.runs()]],
     localrule: True
 
 

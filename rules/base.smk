@@ -1,13 +1,16 @@
+# The base, and the models that are only scored beside it.
 rule make_base:
     input:
         base_inputs,
     output:
-        manifest="<results>/base/manifest.json",
-        weights="<results>/base/model.safetensors",
+        manifest="<results>/{run}/manifest.json",
+        weights="<results>/{run}/model.safetensors",
     log:
-        "<logs>/base/make_base.log",
+        "<logs>/{run}/make_base.log",
     benchmark:
-        "<benchmarks>/base/make_base.tsv"
+        "<benchmarks>/{run}/make_base.tsv"
+    wildcard_constraints:
+        run=MODELS,
     conda:
         ENV
     threads: THREADS
@@ -18,6 +21,6 @@ rule make_base:
         disk_mb=asks("disk_mb", "base"),
     params:
         files=base_files,
-        step=signed(lambda wildcards: PLAN.base()),
+        step=signed(lambda wildcards: PLAN.base(wildcards.run)),
     shell:
         call("make_base", "manifest", "{params.files}")

@@ -13,7 +13,7 @@ from workflow_scripts.core import config as configs
 from workflow_scripts.core.messages import InputError
 from workflow_scripts.core.patterns import any_of
 from workflow_scripts.core.plan import Plan
-from workflow_scripts.core import estimate, gpus, hub, records, signals, work
+from workflow_scripts.core import bases, estimate, gpus, hub, records, signals, work
 from workflow_scripts.tools import adopt
 
 gc.disable()  # planning allocates and hardly frees: a fifth of the time of a large plan
@@ -77,8 +77,10 @@ def runs_of(*methods):
     return any_of(names) + SEED
 
 
-# What can answer: the base and every run but reward models.
-ANSWERING = f"base|{runs_of(*(set(PLAN.config.data['methods']) - {'rm'}))}"
+MODELS = any_of(PLAN.config.models)
+# What is trained to answer: every run but reward models.
+TRAINED = runs_of(*(set(PLAN.config.data["methods"]) - {"rm"}))
+ANSWERING = f"{MODELS}|{TRAINED}"
 TASKS = "|".join(PLAN.config.evaluations)
 # Tasks whose prompts several jobs share, and the others.
 SHARDED = any_of([task for task in PLAN.config.evaluations if PLAN.shards(task) > 1])
@@ -144,7 +146,7 @@ def edge(file):
 
 @signed
 def base_inputs(wildcards):
-    return edges(PLAN.base_needs())
+    return edges(PLAN.base_needs(wildcards.run))
 
 
 @signed
@@ -169,16 +171,16 @@ def answers_of(wildcards):
 
 @signed
 def model_inputs(wildcards):
-    """The full-precision model that a run starts from and, unless it is the base itself, the run's adapter."""
-    if wildcards.run == "base":
-        return edges(PLAN.base_inputs())
+    """The full-precision model that a run starts from and, unless it is a model that is not trained here, the run's adapter."""
+    if wildcards.run in PLAN.config.models:
+        return edges(PLAN.base_inputs(wildcards.run))
     return edges(PLAN.start_inputs(wildcards.run) + PLAN.adapter_inputs(wildcards.run))
 
 
 @signed
 def base_files(wildcards, input):
-    """The folder or file of the base model: not an input, so that a clone can plan without it; what it holds is in the step."""
-    return " ".join(shlex.quote(file) for file in PLAN.base_files())
+    """The folder or file of a model: not an input, so that a clone can plan without it; what it holds is in the step."""
+    return " ".join(shlex.quote(file) for file in bases.files(PLAN.config.models[wildcards.run]))
 
 
 @signed
@@ -194,12 +196,12 @@ def preflight():
     if GPU and workflow.local_exec and offered is not None and offered < (there := len(gpus.allowed())):
         sys.stderr.write(f"{there} GPUs are here, and {offered} may be used at once: --resources gpu={there} uses all\n")
     try:
-        hub.check_jobs(workflow.dag.needrun_jobs(), PLAN.base_files())
+        hub.check_jobs(workflow.dag.needrun_jobs())
     except InputError as error:
         sys.stderr.write(f"{error}\n")
         sys.exit(1)
 
 
 wildcard_constraints:
-    run=any_of(["base", *PLAN.config.experiments]) + SEED,
+    run=any_of([*PLAN.config.models, *PLAN.config.experiments]) + SEED,
     slice="|".join(sorted(PLAN.config.data["data"]["slices"])),

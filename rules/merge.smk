@@ -9,7 +9,7 @@ rule merge:
     benchmark:
         "<benchmarks>/{run}/merge.tsv"
     wildcard_constraints:
-        run=ANSWERING,
+        run=TRAINED,
     conda:
         ENV
     threads: THREADS

@@ -39,10 +39,12 @@ def make(folder: Path, config: Path, accuracy: dict[str, float] | None = None, s
         for run in comparison.runs(plan.config):
             experiment = run.partition(".")[0]
             for task in plan.config.evaluations:
-                share = numpy.clip(known.get(experiment, 0.5) + (0 if run == "base" else rng.normal(0, seed_sd)), 0.01, 0.99)
+                share = numpy.clip(
+                    known.get(experiment, 0.5) + (0 if run in plan.config.models else rng.normal(0, seed_sd)), 0.01, 0.99
+                )
                 passes = rng.random(prompts) < 1 / (1 + numpy.exp(-(1.6 * numpy.log(share / (1 - share)) + difficulty)))
                 _score(plan, task, run, passes)
-            if run != "base":
+            if run not in plan.config.models:
                 _adapter(plan, run, rng, plan.config.experiments[experiment]["method"], experiment != "dpo_ipo")
         for run in comparison.reward_models(plan.config):
             _adapter(plan, run, rng, "rm")
@@ -94,7 +96,8 @@ def _adapter(plan: Plan, run: str, rng: numpy.random.Generator, method: str, tra
     }
     manifest = {"fingerprint": plan.fingerprint("train", run), "files": {}, "objective": objective}
     _write(folder / "manifest.json", manifest | {"step": {"config": {"method": method}}})
-    _write(folder / "run.json", {"seconds": 33.0, "peak_memory_bytes": 9e8, "gpu_peak_memory_bytes": 3 * 2**30})
+    facts = {"seconds": 33.0, "rows": 300, "steps": 19, "tokens": 12_000 + 300 * plan.config.run(run)[1]}
+    _write(folder / "run.json", facts | {"peak_memory_bytes": 9e8, "gpu_peak_memory_bytes": 3 * 2**30})
     steps = numpy.arange(1, 61)
     curve = 0.7 - 0.005 * steps + rng.normal(0, 0.01, 60)
     lines = [f"{step},{loss:.4f},{0.4:.2f}" for step, loss in zip(steps, curve, strict=True)]

@@ -108,7 +108,7 @@ def test_everything_of_a_hub_is_pinned(path):
     found = pin.places(path.read_text())
     assert {place.id for place in found} >= {"Qwen/Qwen2.5-0.5B"}
     assert all(place.pinned for place in found)
-    assert len(found) == (4 if path == STUDY else 1)
+    assert len(found) == (5 if path == STUDY else 1)
     assert "allow_unpinned" not in path.read_text()
 
 

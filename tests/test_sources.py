@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests import small_steps
-from workflow_scripts.core import artifacts, chat, config, slicing, sources, yaml_files
+from workflow_scripts.core import artifacts, bases, chat, config, slicing, sources, yaml_files
 from workflow_scripts.core.fingerprint import ROOT, file_sha256
 from workflow_scripts.core.messages import InputError
 from workflow_scripts.core.plan import Plan
@@ -33,7 +33,7 @@ def plan(tmp_path: Path, **base) -> Plan:
 
 def make(tmp_path: Path, planned: Plan, *inputs: Path) -> artifacts.Artifact:
     """Run make_base as planned."""
-    files = list(inputs) or [Path(file) for file in planned.base_files()]
+    files = list(inputs) or [Path(file) for file in bases.files(planned.config.models["base"])]
     out = tmp_path / "base/manifest.json"
     return small_steps.run(artifacts.Job(copy.deepcopy(planned.step("base")), files, out, tmp_path / ".work"))
 

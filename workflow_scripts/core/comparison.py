@@ -5,8 +5,8 @@ from workflow_scripts.core.names import run_name
 
 
 def answering(config: Config) -> list[str]:
-    """What has answers: the base and every experiment that is no reward model."""
-    return ["base", *(name for name, body in config.experiments.items() if body["method"] != "rm")]
+    """What has answers: the models that are not trained here, and every experiment that is no reward model."""
+    return [*config.models, *(name for name, body in config.experiments.items() if body["method"] != "rm")]
 
 
 def check(config: Config) -> None:
@@ -35,6 +35,9 @@ def check(config: Config) -> None:
     for name, control in report["controls"].items():
         named(["controls", name], control["run"], *([control["against"]] if "against" in control else []))
     null, seeds = report["controls"].get("null"), config.data["seeds"]
+    if null and null["run"] in config.models:
+        problem = f"found {null['run']!r}, which is not trained here and has no seeds; name an experiment"
+        raise config.fail(["report", "controls", "null", "run"], problem)
     if null and {seed + null["seeds_from"] for seed in seeds} & set(seeds):
         problem = f"{null['seeds_from']} added to seeds {seeds} gives some of them again; take a larger number"
         raise config.fail(["report", "controls", "null", "seeds_from"], problem)
@@ -48,8 +51,9 @@ def null_runs(config: Config) -> list[str]:
 
 def runs(config: Config) -> list[str]:
     """Every run whose answers the report reads."""
-    seeded = [run_name(name, seed) for name in answering(config) for seed in config.data["seeds"]]
-    return list(dict.fromkeys([*seeded, *null_runs(config)]))
+    trained = [name for name in answering(config) if name not in config.models]
+    seeded = [run_name(name, seed) for name in trained for seed in config.data["seeds"]]
+    return list(dict.fromkeys([*config.models, *seeded, *null_runs(config)]))
 
 
 def reward_models(config: Config) -> list[str]:

@@ -14,7 +14,7 @@ from typing import Any
 
 from jsonschema import Draft202012Validator, validators
 
-from workflow_scripts.core import formats
+from workflow_scripts.core import bases, formats
 from workflow_scripts.core.fingerprint import ROOT
 from workflow_scripts.core.messages import InputError
 from workflow_scripts.core.schema_errors import dotted, explain
@@ -202,25 +202,8 @@ class Config:
         start = self.experiments[name]["start_from"]
         return None if start == "base" else start
 
-    def _check_base(self) -> None:
-        """What a source of the base model asks of the other keys of its block."""
-        base = self.data["base"]
-        source = base["source"]
-        if source not in base:
-            raise self.fail(["base", source], f"missing; base.source is {source}, and this key says which")
-        if source == "scratch":
-            return
-        if "dtype" not in base:
-            raise self.fail(["base", "dtype"], "missing, and it has no default; the weights are saved in it: bf16 or fp32")
-        if source == "hub" and "revision" not in base["hub"] and not self.data.get("allow_unpinned"):
-            raise self.fail(
-                ["base", "hub", "revision"],
-                "missing; name the full commit (40 hexadecimal digits), or set allow_unpinned: true and let the model be "
-                "whatever the hub holds that day",
-            )
-
     def _check_references(self) -> None:
-        self._check_base()
+        bases.check(self)
         slices = self.data["data"]["slices"]
         for task, slice_name in self.evaluations.items():
             if slices.get(slice_name, {}).get("kind") != (kind := EVALUATED[task]):
@@ -353,6 +336,11 @@ class Config:
     def evaluations(self) -> dict[str, str]:
         """Task -> the slice of its prompts, for the tasks that the config evaluates: ifeval always, gsm8k where it is named."""
         return {task: self.data["eval"][task]["prompts"] for task in EVALUATED if task in self.data["eval"]}
+
+    @property
+    def models(self) -> dict[str, dict]:
+        """The models that are not trained here: the base, which experiments are made from, and those only scored beside it."""
+        return {"base": self.data["base"], **self.data.get("models", {})}
 
     def trains_on(self, slice_name: str) -> bool:
         """False for prompts that are only answered and scored: taken whole, without `heldout`."""

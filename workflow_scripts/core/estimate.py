@@ -48,7 +48,7 @@ class Estimates:
 
     def _ask(self, kind: str, name: str, attempt: int) -> dict[str, int]:
         """mem_mb, runtime (minutes), disk_mb that a job asks for; name: a slice's, or a run's."""
-        name = name if kind == "slice" or name in ("", "base") else self.config.run(name)[0]
+        name = name if kind == "slice" or name in ("", *self.config.models) else self.config.run(name)[0]
         found = self.of(kind, name)
         return {
             "mem_mb": _up(attempt * self.requests["memory"] * found["memory_mb"], 100),
@@ -95,7 +95,7 @@ class Estimates:
         return tokens * ((140 * width * layers if training else 8 * width) + (16 if training else 4) * vocabulary) / MB
 
     def _base(self, name: str) -> dict[str, float]:
-        base = self.config.data["base"]
+        base = self.config.models[name or "base"]
         if base["source"] != "scratch":
             seconds = 15 + 1e-7 * self.parameters
             return {

@@ -4,6 +4,7 @@ A dry run asks nothing: a login node without a network plans what a node with on
 """
 
 import json
+import shlex
 import threading
 import urllib.error
 import urllib.request
@@ -20,7 +21,7 @@ def needed(step: dict) -> tuple[str, str, str, str | None] | None:
     """(place in the config, `model` or `dataset`, id, revision) of what a step takes from a hub, or None."""
     config, source = step["config"], step["config"].get("source")
     if source == "hub":
-        return "base.hub", "model", config["hub"]["id"], config["hub"].get("revision")
+        return "hub", "model", config["hub"]["id"], config["hub"].get("revision")
     if isinstance(source, dict) and "hub" in source:
         body: Any = source["hub"] if isinstance(source["hub"], dict) else {**source, "id": source["hub"]}
         return "data.slices", "dataset", str(body.get("id") or body.get("name")), body.get("revision")
@@ -29,7 +30,7 @@ def needed(step: dict) -> tuple[str, str, str, str | None] | None:
 
 def unreachable(place: str, kind: str, name: str, revision: str | None, why: str) -> str:
     """The one error of a run whose hub cannot be reached: what is needed, and three ways to have it."""
-    other = "base.path in the config with `source: path`" if kind == "model" else "the slice's `source: {path: ...}`"
+    other = "the model's `path:` with `source: path`" if kind == "model" else "the slice's `source: {path: ...}`"
     return (
         f"{place}: the {kind} {name} at revision {revision or 'main'} is not here and cannot be fetched: {why}. Either (1) use a "
         f"local copy: name its folder or file under {other}; or (2) point HF_HOME at a cache that holds it, or HF_ENDPOINT at a "
@@ -84,14 +85,16 @@ def _silence(endpoint: str) -> str:
     return result[0] if result else f"no answer from {endpoint} within {PATIENCE_S} s"
 
 
-def check_jobs(jobs: Iterable[Any], base_files: list[str]) -> None:
-    """Before the first job of a real run: check what its jobs take from a hub, and that the base's own files are there.
+def check_jobs(jobs: Iterable[Any]) -> None:
+    """Before the first job of a real run: check what its jobs take from a hub, and that the models' own files are there.
 
-    jobs: Snakemake's; each has the step's JSON as its parameter. base_files: the folder or file that the base comes from.
+    jobs: Snakemake's; each has the step's JSON as its parameter, and one that makes a model the folder or file it comes from.
     """
-    steps = [json.loads(job.params.step) for job in jobs if "step" in job.params.keys()]
-    if any(step["step"] == "make_base" for step in steps):
-        for name in base_files:
+    steps = []
+    for job in jobs:
+        if "step" in job.params.keys():
+            steps.append(json.loads(job.params.step))
+        for name in shlex.split(job.params.get("files", "")):
             if not Path(name).exists():
-                raise InputError(f"base: {name} is missing; fetch it (`make smollm2` fetches the file of config/smollm2.yaml)")
+                raise InputError(f"{name} is missing; fetch it (`make smollm2` fetches the file of config/smollm2.yaml)")
     check(steps)

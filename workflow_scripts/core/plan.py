@@ -11,17 +11,16 @@ from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
-from workflow_scripts.core import comparison, fingerprint, slicing, sources
+from workflow_scripts.core import bases, comparison, fingerprint, slicing, sources
 from workflow_scripts.core.config import VERIFIERS, Config, rewards
 from workflow_scripts.core.messages import InputError
 from workflow_scripts.core.names import run_name
 
 STEPS = "workflow_scripts.steps."
-CHATML_TEXT = fingerprint.ROOT / fingerprint.PACKAGE / "templates" / "chatml_text.jinja"
 
 
 class Plan:
-    """The steps of one config. Names of runs: `base`, an experiment (seed 1), or an experiment with `.seedN`."""
+    """The steps of one config. Names of runs: `base` or another model, an experiment (seed 1), or an experiment with `.seedN`."""
 
     def __init__(self, config: Config):
         self.config = config
@@ -43,8 +42,9 @@ class Plan:
     def slice_inputs(self, name: str) -> list[str]:
         return [f"{self.results}/data/{name}.manifest.json", f"{self.results}/data/{name}.jsonl"]
 
-    def base_inputs(self) -> list[str]:
-        return [f"{self.results}/base/manifest.json", f"{self.results}/base/model.safetensors"]
+    def base_inputs(self, name: str = "base") -> list[str]:
+        """Files of a model that is not trained here."""
+        return [f"{self.results}/{name}/manifest.json", f"{self.results}/{name}/model.safetensors"]
 
     def adapter_inputs(self, run: str) -> list[str]:
         return [f"{self.results}/{run}/adapter/{name}" for name in ("manifest.json", "adapter_model.safetensors")]
@@ -97,7 +97,7 @@ class Plan:
         return self.config.data["eval"]["ifeval"]["prompts"]
 
     def is_reward_model(self, run: str) -> bool:
-        return run != "base" and self.experiment(run)["method"] == "rm"
+        return run not in self.config.models and self.experiment(run)["method"] == "rm"
 
     def reward_models(self, run: str) -> list[str]:
         """The runs of the reward models that `run` is trained with, of the same seed."""
@@ -137,8 +137,13 @@ class Plan:
 
     # -- the steps --------------------------------------------------------------------------------------------------
 
-    def base(self) -> str:
-        return self._text("base", "")
+    def base(self, name: str = "base") -> str:
+        return self._text(*self.base_phase(name))
+
+    @staticmethod
+    def base_phase(name: str = "base") -> tuple[str, str]:
+        """The step that makes a model which is not trained here: the base's has no name."""
+        return "base", "" if name == "base" else name
 
     def slice(self, name: str) -> str:
         return self._text("slice", name)
@@ -177,7 +182,7 @@ class Plan:
             raise self.config.fail(["eval", "shards"], problem + "eval.batch_size")
         for name in self.config.data["data"]["slices"]:
             self._text("slice", name)
-        for name in self.config.experiments:
+        for name in [*self.config.models, *self.config.experiments]:
             for kind in ["eval_rm"] if self.is_reward_model(name) else [f"score_{task}" for task in self.config.evaluations]:
                 self._text(kind, name)
 
@@ -254,8 +259,8 @@ class Plan:
         source = self.config.data["data"]["slices"][name]["source"]
         return source.get("paths") or ([source["path"]] if "path" in source else [])
 
-    def _base_step(self) -> dict:
-        base = self.config.data["base"]
+    def _base_step(self, name: str = "base") -> dict:
+        base = self.config.models[name]
         source = base["source"]
         config = {"source": source, source: base[source]}
         if source == "scratch":
@@ -264,14 +269,14 @@ class Plan:
         # A model from elsewhere depends on neither the evaluation prompts nor the machine: it is copied and cast.
         config |= {key: base[key] for key in ("dtype", "end_of_turn") if key in base}
         if "training_template" in base:
-            config["training_template"] = self._training_template(base["training_template"])
+            config["training_template"] = bases.training_template(self.config, name)
         more: dict[str, Any] = {}
         if source == "path":
             config["path"] = Path(base["path"]).name
             try:
                 hashes = sources.folder_hashes(base["path"], f"{self.work}/model_cache.json")
             except InputError as error:
-                raise self.config.fail(["base", "path"], str(error)) from None
+                raise self.config.fail([*bases.place(name), "path"], str(error)) from None
             more["external"] = {"content": sources.content_sha256(hashes)}
         elif source == "gguf":
             config["gguf"] = base["gguf"] | {"file": Path(base["gguf"]["file"]).name}
@@ -279,23 +284,9 @@ class Plan:
             more["allow_unpinned"] = True
         return self._step("make_base", config, {}, **more)
 
-    def _training_template(self, name: str) -> str:
-        """The text of the template that `base.training_template` names: it counts, and not where the file lies."""
-        path = CHATML_TEXT if name == "chatml_text" else Path(name)
-        try:
-            return path.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            problem = f"{name}: cannot be read: {getattr(error, 'strerror', None) or error}; name a jinja file, or chatml_text"
-            raise self.config.fail(["base", "training_template"], problem) from None
-
-    def base_files(self) -> list[str]:
-        """The folder or file that the base comes from. Given to the step by hand, not as an edge: planning needs no GGUF file."""
-        base = self.config.data["base"]
-        return {"path": lambda: [base["path"]], "gguf": lambda: [base["gguf"]["file"]]}.get(base["source"], list)()
-
-    def base_needs(self) -> list[str]:
-        """Files of the steps that the base starts from: the evaluation prompts for one made here, none for one from elsewhere."""
-        return self.slice_inputs(self.prompts_slice) if self.config.data["base"]["source"] == "scratch" else []
+    def base_needs(self, name: str = "base") -> list[str]:
+        """Files of the steps that a model starts from: the evaluation prompts for one made here, none for one from elsewhere."""
+        return self.slice_inputs(self.prompts_slice) if self.config.models[name]["source"] == "scratch" else []
 
     def _start_fingerprint(self, run: str) -> str:
         start = self.start_run(run)
@@ -331,8 +322,8 @@ class Plan:
         evaluation = self.config.data["eval"]
         config = {"batch_size": evaluation["batch_size"], "max_new_tokens": evaluation[task]["max_new_tokens"]}
         parents = {"prompts": self.fingerprint("slice", self.config.evaluations[task])}
-        if run == "base":
-            parents["start"] = self.fingerprint("base", "")
+        if run in self.config.models:
+            parents["start"] = self.fingerprint(*self.base_phase(run))
         else:
             parents |= {"start": self._start_fingerprint(run), "adapter": self.fingerprint("train", run)}
         return self._step("generate", config, parents, **self._machine() | {"precision": evaluation["precision"]})
@@ -373,6 +364,8 @@ class Plan:
             "experiments": experiments,
             "device": data["device"],
         }
+        if "models" in data:
+            config["models"] = list(data["models"])
         config["tasks"] = list(self.config.evaluations)
         parents = {
             f"{task} {run}": self.fingerprint(f"score_{task}", run)

@@ -32,7 +32,7 @@ class Place:
     manifest: str
     outputs: tuple[str, ...]
     kind: str  # of the step, as core/plan.py names them: slice, base, train, merge, generate_TASK, score_TASK, eval_rm, report
-    name: str  # of the slice or of the run; "" for the base and the report
+    name: str  # of the slice, the run or the model; "" for the base and the report
 
 
 def _one(kind: str, name: str, folder: str, manifest: str, *others: str) -> Place:
@@ -45,7 +45,7 @@ def place_of(results: str, kind: str, name: str) -> Place:
     if kind == "slice":
         return _one(kind, name, f"{results}/data", f"{name}.manifest.json", f"{name}.jsonl")
     if kind == "base":
-        return _one(kind, "", f"{results}/base", "manifest.json", "model.safetensors")
+        return _one(kind, name, f"{results}/{name or 'base'}", "manifest.json", "model.safetensors")
     if kind == "train":
         return _one(kind, name, f"{results}/{name}/adapter", "manifest.json", "adapter_model.safetensors")
     if kind == "merge":
@@ -63,8 +63,7 @@ def place_of(results: str, kind: str, name: str) -> Place:
 
 def kinds_of(run: str) -> list[str]:
     """The kinds of artifacts that the folder of a run can have, and its score files."""
-    made = ["base"] if run == "base" else ["train", "merge", "eval_rm"]
-    return made + [f"{verb}_{task}" for task in EVALUATED for verb in ("generate", "score")]
+    return ["base", "train", "merge", "eval_rm"] + [f"{verb}_{task}" for task in EVALUATED for verb in ("generate", "score")]
 
 
 def find(results: str) -> Iterator[Place]:
@@ -82,9 +81,11 @@ def find(results: str) -> Iterator[Place]:
             runs.add(entry.name)
         elif entry.name.endswith(".json") and task in EVALUATED and RUN_NAME.fullmatch(run):
             runs.add(run)  # a score file stands when the run's folder is gone
-    for run in sorted(runs - {"data"}, key=lambda name: (name != "base", name)):
+    for run in sorted(runs - {"data", "report"}, key=lambda name: (name != "base", name)):
         for kind in kinds_of(run):
-            place = place_of(results, kind, run)
+            if kind == "base" != run and not (folder / run / "tokenizer_config.json").exists():
+                continue  # no model: some other file of this name
+            place = place_of(results, kind, "" if kind == run == "base" else run)
             if os.path.exists(place.manifest):
                 yield place
     if os.path.exists((place := place_of(results, "report", "")).manifest):

@@ -147,14 +147,14 @@ def from_hub(model_id: str, revision: str | None) -> tuple[Path, str]:
         folder = huggingface_hub.snapshot_download(model_id, revision=revision, allow_patterns=patterns)
     except (RepositoryNotFoundError, HfHubHTTPError) as error:
         if isinstance(error, LocalEntryNotFoundError):
-            raise InputError(hub.unreachable("base.hub", "model", model_id, revision, "it is not in the local cache")) from None
+            raise InputError(hub.unreachable("hub", "model", model_id, revision, "it is not in the local cache")) from None
         raise InputError(
-            f"base.hub: {model_id} at revision {revision or 'main'}: the hub answers: {' '.join(str(error).split())[:300]}"
+            f"hub: {model_id} at revision {revision or 'main'}: the hub answers: {' '.join(str(error).split())[:300]}"
         ) from None
     except (OfflineModeIsEnabled, LocalEntryNotFoundError, OSError) as error:
         reason = " ".join(str(error).split())[:120]
-        raise InputError(hub.unreachable("base.hub", "model", model_id, revision, reason)) from None
+        raise InputError(hub.unreachable("hub", "model", model_id, revision, reason)) from None
     commit = Path(folder).name  # the cache names a snapshot by its commit
     if revision is not None and commit != revision:
-        raise InputError(f"base.hub: asked for {model_id} at revision {revision}, the hub gave {commit}")
+        raise InputError(f"hub: asked for {model_id} at revision {revision}, the hub gave {commit}")
     return Path(folder), commit

@@ -48,7 +48,9 @@ class World:
         return self.config["seeds"]
 
     def seeded(self, experiment: str, seeds: list[int] | None = None) -> list[str]:
-        """The runs of an experiment, one for each seed; the base stands for itself with each."""
+        """The runs of an experiment, one for each seed; a model that is not trained here stands for itself with each."""
+        if experiment in self.config.get("models", []):
+            return [experiment for _ in self.seeds]
         return [run_name(experiment, seed) for seed in (self.seeds if seeds is None else seeds)]
 
     def arm(self, task: str, experiment: str, seeds: list[int] | None = None) -> numpy.ndarray:

@@ -61,7 +61,7 @@ def planned(config: Config, place: Place) -> bool:
     """True if a rule of this config makes the artifact: other people's files and other configs' runs are no concern of it."""
     if place.kind == "slice":
         return place.name in config.data["data"]["slices"]
-    if place.name in ("", "base"):
+    if place.name in ("", *config.models):
         return True
     match = configs.RUN_NAME.fullmatch(place.name)
     known = match is not None and match["experiment"] in config.experiments

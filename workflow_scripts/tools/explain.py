@@ -145,9 +145,9 @@ def explain(plan: Plan, targets: list[str], jobs: list[Job]) -> list[Finding]:
     by_file = graph.phases_by_file(plan, [*targets, *(file for job in jobs for file in job.outputs)])
     files = [os.path.normpath(target) for target in targets] + [file for job in jobs for file in job.outputs]
     if "all" in targets:  # the rules that can be asked for by name
-        files += [file for run in ["base", *plan.runs()] for file in plan.results_of(run)]
+        files += [file for run in [*plan.config.models, *plan.runs()] for file in plan.results_of(run)]
     if "make_base" in targets:
-        files += plan.base_inputs()
+        files += [file for model in plan.config.models for file in plan.base_inputs(model)]
     job_of = {file: job for job in jobs for file in job.outputs}
     causes: dict[Phase, list[Phase]] = {}
     found = []
@@ -252,7 +252,7 @@ def _role_key(plan: Plan, phase: Phase, role: str) -> str:
         task = role.removesuffix("_prompts") if role != "prompts" else phase.kind.partition("_")[2] or "ifeval"
         return f"eval.{task}.prompts"
     key = {"start": "start_from", "rows": "slice"}.get(role)
-    if key is None or phase.name in ("", "base"):
+    if key is None or phase.name in ("", *plan.config.models):
         return f"parent ({role})"
     return dotted(plan.config._place(plan.config.run(phase.name)[0], [key]))
 

@@ -18,7 +18,12 @@ class Phase(NamedTuple):
     def label(self) -> str:
         """The phase's name for people."""
         verb, _, task = self.kind.partition("_")
-        words = {"base": "base", "slice": f"data {self.name}", "train": f"{self.name} adapter", "merge": f"{self.name} merged"}
+        words = {
+            "base": self.name or "base",
+            "slice": f"data {self.name}",
+            "train": f"{self.name} adapter",
+            "merge": f"{self.name} merged",
+        }
         words |= {"generate": f"{self.name} {task} answers", "score": f"{self.name} {task} scores", "eval": f"{self.name} eval"}
         words |= {"report": "report"}
         return words[verb]
@@ -54,12 +59,12 @@ def parents(plan: Plan, phase: Phase) -> dict[str, Phase]:
         decontaminated = plan.config.trains_on(run)
         return {f"{name}_prompts": one for name, one in prompts.items()} | {"base": BASE} if decontaminated else {}
     if kind == "base":
-        return {"prompts": Phase("slice", plan.prompts_slice)} if plan.base_needs() else {}
+        return {"prompts": Phase("slice", plan.prompts_slice)} if plan.base_needs(run or "base") else {}
     if verb == "score":
         return {"prompts": prompts[task], "responses": Phase(f"generate_{task}", run)}
     found = {"prompts": prompts[task]} if verb == "generate" else {}
-    if run == "base":
-        return found | {"start": BASE}
+    if run in plan.config.models:
+        return found | {"start": Phase(*plan.base_phase(run))}
     found["start"] = start(plan, run)
     if kind in ("train", "eval_rm"):
         found["rows"] = Phase("slice", plan.experiment(run)["slice"])
@@ -73,7 +78,11 @@ def parents(plan: Plan, phase: Phase) -> dict[str, Phase]:
 
 def phases_by_file(plan: Plan, named: Iterable[str]) -> dict[str, Phase]:
     """Declared file -> phase, for every phase of the plan and of the seeds that occur in the paths `named`."""
-    found = [BASE, *(Phase("slice", name) for name in plan.config.data["data"]["slices"])]
+    models = plan.config.models
+    found = [
+        *(Phase(*plan.base_phase(name)) for name in models),
+        *(Phase("slice", name) for name in plan.config.data["data"]["slices"]),
+    ]
     seeded = {match[0] for path in named for match in re.finditer(r"[a-z][a-z0-9_]*\.seed[1-9][0-9]*", path)}
     seeded |= {name.removeprefix(f"{task}_") for name in seeded for task in plan.config.evaluations}
     known = plan.config.experiments
@@ -81,9 +90,9 @@ def phases_by_file(plan: Plan, named: Iterable[str]) -> dict[str, Phase]:
     if "report" in plan.config.data:
         found.append(Phase("report", ""))
         extra += comparison.runs(plan.config)
-    for run in dict.fromkeys(["base", *plan.runs(), *extra]):
+    for run in dict.fromkeys([*models, *plan.runs(), *extra]):
         kinds = [f"{verb}_{task}" for verb in ("generate", "score") for task in plan.config.evaluations]
-        if run != "base":
+        if run not in models:
             kinds = ["train", "eval_rm"] if plan.is_reward_model(run) else ["train", "merge", *kinds]
         found += [Phase(kind, run) for kind in kinds]
     return {file: phase for phase in found for file in outputs(plan, phase)}

@@ -65,7 +65,7 @@ def _place(text: str, mapping: yaml.MappingNode, name: str, path: list[str]) -> 
     if name not in nodes or not isinstance(nodes[name][1], yaml.ScalarNode):
         return None
     key, value = nodes[name]
-    kind = "model" if path[0] == "base" else "dataset"
+    kind = "model" if path[0] in ("base", "models") else "dataset"
     where = (".".join(path), kind, value.value)
     if "revision" in nodes:
         label, given = nodes["revision"]

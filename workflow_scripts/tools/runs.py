@@ -57,7 +57,7 @@ def is_run(folder: Path) -> bool:
     """True for a folder with something of a run in it, finished or not."""
     if folder.name == "base":
         return any(folder.iterdir())
-    parts = ("adapter", "merged", "ifeval_responses.manifest.json", "ifeval_responses.jsonl")
+    parts = ("adapter", "merged", "model.safetensors", "ifeval_responses.manifest.json", "ifeval_responses.jsonl")
     return any((folder / part).exists() for part in parts)
 
 

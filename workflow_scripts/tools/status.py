@@ -64,7 +64,7 @@ def disk(paths: list[Path]) -> tuple[int, float | None]:
 def describe(folder: Path, results: Path, now: float) -> dict:
     """One run as plain data: states of its phases, score and standard error as shares, bytes, age in seconds."""
     phases = {name: state(folder / file) for name, file in runs.PHASES.items()}
-    if folder.name == "base":
+    if folder.name == "base" or (folder / "model.safetensors").exists():
         phases = {"base": state(folder / "manifest.json"), "responses": phases["responses"]}
     files = {task: runs.scores_file(folder, task) for task in runs.METRICS}
     metrics = {task: runs.read_json(path) or {} for task, path in files.items()}
