@@ -8,7 +8,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo setup setup-cuda setup-mac test test-all test-gpu test-slurm lint report lock clean clean-checkpoints smollm2 status why accept adopt verify chat push pin
+.PHONY: demo setup setup-cuda setup-mac test test-all test-gpu test-slurm test-study lint report lock clean clean-checkpoints smollm2 status why accept adopt verify chat push pin
 
 demo: setup
 	@$(BIN)/python -c "import os; print(f'phaseline: {os.cpu_count()} cores; about five minutes on two')"
@@ -68,6 +68,10 @@ test: setup
 # Three seeds of the tiny world in full, beside everything in `make test`.
 test-all: setup
 	PATH="$(CURDIR)/$(BIN):$$PATH" PHASELINE_TEST_ALL=1 $(BIN)/python -m pytest -q
+
+# Every target of config/qwen05b.yaml, in small, from a hub of local folders: some ten minutes on two cores.
+test-study: setup
+	PATH="$(CURDIR)/$(BIN):$$PATH" PHASELINE_TEST_ALL=1 $(BIN)/python -m pytest -q -s tests/test_study.py
 
 # Needs a CUDA device; elsewhere these tests are skipped.
 test-gpu: setup

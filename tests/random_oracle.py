@@ -305,7 +305,7 @@ EVERY = [*SLICE, "make_base", *MODELS, *SCORE]
 
 # Plumbing; what plans; what only models from elsewhere need.
 NO_STEP = "cli gpus progress messages runinfo work fingerprint hub plan config records schema_errors yaml_files".split()
-NO_STEP += "estimate patterns signals comparison names sources templates".split()
+NO_STEP += "bases estimate patterns signals comparison names sources templates".split()
 # The report, which is no target here
 REPORT = """report/__init__ report/collect report/figures report/judge report/page report/sections report/trained steps/report
 stats/__init__ stats/accuracy stats/components stats/family stats/power""".split()
