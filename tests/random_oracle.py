@@ -203,6 +203,8 @@ KEYS: dict[str, tuple[list, set[Phase]]] = {
     "pathvars.logs": (["elsewhere"], NOTHING),
     "pathvars.benchmarks": (["elsewhere"], NOTHING),
     "allow_unpinned": ([True], NOTHING),
+    "sweep_ranks": ([[4, 64]], NOTHING),
+    "experiments.kto.sweep": (["none"], NOTHING),
     "base.dtype": (["bf16"], NOTHING),
     "base.end_of_turn": (["<end>"], NOTHING),
     "base.path": (["nowhere"], NOTHING),
@@ -305,10 +307,10 @@ EVERY = [*SLICE, "make_base", *MODELS, *SCORE]
 
 # Plumbing; what plans; what only models from elsewhere need.
 NO_STEP = "cli gpus progress messages runinfo work fingerprint hub plan config records schema_errors yaml_files".split()
-NO_STEP += "bases estimate patterns signals comparison names sources templates".split()
+NO_STEP += "bases estimate patterns signals comparison names sources templates sweep".split()
 # The report, which is no target here
-REPORT = """report/__init__ report/collect report/figures report/judge report/page report/sections report/trained steps/report
-stats/__init__ stats/accuracy stats/components stats/family stats/power""".split()
+REPORT = """report/__init__ report/collect report/figures report/judge report/page report/sections
+report/trained steps/report stats/__init__ stats/accuracy stats/components stats/family stats/power""".split()
 PAGE = [f"report/templates/report.{ending}" for ending in ("html.jinja", "css", "js")]
 # File of the package -> the steps that can run it.
 CODE: dict[str, list[str]] = {

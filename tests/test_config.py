@@ -18,7 +18,10 @@ from workflow_scripts.core.yaml_files import read_yaml
 
 ROOT = Path(__file__).resolve().parents[1]
 DEFAULT = ROOT / "config" / "config.yaml"
-SHIPPED = sorted(path for path in (ROOT / "config").glob("*.yaml") if "experiments" in yaml.safe_load(path.read_text()))
+SWEEP = ROOT / "config" / "rank_sweep.yaml"  # an overlay; the others with experiments stand alone
+ALONE = sorted(path for path in (ROOT / "config").glob("*.yaml") if "experiments" in yaml.safe_load(path.read_text()))
+SHIPPED = [files for path in ALONE if path != SWEEP for files in ([path], [path, SWEEP])]
+shipped = pytest.mark.parametrize("files", SHIPPED, ids=lambda files: " ".join(path.stem for path in files))
 HUB = "hub: a/b, split: train, shuffle_buffer: 9"
 FILE_SLICE = "kind: sft, rows: 9, heldout: 1, seed: 1"
 X = "data.slices.x."
@@ -279,9 +282,10 @@ def test_one_run_has_one_name():
     assert run_name("base", 3) == "base"
 
 
-@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.name)
-def test_a_shipped_config_loads_plans_and_has_numbers_of_the_right_type(path):
-    config = load(path)
+@shipped
+def test_a_shipped_config_loads_plans_and_has_numbers_of_the_right_type(files):
+    config = load(*files)
+    assert bool(config.copies) == (SWEEP in files)
     for name, body in config.experiments.items():
         train = body["train"]
         for key in ("learning_rate", "warmup_steps", "weight_decay", "max_grad_norm"):
@@ -315,13 +319,13 @@ def test_every_key_of_the_schema_is_a_field_of_the_trl_config_that_it_goes_to():
     assert set(TRL_CONFIGS) == set(configs.SCHEMA["properties"]["methods"]["properties"])
 
 
-@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.name)
-def test_each_experiment_of_a_shipped_config_makes_its_real_trl_config(path, tmp_path):
+@shipped
+def test_each_experiment_of_a_shipped_config_makes_its_real_trl_config(files, tmp_path):
     import trl
 
     from workflow_scripts.core import training
 
-    plan = Plan(load(path))
+    plan = Plan(load(*files))
     for name in plan.config.experiments:
         step = plan.step("train", name) | {"device": "cpu", "precision": "fp32"}
         step["config"] = step["config"] | {"optim": "adamw_torch"}

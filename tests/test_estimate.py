@@ -92,6 +92,13 @@ def test_a_larger_model_takes_more_of_everything():
         assert large.of(kind, name)["memory_mb"] > 3 * small.of(kind, name)["memory_mb"], kind
 
 
+def test_a_larger_rank_takes_more_memory_and_disk_and_a_smaller_one_no_less_than_was_measured():
+    made = estimate.Estimates(Plan(load(*SMOLLM2, "config/rank_sweep.yaml")))
+    small, same, large = (made.of("train", name) for name in ("dpo_r8", "dpo", "dpo_r32"))
+    assert small == same and large["seconds"] == same["seconds"]
+    assert large["disk_mb"] > 1.9 * same["disk_mb"] and large["memory_mb"] > same["memory_mb"] + 16 * 4.9  # 4.9 M weights more
+
+
 def test_the_shape_of_the_tiny_model_is_counted_from_the_config():
     assert estimates().parameters == pytest.approx(904_448, rel=0.1)  # what its file holds: the tokenizer has 905 tokens of 960
 
@@ -103,7 +110,7 @@ def test_a_model_from_elsewhere_without_a_shape_counts_as_one_of_one_and_a_half_
 
 
 def test_every_step_of_every_shipped_config_has_an_estimate():
-    for files in (TINY, SMOLLM2, [*SMOLLM2, "config/smollm2_quick.yaml"], ["config/qwen05b.yaml"]):
+    for files in (TINY, SMOLLM2, [*SMOLLM2, "config/smollm2_quick.yaml"], ["config/qwen05b.yaml", "config/rank_sweep.yaml"]):
         made = estimate.Estimates(Plan(config.load(*files)))
         slices = [("slice", name) for name in made.config.data["data"]["slices"]]
         runs = [(kind, name) for name, body in made.config.experiments.items() for kind in kinds(made, body)]

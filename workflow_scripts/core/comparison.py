@@ -1,5 +1,8 @@
 """What a report compares: the config's `report:` block, checked, and the runs that it needs. Plans; reads no result."""
 
+from itertools import combinations, product
+
+from workflow_scripts.core import sweep
 from workflow_scripts.core.config import Config
 from workflow_scripts.core.names import run_name
 
@@ -32,8 +35,11 @@ def check(config: Config) -> None:
             raise config.fail(
                 ["report", *path, "runs"], f"{family['reference']} is the reference: it can't be compared with itself"
             )
+        against = [family["reference"]] if "reference" in family else []
+        _check_capacity(config, path, [*combinations(family.get("pairs", []), 2), *product(family.get("runs", []), against)])
     for name, control in report["controls"].items():
         named(["controls", name], control["run"], *([control["against"]] if "against" in control else []))
+        _check_capacity(config, ["controls", name], [(control["run"], control.get("against", control["run"]))])
     null, seeds = report["controls"].get("null"), config.data["seeds"]
     if null and null["run"] in config.models:
         problem = f"found {null['run']!r}, which is not trained here and has no seeds; name an experiment"
@@ -41,6 +47,15 @@ def check(config: Config) -> None:
     if null and {seed + null["seeds_from"] for seed in seeds} & set(seeds):
         problem = f"{null['seeds_from']} added to seeds {seeds} gives some of them again; take a larger number"
         raise config.fail(["report", "controls", "null", "seeds_from"], problem)
+
+
+def _check_capacity(config: Config, path: list[str], pairs: list[tuple[str, str]]) -> None:
+    """InputError where a family or a control compares methods whose adapters have different ranks."""
+    for one, other in pairs:
+        if not sweep.comparable(config, one, other):
+            found = " and ".join(f"{name} (r {sweep.lora(config, name)['r']})" for name in (one, other))
+            problem = f"found {found}: methods are compared at equal adapter capacity; name both at one rank, or one experiment "
+            raise config.fail(["report", *path], problem + "at several")
 
 
 def null_runs(config: Config) -> list[str]:

@@ -14,7 +14,7 @@ from typing import Any
 
 from jsonschema import Draft202012Validator, validators
 
-from workflow_scripts.core import bases, formats
+from workflow_scripts.core import bases, formats, sweep
 from workflow_scripts.core.fingerprint import ROOT
 from workflow_scripts.core.messages import InputError
 from workflow_scripts.core.schema_errors import dotted, explain
@@ -110,11 +110,13 @@ class Config:
         if more := _beyond(user, merge_all([data for _, data in self._sources[1:]])):
             self._sources.append(("--config", more))
         self.data: dict[str, Any] = merge(methods, copy.deepcopy(user))
+        self.copies: dict[str, str] = {}  # of a rank sweep -> the experiment that each is a copy of
         self._refuse_overrides()
         self._check_schema()
         self.experiments: dict[str, dict] = {name: self._resolve(name) for name in sorted(self.data["experiments"])}
         self._check_experiments()
         self._check_references()
+        self.experiments, self.copies = sweep.expand(self, RUN_NAME)
 
     def fail(self, path: list, problem: str) -> InputError:
         return InputError(f"{_source(self._sources, path)}: {dotted(path)}: {problem}")
@@ -130,7 +132,8 @@ class Config:
                         raise self.fail(
                             [group, name, block, *keys[:1]],
                             f"refused: `{block}:` is one block for all methods, because a comparison of methods is fair only at "
-                            f"equal adapter capacity. Set the global `{block}:` on top of the config, for every method",
+                            f"equal adapter capacity. Set the global `{block}:` on top of the config, for every method"
+                            + (", or declare a rank sweep with `sweep: rank`" if block == "lora" else ""),
                         )
 
     def _check_schema(self) -> None:
@@ -141,7 +144,7 @@ class Config:
         schemas = {name: {"$defs": SCHEMA["$defs"], "$ref": f"#/$defs/method_{name}"} for name in self.data["methods"]}
         errors = []
         for name, body in self.experiments.items():
-            own = {key: value for key, value in body.items() if key != "method"}
+            own = {key: value for key, value in body.items() if key not in ("method", "sweep")}
             for path, problem in _violations(schemas[body["method"]], own):
                 problem = problem.replace("unknown key;", f"unknown key for method {body['method']};")
                 place = self._place(name, path)
@@ -182,6 +185,7 @@ class Config:
 
     def _place(self, name: str, path: list) -> list:
         """Where the key at `path` of an experiment stands: in itself, in one that it extends, or in its method."""
+        name = self.copies.get(name, name)
         bodies, seen, one = [], [], name
         while one in self.data["experiments"] and one not in seen:
             seen.append(one)

@@ -15,6 +15,7 @@ import math
 from functools import cache
 from pathlib import Path
 
+from workflow_scripts.core import sweep
 from workflow_scripts.core.plan import Plan
 
 UNKNOWN = {
@@ -33,6 +34,7 @@ DECODE = {"cpu": 0.003, "cuda": 0.003}  # seconds for one layer, of one token of
 START = {"cpu": 5.0, "cuda": 20.0}  # seconds until a step computes
 FILLED = 0.4  # mean length of a row, as a share of the longest allowed
 CHECKPOINTING = 1.4  # time of a step with activation checkpointing
+RANK = 16  # of the adapters that were measured
 
 
 class Estimates:
@@ -203,11 +205,16 @@ class Estimates:
             seconds += 2 * self._forward(copies * held, judged, length)
         if train.get("precompute_ref_log_probs"):
             seconds += (2 if body["method"] == "kto" else 1) * self._forward(copies * rows["rows"], judged, length)
+        # An adapter is a few per cent of the base: on disk twice with the optimiser's state, in memory with its gradients too.
+        larger = max(0.0, sweep.lora(self.config, name)["r"] / RANK - 1) * self.parameters / MB
         widest = max(size * (2 if body["method"] in ("dpo", "rm") else 1), judged / 2)
         return {
-            "memory_mb": self._libraries("train") + 4 * self.parameters / MB + self._batch_mb(widest * length, True),
+            "memory_mb": self._libraries("train")
+            + 4 * self.parameters / MB
+            + 0.6 * larger
+            + self._batch_mb(widest * length, True),
             "seconds": seconds,
-            "disk_mb": 10 + self.parameters / MB,  # adapter and optimiser are a few per cent of the base; two checkpoints of them
+            "disk_mb": 10 + self.parameters / MB + larger,
         }
 
 

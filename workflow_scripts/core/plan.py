@@ -11,7 +11,7 @@ from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
-from workflow_scripts.core import bases, comparison, fingerprint, slicing, sources
+from workflow_scripts.core import bases, comparison, fingerprint, slicing, sources, sweep
 from workflow_scripts.core.config import VERIFIERS, Config, rewards
 from workflow_scripts.core.messages import InputError
 from workflow_scripts.core.names import run_name
@@ -295,7 +295,7 @@ class Plan:
     def _train_step(self, run: str) -> dict:
         body = self.experiment(run)
         config = {key: value for key, value in body.items() if key not in ("start_from", "slice")}
-        config["lora"] = self.config.data["lora"]
+        config["lora"] = sweep.lora(self.config, self.config.run(run)[0])
         if body["quantise"] != "none":
             config["quant"] = self.config.data["quant"]
         config["optim"] = "paged_adamw_32bit" if self.config.data["device"] == "cuda" else "adamw_torch"
@@ -367,6 +367,8 @@ class Plan:
         if "models" in data:
             config["models"] = list(data["models"])
         config["tasks"] = list(self.config.evaluations)
+        if ranks := sweep.ranks(self.config):
+            config["sweep"] = ranks
         parents = {
             f"{task} {run}": self.fingerprint(f"score_{task}", run)
             for run in comparison.runs(self.config)
