@@ -8,7 +8,7 @@ import numpy
 import yaml
 
 from tests.conftest import ROOT
-from workflow_scripts.core import artifacts, cli, comparison
+from workflow_scripts.core import artifacts, cli, comparison, sweep
 from workflow_scripts.core import config as configs
 from workflow_scripts.core.artifacts import Job
 from workflow_scripts.core.plan import Plan
@@ -95,6 +95,8 @@ def _adapter(plan: Plan, run: str, rng: numpy.random.Generator, method: str, tra
         "change": {value: {"mean": change, "stderr": 0.02, "n": 20} for value, change in moved.items()},
     }
     manifest = {"fingerprint": plan.fingerprint("train", run), "files": {}, "objective": objective}
+    rank = sweep.lora(plan.config, run.partition(".")[0])["r"]
+    manifest["constant"] = {"trainable_parameters": 9_728 * rank}  # inputs and outputs of all matrices of the tiny model
     _write(folder / "manifest.json", manifest | {"step": {"config": {"method": method}}})
     facts = {"seconds": 33.0, "rows": 300, "steps": 19, "tokens": 12_000 + 300 * plan.config.run(run)[1]}
     _write(folder / "run.json", facts | {"peak_memory_bytes": 9e8, "gpu_peak_memory_bytes": 3 * 2**30})

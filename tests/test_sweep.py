@@ -4,8 +4,9 @@ import json
 import re
 
 import pytest
+import yaml
 
-from tests import small_steps
+from tests import report_world, small_steps
 from tests.conftest import ROOT, make_clone
 from workflow_scripts.core.config import Config, load, merge, rewards
 from workflow_scripts.core.messages import InputError
@@ -282,3 +283,34 @@ def test_adapters_of_rank_8_are_trained_merged_and_built_upon(tmp_path, plan):
     assert {name: block.r for name, block in kept[0].model.peft_config.items()} == {
         "default": 8, "value": 8, "reward_rm_r8": 8,
     }  # fmt: skip
+
+
+# -- the report -------------------------------------------------------------------------------------------------------
+
+
+def section(html: str) -> str:
+    return html[html.index('<h2 id="capacity">') : html.index('<h2 id="kinds">')]
+
+
+def test_the_report_shows_capacity_against_accuracy_where_a_sweep_is_declared(tmp_path):
+    accuracy = {"dpo_r8": 0.55, "dpo_r32": 0.8}
+    config = report_world.write_config(tmp_path, overlay=yaml.safe_load(SWEEP.read_text()))
+    plan = report_world.make(tmp_path, config, accuracy=accuracy)
+    page = section(report_world.report(tmp_path, plan))
+    assert "Descriptive" in page and page.count("<svg") == 1 and "rank of the adapters, r" in page
+    rows = [re.findall(r"<td[^>]*>(.*?)</td>", row) for row in re.findall(r"<tr><td>(?:.*?)</tr>", page)]
+    answering = sorted(set(CHAIN) - {"rm"})
+    assert [(row[0], int(row[2])) for row in rows] == [(name, rank) for name in answering for rank in (8, 16, 32)]
+    for of, name, rank, parameters, mean, each in rows:
+        runs = [name, f"{name}.seed2", f"{name}.seed3"]
+        scores = [json.loads((tmp_path / f"results/ifeval_{run}.json").read_text())["prompt_level_strict_acc"] for run in runs]
+        assert name == (of if rank == "16" else f"{of}_r{rank}") and parameters == f"{9728 * int(rank):,}"
+        assert each == ", ".join(f"{100 * score:.1f}" for score in scores)
+        assert mean.startswith(f"{100 * sum(scores) / 3:.1f} +- ")
+    dpo = [float(row[4].split(" ")[0]) for row in rows if row[0] == "dpo"]
+    assert dpo == sorted(dpo)
+
+
+def test_without_a_sweep_the_report_says_nothing_of_capacity(tmp_path):
+    html = report_world.report(tmp_path, report_world.make(tmp_path, report_world.write_config(tmp_path, seeds=1)))
+    assert "capacity" not in html.lower()

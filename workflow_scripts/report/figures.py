@@ -102,6 +102,24 @@ def scatter(points: list[dict], x: str, y: str, title: str) -> str:
     return svg(figure, title)
 
 
+def ranks(lines: dict[str, dict[int, list[float]]], y: str, title: str) -> str:
+    """A line through the means over seeds, the seeds as points, by the rank of the adapters. lines: name -> rank -> values."""
+    figure, axes = pyplot.subplots(figsize=(6.4, 3.4))
+    for i, (name, values) in enumerate(lines.items()):
+        colour, known = LINES[i % len(LINES)], sorted(values)
+        axes.plot(known, [sum(values[r]) / len(values[r]) for r in known], color=colour, label=name, linewidth=1.4)
+        points = [(r, value) for r in known for value in values[r]]
+        axes.plot([r for r, _ in points], [value for _, value in points], "o", color=colour, markersize=4, alpha=0.6)
+    axes.set_xscale("log", base=2)
+    ticks = sorted({rank for values in lines.values() for rank in values})
+    axes.set_xticks(ticks, [str(rank) for rank in ticks])
+    axes.set_xlabel("rank of the adapters, r")
+    axes.set_ylabel(y)
+    axes.grid(color=INK, alpha=0.1, linewidth=0.6)
+    axes.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))
+    return svg(figure, title)
+
+
 def shade(value: float, low: float, high: float) -> str:
     """A background for a cell of a heat map: the accent colour, as strong as the value lies between low and high."""
     share = 0.0 if high <= low else (value - low) / (high - low)

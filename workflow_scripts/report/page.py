@@ -12,7 +12,7 @@ from pathlib import Path
 import pandas
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from workflow_scripts.report import figures, sections
+from workflow_scripts.report import capacity, figures, sections
 from workflow_scripts.report.collect import LABEL, World
 from workflow_scripts.report.judge import Control, Judged
 
@@ -38,6 +38,7 @@ def render(world: World, families: list[Judged], controls: list[Control]) -> str
         failed=[control for control in controls if not control.passed],
         training=sections.training(world),
         scores=sections.scores(world),
+        capacity=capacity.capacity(world),
         kinds=sections.kinds(world),
         lengths=sections.lengths(world),
         curves=sections.curves(world),
