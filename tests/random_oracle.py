@@ -157,7 +157,7 @@ KEYS: dict[str, tuple[list, set[Phase]]] = {
     "lora.target_modules": ([["q_proj", "v_proj"]], of("train")),
     "quant.double": ([False], IN_4_BIT | of("merge")),  # a merge is measured against its 4-bit start
     "threads": ([2, 3], MACHINE),
-    "precision": (["bf16", "fp16"], MACHINE - BASE),
+    "precision": (["bf16", "fp16"], MACHINE - BASE - ANSWERS),  # answers have eval.precision
     "device": (["cuda"], MACHINE - BASE),
     "eval.precision": (["bf16"], ANSWERS),
     "eval.batch_size": ([7, 31], ANSWERS),
