@@ -200,8 +200,7 @@ KEYS: dict[str, tuple[list, set[Phase]]] = {
     "track": (["tensorboard"], NOTHING),
     "seeds": ([[1, 2, 3], [2]], NOTHING),
     "checkpoint_minutes": ([3, 0.5], NOTHING),
-    "pathvars.logs": (["elsewhere"], NOTHING),
-    "pathvars.benchmarks": (["elsewhere"], NOTHING),
+    **dict.fromkeys(("pathvars.logs", "pathvars.benchmarks"), (["elsewhere"], NOTHING)),
     "allow_unpinned": ([True], NOTHING),
     "sweep_ranks": ([[4, 64]], NOTHING),
     "experiments.kto.sweep": (["none"], NOTHING),
@@ -360,10 +359,9 @@ PACKAGES: dict[str, list[str]] = {
 }
 
 # Files of the repository that no step reads.
-UNUSED = ["README.md", "CHANGELOG.md", "docs/methods.md", "docs/staleness.md", "Makefile", "pyproject.toml", "LICENSE"]
+UNUSED = ["README.md", "CHANGELOG.md", "docs/methods.md", "docs/staleness.md", "Makefile", "pyproject.toml", "tests/conftest.py"]
 UNUSED += ["config/schema.yaml", "config/qwen05b.yaml", "config/smollm2.yaml", "profiles/default/profile.yaml", "envs/cpu.yaml"]
-UNUSED += ["tests/conftest.py"]
-UNUSED += ["Snakefile", *(f"rules/{name}.smk" for name in ("base", "common", "data", "eval", "merge", "train"))]
+UNUSED += ["LICENSE", "Snakefile", *(f"rules/{name}.smk" for name in ("base", "common", "data", "eval", "merge", "train"))]
 
 
 def step_of(phase: Phase) -> str:
