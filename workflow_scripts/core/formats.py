@@ -1,7 +1,8 @@
 """Data formats: what a row of a public data set looks like, and how it becomes a row of a slice's kind.
 
 Each kind has one canonical form: sft `{messages}`; preference `{prompt, chosen, rejected}`; unpaired `{prompt, completion,
-label}`; numeric `{prompt, answer, final}`, where all but label, answer and final are lists of `{role, content}` turns.
+label}`; numeric `{prompt, answer, final}`, where all but label, answer and final are lists of `{role, content}` turns; choice
+`{question, choices, answer, subject}`; truthfulqa `{question, mc1_targets, mc2_targets}`, both `{choices, labels}`.
 
 A row is recognised by its keys (a null counts as missing): of FORMATS, in their order, the first whose keys are all there,
 whose condition holds, and which gives the slice's kind. So a row with `messages`, `chosen` and `rejected` is a conversation
@@ -283,6 +284,49 @@ def _from_numeric(row: dict, kind: str, place: str) -> dict:
     return {"prompt": prompt, "answer": _text(row, "answer", place), "final": str(final).replace(",", "")}
 
 
+def _texts(value: object, place: str) -> list[str]:
+    if not isinstance(value, list) or not all(isinstance(text, str) for text in value):
+        raise InputError(f"{place}: expected a list of texts, found {_show(value)}")
+    return value
+
+
+def _from_mmlu(row: dict, kind: str, place: str) -> dict:
+    """Hendrycks et al. 2021 (arXiv:2009.03300): four options, the index of the right one, the subject."""
+    options, answer = _texts(row["choices"], f"{place}: choices"), row["answer"]
+    if len(options) != 4:
+        raise InputError(f"{place}: expected four texts under choices, found {len(options)}")
+    if isinstance(answer, bool) or not isinstance(answer, int) or not 0 <= answer < 4:
+        raise InputError(f"{place}: expected 0, 1, 2 or 3 under answer, the index of the right choice, found {_show(answer)}")
+    question, subject = _text(row, "question", place), _text(row, "subject", place)
+    return {"question": question, "choices": options, "answer": answer, "subject": subject}
+
+
+def _from_truthfulqa(row: dict, kind: str, place: str) -> dict:
+    """Lin et al. 2022 (arXiv:2109.07958): of mc1 one choice is true, and lm-eval takes the first for it; of mc2 any number."""
+    made: dict = {"question": _text(row, "question", place)}
+    for key in ("mc1_targets", "mc2_targets"):
+        targets = row[key] if isinstance(row[key], dict) else {}
+        options, labels = _texts(targets.get("choices"), f"{place}: {key}.choices"), targets.get("labels")
+        if not options or not all(text.strip() for text in options):
+            raise InputError(f"{place}: expected texts that are not empty under {key}.choices, found {_show(options)}")
+        if not isinstance(labels, list) or len(labels) != len(options) or any(label not in (0, 1) for label in labels):
+            raise InputError(
+                f"{place}: expected a 0 or 1 for each of {len(options)} choices under {key}.labels, {_found(labels)}"
+            )
+        if key == "mc1_targets" and (labels[0] != 1 or sum(labels) != 1):
+            raise InputError(
+                f"{place}: expected 1, 0, 0, ... under {key}.labels: the first choice counts as the right one, {_found(labels)}"
+            )
+        if not 0 < sum(labels) < len(labels):
+            raise InputError(f"{place}: expected a true and a false choice at least under {key}.labels, {_found(labels)}")
+        made[key] = {"choices": options, "labels": [int(label) for label in labels]}
+    return made
+
+
+def _found(value: object) -> str:
+    return f"found {_show(value)}"
+
+
 PAIR = ("chosen", "rejected")
 FORMATS = (
     Format("messages", ("messages",), ("sft",), _from_messages),
@@ -296,4 +340,6 @@ FORMATS = (
     Format("kto", ("prompt", "completion", "label"), ("unpaired",), _from_kto),
     Format("gsm8k", ("question", "answer"), ("numeric", "sft"), _from_gsm8k),
     Format("numeric", ("prompt", "answer", "final"), ("numeric",), _from_numeric),
+    Format("mmlu", ("question", "subject", "choices", "answer"), ("choice",), _from_mmlu),
+    Format("truthfulqa", ("question", "mc1_targets", "mc2_targets"), ("truthfulqa",), _from_truthfulqa),
 )

@@ -194,9 +194,11 @@ def candidates_hash(files: list[str], rows: int, seed: int, kind: str, group_by:
 
 
 def prompt_turns(row: dict) -> list[dict]:
-    """The turns before a row's last answer. The prompts of IFEval's format are texts: one turn."""
+    """The turns before a row's last answer. The prompts of IFEval's format, and questions with options, are texts: one turn."""
     if "messages" in row:
         return row["messages"][:-1]
+    if "question" in row:
+        return [{"role": "user", "content": row["question"]}]
     return [{"role": "user", "content": row["prompt"]}] if isinstance(row["prompt"], str) else row["prompt"]
 
 
@@ -215,6 +217,18 @@ def answer_texts(row: dict) -> list[str]:
 def prompt_of(row: dict) -> str:
     """The text that identifies a row's prompt: all turns before the last answer."""
     return "\n".join(turn["content"] for turn in prompt_turns(row))
+
+
+def avoided(row: dict, rule: str, ngram: int) -> str:
+    """The text of an evaluation prompt that no training row may cover.
+
+    A question of MMLU may have fewer words than an n-gram and say nothing by itself ("Which of the following is true?"): whatever
+    has that phrase would be dropped. By n-grams such a question counts with its choices, lettered as it is asked.
+    """
+    text = prompt_of(row)
+    if "choices" in row and rule == "ngram" and len(text.split()) < ngram:
+        return "\n".join([text, *(f"{letter}. {choice}" for letter, choice in zip("ABCD", row["choices"], strict=True))])
+    return text
 
 
 def _ngrams(text: str, n: int) -> set[tuple[str, ...]]:

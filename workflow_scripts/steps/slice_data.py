@@ -48,17 +48,18 @@ def main(job: artifacts.Job) -> None:
     if not evaluation:
         from workflow_scripts.core import chat
 
-        avoided = [slicing.prompt_of(row) for role, one in parents.items() if role.endswith("_prompts") for row in one.rows()]
-        check = slicing.Decontaminator(avoided, **config["decontaminate"])
+        rule = config["decontaminate"]
+        evaluated = [row for role, one in parents.items() if role.endswith("_prompts") for row in one.rows()]
+        check = slicing.Decontaminator([slicing.avoided(row, rule["rule"], rule["ngram"]) for row in evaluated], **rule)
         rows, more = filter_rows(rows, check, chat.tokenizer_of(parents["base"]), config["max_prompt_tokens"])
         dropped += more
     share = sum(dropped.values()) / len(candidates)
     reasons = ", ".join(f"{count} {reason}" for reason, count in sorted(dropped.items()))
     if dropped and share > (limit := config.get("max_drop", 0.0)):
-        rule = "data.max_drop = " if "max_drop" in config else "for evaluation prompts, which are taken whole, "
+        where = "data.max_drop = " if "max_drop" in config else "for evaluation prompts, which are taken whole, "
         raise InputError(
             f"{source}: {sum(dropped.values())} of {len(candidates)} rows ({share:.1%}) can't be used: {reasons}. The limit is "
-            f"{rule}{limit:.1%}; clean the source, or raise the limit"
+            f"{where}{limit:.1%}; clean the source, or raise the limit"
         )
     if not evaluation:
         rows = hold_out(rows, config["heldout"], job.out, group_by)
@@ -121,8 +122,9 @@ def read_candidates(job: artifacts.Job, parents: dict[str, artifacts.Artifact]) 
 def read_hub(source: dict, rows: int, seed: int) -> tuple[str, list[Source]]:
     """The first `rows` rows of a hub data set that is streamed through a seeded shuffle, so that only these are fetched whole.
 
-    The shuffle draws from a buffer of `shuffle_buffer` rows: a small one stays near the start of the data set. A row's id is
-    its place in that order. InputError, with the remedies, where the data set can't be had.
+    The shuffle draws from a buffer of `shuffle_buffer` rows: a small one stays near the start of the data set, and with 1 the
+    rows keep its order. A row's id is its place in the order that comes out. InputError, with the remedies, where the data set
+    can't be had.
     """
     from importlib import import_module  # and so `datasets` counts only for slices with a hub source (see Plan)
 
@@ -132,7 +134,8 @@ def read_hub(source: dict, rows: int, seed: int) -> tuple[str, list[Source]]:
         stream = import_module("datasets").load_dataset(
             source["hub"], name=source.get("config"), split=split, revision=revision, streaming=True
         )
-        found = list(stream.shuffle(seed=seed, buffer_size=source["shuffle_buffer"]).take(rows))
+        buffer = source["shuffle_buffer"]
+        found = list((stream.shuffle(seed=seed, buffer_size=buffer) if buffer > 1 else stream).take(rows))
     except Exception as error:  # a dozen classes of four libraries, for no network, no such data set, no right to it
         offline = os.environ.get("HF_HUB_OFFLINE", "0").lower() in ("1", "true", "yes", "on")
         raise InputError(
