@@ -13,7 +13,7 @@ from workflow_scripts.core import config as configs
 from workflow_scripts.core.messages import InputError
 from workflow_scripts.core.patterns import any_of
 from workflow_scripts.core.plan import Plan
-from workflow_scripts.core import bases, estimate, gpus, hub, records, signals, work
+from workflow_scripts.core import bases, estimate, gpus, hub, names, records, signals, work
 from workflow_scripts.tools import adopt
 
 gc.disable()  # planning allocates and hardly frees: a fifth of the time of a large plan
@@ -81,10 +81,13 @@ MODELS = any_of(PLAN.config.models)
 # What is trained to answer: every run but reward models.
 TRAINED = runs_of(*(set(PLAN.config.data["methods"]) - {"rm"}))
 ANSWERING = f"{MODELS}|{TRAINED}"
-TASKS = "|".join(PLAN.config.evaluations)
+# Tasks that are answered in text and then scored, and those of multiple choice, which one step does.
+ANSWERED = names.answered(PLAN.config.evaluations)
+TASKS = any_of(ANSWERED)
+CHOICE = any_of([task for task in PLAN.config.evaluations if task in names.CHOICE])
 # Tasks whose prompts several jobs share, and the others.
-SHARDED = any_of([task for task in PLAN.config.evaluations if PLAN.shards(task) > 1])
-WHOLE = any_of([task for task in PLAN.config.evaluations if PLAN.shards(task) == 1])
+SHARDED = any_of([task for task in ANSWERED if PLAN.shards(task) > 1])
+WHOLE = any_of([task for task in ANSWERED if PLAN.shards(task) == 1])
 
 
 def signed(function):
@@ -118,7 +121,7 @@ def asks(key, kind):
 
 @signed
 def prompts_of(wildcards):
-    return edges(PLAN.slice_inputs(PLAN.config.evaluations[wildcards.task]))
+    return edges(PLAN.prompts_inputs(wildcards.task))
 
 
 def edges(files):

@@ -118,6 +118,34 @@ rule score:
         call("score_{wildcards.task}", "scores")
 
 
+# Multiple choice: the log-likelihood of each option, by lm-eval's own tasks. Nothing is answered in text.
+rule lm_eval_task:
+    input:
+        prompts=prompts_of,
+        model=model_inputs,
+    output:
+        scores="<results>/{task}_{run}.json",
+    log:
+        "<logs>/{run}/lm_eval_{task}.log",
+    benchmark:
+        "<benchmarks>/{run}/lm_eval_{task}.tsv"
+    wildcard_constraints:
+        run=ANSWERING,
+        task=CHOICE,
+    conda:
+        ENV
+    threads: THREADS
+    resources:
+        gpu=GPU,
+        mem_mb=asks("mem_mb", "choice_"),
+        runtime=asks("runtime", "choice_"),
+        disk_mb=asks("disk_mb", "choice_"),
+    params:
+        step=signed(lambda wildcards: PLAN.score(wildcards.task, wildcards.run)),
+    shell:
+        call("lm_eval_task", "scores")
+
+
 rule eval_rm:
     input:
         model=model_inputs,

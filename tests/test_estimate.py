@@ -7,6 +7,7 @@ import pytest
 
 from workflow_scripts.core import config, estimate
 from workflow_scripts.core.config import Config, load, merge
+from workflow_scripts.core.names import CHOICE
 from workflow_scripts.core.plan import Plan
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -122,4 +123,5 @@ def test_every_step_of_every_shipped_config_has_an_estimate():
 def kinds(made: estimate.Estimates, body: dict) -> list[str]:
     if body["method"] == "rm":
         return ["train", "merge", "eval_rm"]
-    return ["train", "merge", *(f"{verb}_{task}" for verb in ("generate", "score") for task in made.config.evaluations)]
+    verbs = {task: ("choice",) if task in CHOICE else ("generate", "score") for task in made.config.evaluations}
+    return ["train", "merge", *(f"{verb}_{task}" for task in verbs for verb in verbs[task])]

@@ -14,7 +14,7 @@ from typing import Any
 
 from jsonschema import Draft202012Validator, validators
 
-from workflow_scripts.core import bases, formats, sweep
+from workflow_scripts.core import bases, choices, formats, sweep
 from workflow_scripts.core.fingerprint import ROOT
 from workflow_scripts.core.messages import InputError
 from workflow_scripts.core.schema_errors import dotted, explain
@@ -33,7 +33,8 @@ TINY_SOURCES = {
 }
 # Method -> kinds of the slices that it trains on. Methods with a reward take what their rewards need (`slice_kinds`).
 SLICE_KINDS = {"sft": ("sft",), "dpo": ("preference",), "kto": ("preference", "unpaired"), "rm": ("preference",)}
-EVALUATED = {"ifeval": "ifeval", "gsm8k": "numeric"}  # task -> the kind of the slice that its prompts are
+# Task -> the kind of the slice that its prompts are.
+EVALUATED = {"ifeval": "ifeval", "gsm8k": "numeric", "mmlu": "choice", "truthfulqa": "truthfulqa"}
 VERIFIERS = ("ifeval", "numeric")  # rewards that are functions; each needs the fields of the slice kind of its name
 
 
@@ -208,6 +209,7 @@ class Config:
 
     def _check_references(self) -> None:
         bases.check(self)
+        choices.check(self)
         slices = self.data["data"]["slices"]
         for task, slice_name in self.evaluations.items():
             if slices.get(slice_name, {}).get("kind") != (kind := EVALUATED[task]):
@@ -338,7 +340,7 @@ class Config:
 
     @property
     def evaluations(self) -> dict[str, str]:
-        """Task -> the slice of its prompts, for the tasks that the config evaluates: ifeval always, gsm8k where it is named."""
+        """Task -> the slice of its prompts, for the tasks that the config evaluates: ifeval always, others where named."""
         return {task: self.data["eval"][task]["prompts"] for task in EVALUATED if task in self.data["eval"]}
 
     @property

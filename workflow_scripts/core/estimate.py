@@ -32,6 +32,7 @@ FLOPS = {"cpu": 40e9, "cuda": 100e12}  # reached; of one thread, of the card
 LAUNCH = {"cpu": 0.008, "cuda": 0.014}  # seconds for one layer, forwards and backwards, of one micro-batch
 DECODE = {"cpu": 0.003, "cuda": 0.003}  # seconds for one layer, of one token of a whole batch
 START = {"cpu": 5.0, "cuda": 20.0}  # seconds until a step computes
+ASKED = {"mmlu": (120, 1), "truthfulqa": (190, 12)}  # task -> tokens of a question (or shot), passes for its options
 FILLED = 0.4  # mean length of a row, as a share of the longest allowed
 CHECKPOINTING = 1.4  # time of a step with activation checkpointing
 RANK = 16  # of the adapters that were measured
@@ -61,7 +62,7 @@ class Estimates:
     def of(self, kind: str, name: str = "") -> dict[str, float]:
         """memory_mb (of the host), seconds, disk_mb of a step; kind as core/plan.py names it."""
         verb, _, task = kind.partition("_")
-        if verb in ("generate", "score"):
+        if verb in ("generate", "score", "choice"):
             return getattr(self, f"_{verb}")(task, name)
         return getattr(self, f"_{kind}")(name)
 
@@ -116,9 +117,9 @@ class Estimates:
     # -- light steps --------------------------------------------------------------------------------------------------
 
     def _slice(self, name: str) -> dict[str, float]:
-        rows = self.config.data["data"]["slices"][name]["rows"]
-        trains = self.config.trains_on(name)
-        kind = "slice" if trains else "prompts"
+        body = self.config.data["data"]["slices"][name]
+        rows, trains = body["rows"], self.config.trains_on(name)
+        kind = "slice" if trains or "hub" in body["source"] else "prompts"
         return {
             "memory_mb": self._libraries(kind) + 0.01 * rows,
             "seconds": (6 if trains and self.device == "cuda" else 1) + 0.001 * rows,
@@ -157,6 +158,17 @@ class Estimates:
             "memory_mb": self._libraries("generate") + 6 * self.parameters / MB + self._batch_mb(min(size, prompts), False),
             "seconds": START[self.device] + self._decode(batches, batches * size, new_tokens),
             "disk_mb": 0.01 * prompts,
+        }
+
+    def _choice(self, task: str, name: str) -> dict[str, float]:
+        """Multiple choice: a pass over each question, with its shots, for every option of more than one token."""
+        body, (tokens, passes), prompts = self.config.data["eval"][task], ASKED[task], self._prompts(task)
+        length = tokens * (1 + body.get("shots", 0))
+        batch = 2 * min(body["batch_size"], prompts) * length  # logits and their logarithms
+        return {
+            "memory_mb": self._libraries("generate") + 6 * self.parameters / MB + self._batch_mb(batch, False) + 0.04 * prompts,
+            "seconds": 2 * START[self.device] + self._forward(prompts * passes, body["batch_size"], length) + 0.01 * prompts,
+            "disk_mb": 10,
         }
 
     def _eval_rm(self, name: str) -> dict[str, float]:

@@ -1,6 +1,15 @@
 """Names of runs and of what is scored. Apart from the config, so that what reads results does not count the config's own code."""
 
-METRIC = {"ifeval": "prompt_level_strict_acc", "gsm8k": "exact_match"}  # task -> the metric that stands for it
+from collections.abc import Iterable
+
+# Task -> the metric that stands for it.
+METRIC = {"ifeval": "prompt_level_strict_acc", "gsm8k": "exact_match", "mmlu": "acc", "truthfulqa": "acc"}
+CHOICE = ("mmlu", "truthfulqa")  # tasks that nobody answers: multiple choice, by the log-likelihood of each option
+
+
+def answered(tasks: Iterable[str]) -> list[str]:
+    """Of these tasks, those whose prompts a model answers in text."""
+    return [task for task in tasks if task not in CHOICE]
 
 
 def run_name(experiment: str, seed: int) -> str:

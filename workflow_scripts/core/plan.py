@@ -11,10 +11,10 @@ from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
-from workflow_scripts.core import bases, comparison, fingerprint, slicing, sources, sweep
+from workflow_scripts.core import bases, choices, comparison, fingerprint, slicing, sources, sweep
 from workflow_scripts.core.config import VERIFIERS, Config, rewards
 from workflow_scripts.core.messages import InputError
-from workflow_scripts.core.names import run_name
+from workflow_scripts.core.names import CHOICE, answered, run_name
 
 STEPS = "workflow_scripts.steps."
 
@@ -48,6 +48,11 @@ class Plan:
 
     def adapter_inputs(self, run: str) -> list[str]:
         return [f"{self.results}/{run}/adapter/{name}" for name in ("manifest.json", "adapter_model.safetensors")]
+
+    def prompts_inputs(self, task: str) -> list[str]:
+        """The slices of a task: its prompts and, if it has any, their solved examples."""
+        fewshot = choices.fewshot(self.config.data["eval"], task)
+        return self.slice_inputs(self.config.evaluations[task]) + (self.slice_inputs(fewshot) if fewshot else [])
 
     def answers_inputs(self, task: str, run: str) -> list[str]:
         return [f"{self.results}/{run}/{task}_responses{ending}" for ending in (".manifest.json", ".jsonl")]
@@ -174,7 +179,7 @@ class Plan:
     def check(self) -> None:
         """Resolve every step of the config once (seed 1), so that what can't be planned is said at once."""
         comparison.check(self.config)
-        wanted, most = self.config.data["eval"]["shards"], max(map(self.shards, self.config.evaluations))
+        wanted, most = self.config.data["eval"]["shards"], max(map(self.shards, answered(self.config.evaluations)))
         if wanted > most:
             problem = (
                 f"found {wanted}, but the prompts make {most} batches at most, and a shard takes whole batches; lower it, or "
@@ -222,9 +227,10 @@ class Plan:
             step["allow_package_mismatch"] = True
         return step
 
-    def _machine(self) -> dict:
-        """What of the machine decides numbers; declared, never detected."""
-        return {key: self.config.data[key] for key in ("device", "precision", "threads")}
+    def _machine(self, precision: str = "") -> dict:
+        """What of the machine decides numbers; declared, never detected. precision: an evaluation's, in place of training's."""
+        found = {key: self.config.data[key] for key in ("device", "precision", "threads")}
+        return found | ({"precision": precision} if precision else {})
 
     def _slice_step(self, name: str) -> dict:
         data = self.config.data["data"]
@@ -321,14 +327,21 @@ class Plan:
     def _generate_step(self, task: str, run: str) -> dict:
         evaluation = self.config.data["eval"]
         config = {"batch_size": evaluation["batch_size"], "max_new_tokens": evaluation[task]["max_new_tokens"]}
+        return self._step("generate", config, self._evaluated(task, run), **self._machine(evaluation["precision"]))
+
+    def _evaluated(self, task: str, run: str) -> dict[str, str]:
+        """The parents of a step that puts a task's prompts to a model: the prompts, and what the model is made of."""
         parents = {"prompts": self.fingerprint("slice", self.config.evaluations[task])}
+        if fewshot := choices.fewshot(self.config.data["eval"], task):
+            parents["fewshot"] = self.fingerprint("slice", fewshot)
         if run in self.config.models:
-            parents["start"] = self.fingerprint(*self.base_phase(run))
-        else:
-            parents |= {"start": self._start_fingerprint(run), "adapter": self.fingerprint("train", run)}
-        return self._step("generate", config, parents, **self._machine() | {"precision": evaluation["precision"]})
+            return parents | {"start": self.fingerprint(*self.base_phase(run))}
+        return parents | {"start": self._start_fingerprint(run), "adapter": self.fingerprint("train", run)}
 
     def _score_step(self, task: str, run: str) -> dict:
+        if task in CHOICE:
+            config, evaluation = choices.step_config(self.config.data["eval"], task), self.config.data["eval"]
+            return self._step("lm_eval_task", config, self._evaluated(task, run), **self._machine(evaluation["precision"]))
         config = {"strip_think": self.config.data["eval"][task]["strip_think"]}
         parents = {
             "prompts": self.fingerprint("slice", self.config.evaluations[task]),

@@ -17,6 +17,7 @@ from pathlib import Path
 
 from workflow_scripts.core.config import EVALUATED, RUN_NAME
 from workflow_scripts.core.fingerprint import canonical, file_sha256
+from workflow_scripts.core.names import CHOICE
 
 METADATA = Path(".snakemake/metadata")
 INCOMPLETE = Path(".snakemake/incomplete")  # an entry here: the job was begun and not recorded; Snakemake runs it again
@@ -63,7 +64,9 @@ def place_of(results: str, kind: str, name: str) -> Place:
 
 def kinds_of(run: str) -> list[str]:
     """The kinds of artifacts that the folder of a run can have, and its score files."""
-    return ["base", "train", "merge", "eval_rm"] + [f"{verb}_{task}" for task in EVALUATED for verb in ("generate", "score")]
+    return ["base", "train", "merge", "eval_rm"] + [
+        f"{verb}_{task}" for task in EVALUATED for verb in ("generate", "score") if verb == "score" or task not in CHOICE
+    ]
 
 
 def find(results: str) -> Iterator[Place]:

@@ -3,9 +3,9 @@
     python -m workflow_scripts.tools.compare results/ifeval_base.json results/ifeval_sft_v2.json results/ifeval_dpo.json
     python -m workflow_scripts.tools.compare results/gsm8k_sft_v2.json results/gsm8k_grpo.json
 
-Files of one task, over the same prompts. The difference is taken prompt by prompt (prompt-level strict; exact match), and its
-standard error is that of the mean of these paired differences: sample standard deviation / sqrt(n). It covers the choice of
-prompts, not the training seed: one seed says nothing about the spread between seeds. The report does (docs/report.md).
+Files of one task, over the same prompts. The difference is taken prompt by prompt (prompt-level strict, exact match or accuracy),
+and its standard error is that of the mean of these paired differences: sample standard deviation / sqrt(n). It covers the choice
+of prompts, not the training seed: one seed says nothing about the spread between seeds. The report does (docs/report.md).
 """
 
 import argparse
@@ -15,16 +15,19 @@ import numpy
 import pandas
 
 from workflow_scripts.core.messages import InputError
+from workflow_scripts.core.names import METRIC
 from workflow_scripts.report.collect import verdict
 from workflow_scripts.tools import runs
 
 IFEVAL = ("prompt_level_strict_acc", "prompt_level_loose_acc", "inst_level_strict_acc", "inst_level_loose_acc")
-METRICS = {"prompt_level_strict_acc": IFEVAL, "exact_match": ("exact_match", "strict_match")}  # the first one -> all of a task
-AGAINST = {"prompt_level_strict_acc": "prompt strict", "exact_match": "exact match"}
+# The first one -> all of a task.
+METRICS = {"prompt_level_strict_acc": IFEVAL, "exact_match": ("exact_match", "strict_match"), "acc": ("acc", "mc2")}
+AGAINST = {"prompt_level_strict_acc": "prompt strict", "exact_match": "exact match", "acc": "accuracy"}
 
 
 def name_of(path: Path) -> str:
-    return path.stem.removeprefix("ifeval_").removeprefix("gsm8k_")
+    task, _, rest = path.stem.partition("_")
+    return rest if task in METRIC and rest else path.stem
 
 
 def read(files: list[Path]) -> dict[str, dict]:
@@ -44,8 +47,8 @@ def read(files: list[Path]) -> dict[str, dict]:
 def metrics_of(scores: dict, name: str) -> tuple[str, ...]:
     for first, metrics in METRICS.items():
         if first in scores and "per_prompt" in scores:
-            return metrics
-    raise InputError(f"{name}: no scores of IFEval or GSM8K with a verdict for each prompt; give results/<task>_<run>.json")
+            return tuple(metric for metric in metrics if metric in scores)  # MMLU has no mc2
+    raise InputError(f"{name}: no scores with a verdict for each prompt; give results/<task>_<run>.json")
 
 
 def passed(scores: dict) -> pandas.Series:

@@ -10,6 +10,7 @@ from typing import Any
 
 from workflow_scripts.core import fingerprint
 from workflow_scripts.core.config import CONSTANT_BLOCKS, Config
+from workflow_scripts.core.names import CHOICE
 from workflow_scripts.core.schema_errors import dotted
 
 UNSET = "(not set)"
@@ -90,7 +91,7 @@ def place(config: Config, kind: str, name: str, path: list[str]) -> str:
             path = ["source", *({"file": "path", "files": "paths"}.get(key, key) for key in path[1:])]
         return dotted(["data", "slices", name, *path])
     if verb in ("generate", "score"):
-        return dotted(["eval", *([] if top == "batch_size" else [task]), *path])
+        return dotted(["eval", *([] if top == "batch_size" and task not in CHOICE else [task]), *path])
     return dotted([kind, *path])
 
 
@@ -104,7 +105,7 @@ def _settings(config: Config, kind: str, name: str, old: dict, new: dict) -> lis
     rest_old, rest_new = ({key: value for key, value in step.items() if key not in APART} for step in (old, new))
     for path, before, after in changed(rest_old, rest_new):
         key = dotted(list(path))
-        if key == "precision" and kind.startswith("generate_"):
+        if key == "precision" and kind.startswith(("generate_", "score_")):
             key = "eval.precision"
         if key.startswith("allow_"):  # the key stands in a step only where it is true
             before, after = (False if value == UNSET else value for value in (before, after))

@@ -251,6 +251,8 @@ def _role_key(plan: Plan, phase: Phase, role: str) -> str:
     if role.endswith("prompts"):
         task = role.removesuffix("_prompts") if role != "prompts" else phase.kind.partition("_")[2] or "ifeval"
         return f"eval.{task}.prompts"
+    if role == "fewshot":
+        return f"eval.{phase.kind.partition('_')[2]}.fewshot"
     key = {"start": "start_from", "rows": "slice"}.get(role)
     if key is None or phase.name in ("", *plan.config.models):
         return f"parent ({role})"

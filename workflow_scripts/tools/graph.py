@@ -4,7 +4,8 @@ import re
 from collections.abc import Iterable
 from typing import NamedTuple
 
-from workflow_scripts.core import comparison, records
+from workflow_scripts.core import choices, comparison, records
+from workflow_scripts.core.names import CHOICE
 from workflow_scripts.core.plan import Plan
 
 
@@ -30,6 +31,7 @@ class Phase(NamedTuple):
 
 
 BASE = Phase("base", "")
+NEVER = [f"generate_{task}" for task in CHOICE]  # multiple choice is not answered in text
 
 
 def outputs(plan: Plan, phase: Phase) -> tuple[str, ...]:
@@ -60,9 +62,11 @@ def parents(plan: Plan, phase: Phase) -> dict[str, Phase]:
         return {f"{name}_prompts": one for name, one in prompts.items()} | {"base": BASE} if decontaminated else {}
     if kind == "base":
         return {"prompts": Phase("slice", plan.prompts_slice)} if plan.base_needs(run or "base") else {}
-    if verb == "score":
+    if verb == "score" and task not in CHOICE:
         return {"prompts": prompts[task], "responses": Phase(f"generate_{task}", run)}
-    found = {"prompts": prompts[task]} if verb == "generate" else {}
+    found = {"prompts": prompts[task]} if verb in ("generate", "score") else {}
+    if verb == "score" and (fewshot := choices.fewshot(plan.config.data["eval"], task)):
+        found["fewshot"] = Phase("slice", fewshot)
     if run in plan.config.models:
         return found | {"start": Phase(*plan.base_phase(run))}
     found["start"] = start(plan, run)
@@ -92,6 +96,7 @@ def phases_by_file(plan: Plan, named: Iterable[str]) -> dict[str, Phase]:
         extra += comparison.runs(plan.config)
     for run in dict.fromkeys([*models, *plan.runs(), *extra]):
         kinds = [f"{verb}_{task}" for verb in ("generate", "score") for task in plan.config.evaluations]
+        kinds = [kind for kind in kinds if kind not in NEVER]
         if run not in models:
             kinds = ["train", "eval_rm"] if plan.is_reward_model(run) else ["train", "merge", *kinds]
         found += [Phase(kind, run) for kind in kinds]

@@ -23,6 +23,7 @@ from workflow_scripts.core.artifacts import WEIGHTS
 from workflow_scripts.tools import runs
 
 METRIC = runs.METRICS["ifeval"]
+TITLES = {"gsm8k": "gsm8k exact, %", "mmlu": "mmlu, %", "truthfulqa": "truthfulqa mc1, %", "rm": "pairs right, %"}
 
 
 def state(manifest: Path) -> str:
@@ -78,7 +79,7 @@ def describe(folder: Path, results: Path, now: float) -> dict:
         "score": scores.get(METRIC),
         "stderr": scores.get(f"{METRIC}_stderr"),
         "prompts": scores.get("n_prompts"),
-        **{task: metrics[task].get(runs.METRICS[task]) for task in ("gsm8k", "rm")},
+        **{task: metrics[task].get(metric) for task, metric in runs.METRICS.items() if task != "ifeval"},
         "bytes": size,
         "age_s": None if changed is None else max(0, round(now - changed)),
     }
@@ -134,7 +135,7 @@ def table(found: list[dict]) -> str:
         row = {"run": run["run"]} | {name: run["phases"].get(name, "") for name in names}
         spread = "" if run["stderr"] is None else f" +- {100 * run['stderr']:.1f}"
         row["prompt strict, %"] = "" if run["score"] is None else f"{100 * run['score']:.1f}{spread}"
-        for task, title in (("gsm8k", "gsm8k exact, %"), ("rm", "pairs right, %")):
+        for task, title in TITLES.items():
             row[title] = "" if run[task] is None else f"{100 * run[task]:.1f}"
         rows.append(row | {"size": human_bytes(run["bytes"]), "age": human_age(run["age_s"])})
     frame = pandas.DataFrame(rows)
