@@ -11,6 +11,7 @@ from tests.conftest import ROOT
 from workflow_scripts.core import artifacts, cli, comparison, sweep
 from workflow_scripts.core import config as configs
 from workflow_scripts.core.artifacts import Job
+from workflow_scripts.core.names import CHOICE
 from workflow_scripts.core.plan import Plan
 
 KINDS = ["punctuation:no_comma", "change_case:english_lowercase", "startend:quotation"]
@@ -55,12 +56,17 @@ def make(folder: Path, config: Path, accuracy: dict[str, float] | None = None, s
 def _score(plan: Plan, task: str, run: str, passes: numpy.ndarray) -> None:
     rows = [
         {"key": i, "correct": bool(ok)}
-        if task == "gsm8k"
+        if task != "ifeval"
         else {"key": i, "follow_instruction_list_strict": [bool(ok)], "follow_instruction_list_loose": [bool(ok)]}
         for i, ok in enumerate(passes)
     ]
     mean = float(numpy.mean(passes))
     score = {"fingerprint": plan.fingerprint(f"score_{task}", run), "files": {}, "n_prompts": len(rows), "per_prompt": rows}
+    if task in CHOICE:
+        if task == "truthfulqa":
+            score |= {"mc2": 0.5, "per_prompt": [row | {"mc2": 0.5} for row in rows]}
+        _write(Path(f"{plan.results}/{task}_{run}.json"), score | {"acc": mean, "acc_stderr": 0.03, "tied": 0, "cut": 0})
+        return
     score |= {"mean_response_tokens": 23.0, "truncated_share": 0.01}
     if task == "gsm8k":
         score |= {"exact_match": mean}

@@ -16,9 +16,14 @@ import pandas
 from workflow_scripts.core import artifacts
 from workflow_scripts.core.artifacts import Job
 from workflow_scripts.core.messages import InputError
-from workflow_scripts.core.names import METRIC, run_name
+from workflow_scripts.core.names import METRIC, answered, run_name
 
-LABEL = {"ifeval": "IFEval, prompt-level strict accuracy", "gsm8k": "GSM8K, exact match"}
+LABEL = {
+    "ifeval": "IFEval, prompt-level strict accuracy",
+    "gsm8k": "GSM8K, exact match",
+    "mmlu": "MMLU, accuracy",
+    "truthfulqa": "TruthfulQA, mc1",
+}
 
 
 @dataclass
@@ -147,7 +152,7 @@ def read_run(results: Path, name: str) -> Run:
     except (OSError, ValueError):
         run.curves = None
     files = {"training": "adapter/run.json", "merge": "merged/run.json", "base": "run.json"}
-    files |= {f"answers {task}": f"{task}_responses.run.json" for task in METRIC}
+    files |= {f"answers {task}": f"{task}_responses.run.json" for task in answered(METRIC)}
     run.phases = {phase: found for phase, file in files.items() if (found := _json(folder / file)).get("seconds")}
     return run
 

@@ -12,6 +12,7 @@ from pathlib import Path
 import pandas
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
+from workflow_scripts.core.names import CHOICE
 from workflow_scripts.report import capacity, figures, sections
 from workflow_scripts.report.collect import LABEL, World
 from workflow_scripts.report.judge import Control, Judged
@@ -48,6 +49,7 @@ def render(world: World, families: list[Judged], controls: list[Control]) -> str
         tree=sections.tree(world),
         viewer=sections.viewer(world),
         label=LABEL,
+        choice=[LABEL[task].split(",")[0] for task in world.config["tasks"] if task in CHOICE],
     )
 
 

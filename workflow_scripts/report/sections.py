@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy
 
-from workflow_scripts.core.names import METRIC
+from workflow_scripts.core.names import CHOICE, METRIC, answered
 from workflow_scripts.report import collect, figures
 from workflow_scripts.report.collect import Run, World
 from workflow_scripts.report.judge import contrasts
@@ -35,11 +35,13 @@ def scores(world: World) -> list[dict]:
     rows = []
     for name in models(world):
         runs = list(dict.fromkeys(world.seeded(name)))
-        row: dict[str, Any] = {"name": name, "tasks": {}}
+        row: dict[str, Any] = {"name": name, "tasks": {}, "mc2": None}
         for task in world.config["tasks"]:
             values = [world.scores[task, run][METRIC[task]] for run in runs]
             clusters = [[[float(passed)] for passed in world.verdicts(task, run)] for run in runs]
             row["tasks"][task] = {"mean": mean_and_error(clusters), "each": ", ".join(map(percent, values))}
+        if "truthfulqa" in world.config["tasks"]:
+            row["mc2"] = mean_and_error([[[one["mc2"]] for one in world.scores["truthfulqa", run]["per_prompt"]] for run in runs])
         followed = [[row["follow_instruction_list_strict"] for row in world.scores["ifeval", run]["per_prompt"]] for run in runs]
         loose = [world.scores["ifeval", run]["prompt_level_loose_acc"] for run in runs]
         rows.append(row | {"loose": percent(float(numpy.mean(loose))), "instructions": mean_and_error(followed)})
@@ -110,10 +112,10 @@ def kinds(world: World) -> dict:
 
 
 def lengths(world: World) -> list[dict]:
-    """Length by experiment, share cut off at the limit, and accuracy among the answers that ended."""
+    """Length by experiment, share cut off at the limit, and accuracy among the answers that ended. Of tasks with answers."""
     rows = []
     for name in models(world):
-        for task in world.config["tasks"]:
+        for task in answered(world.config["tasks"]):
             tokens, cut, ended = [], [], []
             for run in dict.fromkeys(world.seeded(name)):
                 score, given = world.scores[task, run], collect.answers(world.runs[run], task)
@@ -252,12 +254,14 @@ def tree(world: World) -> list[dict]:
 
 
 def viewer(world: World) -> dict:
-    """Prompts whose verdict flips between two runs of the first seed, with both answers. Cut to a budget, most disputed first."""
-    pairs = list(
-        dict.fromkeys((family["task"], *pair) for family in world.config["report"]["families"] for pair in contrasts(family))
-    )
+    """Prompts whose verdict flips between two runs of the first seed, with both answers. Cut to a budget, most disputed first.
+
+    Of tasks with answers: a choice between options has no text to show.
+    """
+    families = [family for family in world.config["report"]["families"] if family["task"] not in CHOICE]
+    pairs = list(dict.fromkeys((family["task"], *pair) for family in families for pair in contrasts(family)))
     seed = world.seeds[0]
-    texts: dict[str, dict] = {task: {} for task in world.config["tasks"]}
+    texts: dict[str, dict] = {task: {} for task in answered(world.config["tasks"])}
     passed: dict[str, dict[str, dict]] = {task: {} for task in texts}
     given: dict[str, dict[str, dict]] = {task: {} for task in texts}
     disputed: Counter = Counter()

@@ -4,7 +4,7 @@ In: score files, which are the inputs; answers, manifests, curves, run.json besi
 comparison.html, which needs neither a network nor other files, and comparison.csv, a row for each comparison of the families.
 
     python -m workflow_scripts.steps.report --step results/report/manifest.json --out trial/report/manifest.json \\
-        --inputs results/ifeval_*.json results/gsm8k_*.json results/*/rm_eval.json
+        --inputs results/*_*.json results/*/rm_eval.json
 """
 
 from workflow_scripts.core import artifacts, cli
