@@ -85,6 +85,9 @@ def test_the_study_has_the_numbers_of_its_design(study):
     assert slices["gsm8k_train"]["rows"] - slices["gsm8k_train"]["heldout"] == 2000 and slices["gsm8k_test"]["rows"] == 1319
     assert slices["ifeval"]["rows"] == len((ROOT / "data/ifeval/input_data.jsonl").read_text().splitlines()) == 541
     assert study.config.data["eval"]["ifeval"]["max_new_tokens"] == 1280
+    assert (slices["mmlu"]["rows"], slices["mmlu_dev"]["rows"], slices["truthfulqa"]["rows"]) == (14042, 57 * 5, 817)
+    mmlu = study.config.data["eval"]["mmlu"]
+    assert mmlu["shots"] == 5 and mmlu["apply_chat_template"] and study.config.data["eval"]["truthfulqa"]["apply_chat_template"]
     assert study.config.data["pathvars"] == {name: f"{name}/qwen05b" for name in ("results", "logs", "benchmarks")}
     assert (study.config.data["device"], study.config.data["precision"]) == ("cuda", "bf16")
 
@@ -108,7 +111,7 @@ def test_everything_of_a_hub_is_pinned(path):
     found = pin.places(path.read_text())
     assert {place.id for place in found} >= {"Qwen/Qwen2.5-0.5B"}
     assert all(place.pinned for place in found)
-    assert len(found) == (5 if path == STUDY else 1)
+    assert len(found) == (8 if path == STUDY else 1)
     assert "allow_unpinned" not in path.read_text()
 
 
@@ -127,9 +130,10 @@ def test_a_moved_revision_makes_what_comes_from_it_stale(study, tmp_path):
 
 def test_the_study_plans_without_a_hub_and_any_run_can_be_fused(clone):
     for target, jobs in {
-        "results/qwen05b/ifeval_dpo.json": CHAIN,
+        "results/qwen05b/ifeval_dpo.json": CHAIN | {"slice_data": 6},  # training rows are decontaminated against four evaluations
+        "results/qwen05b/mmlu_base.json": {"slice_data": 2, "make_base": 1, "lm_eval_task": 1},
         "results/qwen05b/dpo/merged/manifest.json": {
-            "slice_data": 4, "make_base": 1, "train_sft": 1, "merge": 2, "train_dpo": 1,
+            "slice_data": 6, "make_base": 1, "train_sft": 1, "merge": 2, "train_dpo": 1,
         },
     }.items():  # fmt: skip
         done = snakemake(clone, "-n", target, "--configfile", "config/qwen05b.yaml", HF_HUB_OFFLINE="1")
@@ -221,7 +225,9 @@ def test_the_page_on_own_data_names_the_formats_that_exist_and_no_others():
     for first, second in rows:
         kind = first.strip("`") or kind
         named.setdefault(kind, set()).update(re.findall(r"`(\w+)`", second))
-    assert named == {kind: set(formats.names(kind)) for kind in ("sft", "preference", "unpaired", "numeric")}
+    assert named == {
+        kind: set(formats.names(kind)) for kind in ("sft", "preference", "unpaired", "numeric", "choice", "truthfulqa")
+    }
 
 
 def test_the_prompt_on_the_page_can_be_scored():
