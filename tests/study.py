@@ -30,14 +30,11 @@ def rows_of(name: str) -> list[dict]:
 
 
 def make_hub(folder: Path) -> None:
-    """The two models and the two data sets of the study, in small."""
+    """The two models and the four data sets of the study, in small."""
     for name, end in MODELS.items():
         make_model(folder / "models" / name, end, seed=len(name))
     conversations = [row["messages"] for row in rows_of("sft/oasst_en_conversations.jsonl")]
-    write(
-        folder / "datasets/HuggingFaceH4/ultrachat_200k/data/train_sft-00000-of-00001.parquet",
-        [{"prompt": one[0]["content"], "prompt_id": str(i), "messages": one} for i, one in enumerate(conversations)],
-    )
+    talks = [{"prompt": one[0]["content"], "prompt_id": str(i), "messages": one} for i, one in enumerate(conversations)]
     pairs = [
         {"prompt": row["prompt"][-1]["content"], "prompt_id": str(i)}
         | {side: row["prompt"] + row[side] for side in ("chosen", "rejected")}
@@ -45,16 +42,45 @@ def make_hub(folder: Path) -> None:
         for i, row in enumerate(rows_of("preference/ultrafeedback_1k.jsonl"))
         if row["chosen"] != row["rejected"]
     ]
-    sets = folder / "datasets/HuggingFaceH4/ultrafeedback_binarized/data"
-    write(sets / "train_prefs-00000-of-00001.parquet", pairs[:-250])
-    write(sets / "test_prefs-00000-of-00001.parquet", pairs[-250:])
+    sums = {subject: [sum_of(i, subject) for i in range(11)] for subject in ("abstract_algebra", "virology")}
+    truths = [truth_of(i) for i in range(1, 11)]
+    for name, config, splits in (
+        ("HuggingFaceH4/ultrachat_200k", "default", {"train_sft": talks}),
+        ("HuggingFaceH4/ultrafeedback_binarized", "default", {"train_prefs": pairs[:-250], "test_prefs": pairs[-250:]}),
+        ("cais/mmlu", "all", {"dev": [row for rows in sums.values() for row in rows[:5]],
+                              "test": [row for rows in sums.values() for row in rows[5:]]}),
+        ("truthfulqa/truthful_qa", "multiple_choice", {"validation": truths}),
+    ):  # fmt: skip
+        write_set(folder / "datasets" / name, config, splits)
 
 
-def write(path: Path, rows: list[dict]) -> None:
+def sum_of(i: int, subject: str) -> dict:
+    """A question in MMLU's form."""
+    return {
+        "question": f"What is {i} plus {i + 1}?",
+        "subject": subject,
+        "choices": [str(2 * i + n) for n in range(4)],
+        "answer": 1,
+    }
+
+
+def truth_of(i: int) -> dict:
+    """A question in the form of TruthfulQA's configuration multiple_choice."""
+    targets = {"choices": [f"It is {2 * i}.", f"It is {i}.", "Nobody knows."], "labels": [1, 0, 0]}
+    return {"question": f"What is {i} and {i}?", "mc1_targets": targets, "mc2_targets": targets}
+
+
+def write_set(folder: Path, config: str, splits: dict[str, list[dict]]) -> None:
+    """A data set as a repository of the hub: Parquet files, and a card that says which configuration has which."""
     import pandas
+    import yaml
 
-    path.parent.mkdir(parents=True, exist_ok=True)
-    pandas.DataFrame(rows).to_parquet(path)
+    files = [{"split": split, "path": f"{config}/{split}-*.parquet"} for split in splits]
+    (folder / config).mkdir(parents=True)
+    for split, rows in splits.items():
+        pandas.DataFrame(rows).to_parquet(folder / config / f"{split}-00000-of-00001.parquet")
+    card = yaml.safe_dump({"configs": [{"config_name": config, "data_files": files}]})
+    (folder / "README.md").write_text(f"---\n{card}---\n")
 
 
 def make_model(folder: Path, end: str, seed: int) -> None:
