@@ -8,7 +8,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo setup setup-cuda setup-mac test test-all test-gpu test-slurm test-study lint report lock clean clean-checkpoints smollm2 status why accept adopt verify chat push pin
+.PHONY: demo setup setup-cuda setup-mac test test-all test-gpu test-slurm test-study lint report lock clean clean-checkpoints smollm2 status fits why accept adopt verify chat push pin
 
 demo: setup
 	@$(BIN)/python -c "import os; print(f'phaseline: {os.cpu_count()} cores; about five minutes on two')"
@@ -96,6 +96,10 @@ report: setup
 # What there is:  make status [RESULTS=results]
 status: setup
 	@$(BIN)/python -m workflow_scripts.tools.status $(or $(RESULTS),results)
+
+# What fits on which GPU, before one is taken:  make fits [CONFIG="config/a.yaml config/b.yaml"] [GPU=16]
+fits: setup
+	@$(BIN)/python -m workflow_scripts.tools.fits $(if $(CONFIG),--configfile $(CONFIG)) $(if $(GPU),--gpu $(GPU))
 
 # Why would snakemake run what it would run:  make why T=results/ifeval_dpo.json [CONFIG="config/a.yaml config/b.yaml"]
 why: setup

@@ -157,7 +157,7 @@ KEYS: dict[str, tuple[list, set[Phase]]] = {
     "lora.target_modules": ([["q_proj", "v_proj"]], of("train")),
     "quant.double": ([False], IN_4_BIT | of("merge")),  # a merge is measured against its 4-bit start
     "threads": ([2, 3], MACHINE),
-    "precision": (["bf16", "fp16"], MACHINE - BASE - ANSWERS),  # answers have eval.precision
+    "precision": (["bf16"], MACHINE - BASE - ANSWERS),  # answers have eval.precision
     "device": (["cuda"], MACHINE - BASE),
     "eval.precision": (["bf16"], ANSWERS),
     "eval.batch_size": ([7, 31], ANSWERS),
@@ -306,7 +306,7 @@ EVERY = [*SLICE, "make_base", *MODELS, *SCORE]
 
 # Plumbing; what plans; what only models from elsewhere need.
 NO_STEP = "cli gpus progress messages runinfo work fingerprint hub plan config records schema_errors yaml_files".split()
-NO_STEP += "bases estimate patterns signals comparison choices names sources templates sweep".split()
+NO_STEP += "bases estimate gpu_memory patterns signals comparison choices names sources templates sweep".split()
 # The report, which is no target here, and multiple choice, which this config has not
 REPORT = """report/__init__ report/capacity report/collect report/figures report/judge report/page report/sections report/trained
 steps/report core/lm_tasks steps/lm_eval_task stats/__init__ stats/accuracy stats/components stats/family stats/power""".split()

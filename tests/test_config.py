@@ -20,7 +20,8 @@ ROOT = Path(__file__).resolve().parents[1]
 DEFAULT = ROOT / "config" / "config.yaml"
 SWEEP = ROOT / "config" / "rank_sweep.yaml"  # an overlay; the others with experiments stand alone
 ALONE = sorted(path for path in (ROOT / "config").glob("*.yaml") if "experiments" in yaml.safe_load(path.read_text()))
-SHIPPED = [files for path in ALONE if path != SWEEP for files in ([path], [path, SWEEP])]
+SHIPPED = [files for path in ALONE if path not in (SWEEP, ROOT / "config/qwen7b.yaml") for files in ([path], [path, SWEEP])]
+SHIPPED += [[ROOT / "config/qwen05b.yaml", ROOT / "config/qwen7b.yaml"]]
 shipped = pytest.mark.parametrize("files", SHIPPED, ids=lambda files: " ".join(path.stem for path in files))
 HUB = "hub: a/b, split: train, shuffle_buffer: 9"
 FILE_SLICE = "kind: sft, rows: 9, heldout: 1, seed: 1"

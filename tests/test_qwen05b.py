@@ -19,6 +19,7 @@ from workflow_scripts.core.plan import Plan
 from workflow_scripts.tools import pin
 
 ROOT = Path(__file__).resolve().parents[1]
+LARGE = ROOT / "config/qwen7b.yaml"
 STUDY, EXAMPLE = ROOT / "config/qwen05b.yaml", ROOT / "config/example_own.yaml"
 CHAIN = {"slice_data": 4, "make_base": 1, "train_sft": 1, "merge": 1, "train_dpo": 1, "generate": 1, "score": 1}
 
@@ -126,6 +127,24 @@ def test_a_moved_revision_makes_what_comes_from_it_stale(study, tmp_path):
         if study.fingerprint(*step) != moved.fingerprint(*step)
     }  # fmt: skip
     assert changed == {("slice", "pairs"), ("train", "dpo"), ("train", "ppo")}
+
+
+def test_the_7b_overlay_is_the_study_on_another_base_at_the_same_effective_batch(study, clone):
+    large = Plan(load(STUDY, LARGE))
+    for name, body in large.config.experiments.items():
+        mine, theirs = body["train"], study.config.experiments[name]["train"]
+        rows = {id(one): one["per_device_train_batch_size"] * one["gradient_accumulation_steps"] for one in (mine, theirs)}
+        rollout = {id(one): one["per_device_train_batch_size"] * one.get("steps_per_generation", 0) for one in (mine, theirs)}
+        assert rows[id(mine)] == rows[id(theirs)] and rollout[id(mine)] == rollout[id(theirs)], name
+        assert mine["learning_rate"] == theirs["learning_rate"] and mine.get("max_length") == theirs.get("max_length")
+    kto = [plan.config.experiments["kto"]["train"]["per_device_train_batch_size"] for plan in (study, large)]
+    assert kto[0] == kto[1] and large.config.data["lora"] == study.config.data["lora"] | {"r": 8, "alpha": 16}
+    (base,) = (place for place in pin.places(LARGE.read_text()))
+    assert base.id == "Qwen/Qwen2.5-7B" and base.pinned
+    files = ["config/qwen05b.yaml", "config/qwen7b.yaml"]
+    done = snakemake(clone, "-n", "results/qwen7b/ifeval_dpo.json", "--configfile", *files, HF_HUB_OFFLINE="1")
+    assert done.returncode == 0, done.stderr
+    assert planned(done) == CHAIN
 
 
 def test_the_study_plans_without_a_hub_and_any_run_can_be_fused(clone):
