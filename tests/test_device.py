@@ -36,11 +36,24 @@ def fake_gpu(monkeypatch, capability, bf16):
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: bf16)
 
 
-def test_bf16_on_a_card_without_it_names_the_remedy(monkeypatch):
+def test_bf16_on_a_card_without_it_names_the_card_and_the_remedy(monkeypatch):
     fake_gpu(monkeypatch, (7, 5), bf16=False)
-    with pytest.raises(InputError, match="a card has none; set `precision: fp16`"):
+    with pytest.raises(InputError, match=r"a card \(compute capability 7\.5\) has none; set `precision: fp16`"):
         device.check_gpu("bf16")
+    device.check_gpu("fp16", trains=True)
+
+
+def test_a_p100_answers_in_fp16_but_does_not_train_with_triton(monkeypatch):
+    fake_gpu(monkeypatch, (6, 0), bf16=False)
+    monkeypatch.setattr(torch.cuda, "get_arch_list", lambda: ["sm_60", *BUILD])
+    monkeypatch.setattr(device, "find_spec", lambda name: name)
     device.check_gpu("fp16")
+    with pytest.raises(
+        InputError, match=r"compute capability 6\.0\): .*Triton, which needs 7\.0; use a T4 or newer, or uninstall"
+    ):
+        device.prepare({"step": "train_sft", "device": "cuda", "precision": "fp16", "threads": 1})
+    monkeypatch.setattr(device, "find_spec", lambda name: None)
+    device.check_gpu("fp16", trains=True)
 
 
 def test_a_card_that_this_torch_has_no_kernels_for_is_named(monkeypatch):

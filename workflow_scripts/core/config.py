@@ -210,6 +210,8 @@ class Config:
     def _check_references(self) -> None:
         bases.check(self)
         choices.check(self)
+        if (self.data["device"], self.data["precision"]) == ("cpu", "fp16"):
+            raise self.fail(["precision"], "found fp16 with device: cpu, where nothing scales its losses; set fp32")
         slices = self.data["data"]["slices"]
         for task, slice_name in self.evaluations.items():
             if slices.get(slice_name, {}).get("kind") != (kind := EVALUATED[task]):

@@ -1,12 +1,19 @@
 """The machine as a step finds it: threads, seeds and deterministic kernels, and whether the declared device is there."""
 
 import random
+from importlib.util import find_spec
 
 import torch
 
 from workflow_scripts.core.messages import InputError
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+TRITON = (
+    7,
+    0,
+)  # the oldest compute capability that Triton compiles for, as torch's own check has it (torch/_inductor/scheduler.py)
 
 
 def prepare(step: dict) -> None:
@@ -27,27 +34,34 @@ def prepare(step: dict) -> None:
     # The mode above also fills each new tensor with NaN. No step reads one before it is written; DPO took 55 s for 32 s.
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     if step["device"] == "cuda":
-        check_gpu(step["precision"])
+        check_gpu(step["precision"], trains=step.get("step", "").startswith("train_"))
     seed = step.get("seed", 0)
     random.seed(seed)
     numpy.random.seed(seed)
     torch.manual_seed(seed)
 
 
-def check_gpu(precision: str) -> None:
-    """InputError if there is no GPU, if this torch has no kernels for it, or if it cannot compute in `precision`."""
+def check_gpu(precision: str, trains: bool = False) -> None:
+    """InputError, naming the card, its compute capability and the remedy: no GPU, no kernels of this torch for it, no `precision`
+    on it, or, where a step `trains`, too old a card for Triton, in which TRL's LM head is written (trl/kernels)."""
     if not torch.cuda.is_available():
         raise InputError(
             f"device: cuda, but torch {torch.__version__} finds no GPU here; set `device: cpu`, or run where there is one"
         )
-    name, capability = torch.cuda.get_device_name(), torch.cuda.get_device_capability()
+    capability = torch.cuda.get_device_capability()
+    card = f"{torch.cuda.get_device_name()} (compute capability {capability[0]}.{capability[1]})"
     if not has_kernels(capability, torch.cuda.get_arch_list()):
         raise InputError(
-            f"{name} (compute capability {capability[0]}.{capability[1]}): torch {torch.__version__} has no kernels for it, only "
+            f"{card}: torch {torch.__version__} has no kernels for it, only "
             f"{', '.join(torch.cuda.get_arch_list())}; install a build for an older CUDA, or use another card"
         )
     if precision == "bf16" and not torch.cuda.is_bf16_supported(including_emulation=False):
-        raise InputError(f"precision: bf16, but {name} has none; set `precision: fp16`")
+        raise InputError(f"precision: bf16, but {card} has none; set `precision: fp16`")
+    if trains and capability < TRITON and find_spec("triton"):
+        raise InputError(
+            f"{card}: training computes its LM head with Triton, which needs {TRITON[0]}.{TRITON[1]}; use a T4 or newer, or "
+            "uninstall triton: TRL then does it in torch, more slowly"
+        )
 
 
 def has_kernels(capability: tuple[int, int], architectures: list[str]) -> bool:
