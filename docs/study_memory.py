@@ -1,0 +1,287 @@
+"""Peak GPU memory of each phase of the study at its true shape with random weights, beside what core/gpu_memory.py estimates.
+
+    python docs/study_memory.py --out memory.json                  on a CUDA machine
+    python docs/study_memory.py --shape 7b --out memory7b.json     config/qwen7b.yaml laid over the study; 40 GB by the estimate
+    python docs/study_memory.py --tiny --out trial.json            on a CPU, at a tiny shape: that it runs (no peaks there)
+
+The project's own steps and trainers, with the study's batches, on rows that fill 1,024 tokens (`--length`), a process each. Two
+optimiser steps, because the optimiser has its moments from the second on. `allocated` is torch's peak from the second step on,
+`other` that of everything before and after (loading, a reference, the held-out objective), `reserved` what the allocator held at
+most. Weights are drawn here: no hub is asked. `trainable` of PPO is the policy's, the estimate that of policy and value function.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+PHASES = ("sft_v2", "dpo", "dpo_4bit", "kto", "rm", "eval_rm", "ppo", "grpo", "rloo", "ifeval")
+TRAINERS = {
+    "sft": "SFTTrainer",
+    "dpo": "DPOTrainer",
+    "kto": "KTOTrainer",
+    "rm": "RewardTrainer",
+    "grpo": "GRPOTrainer",
+    "rloo": "RLOOTrainer",
+}
+STEPS = 2
+TINY = {
+    "device": "cpu", "precision": "fp32", "threads": 2, "lora": {"r": 4, "alpha": 8},
+    "base": {"dtype": "fp32", "shape": {
+        "parameters": 66720, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
+        "intermediate_size": 64, "vocab_size": 1500, "tie_word_embeddings": True,
+    }},
+    "eval": {"precision": "fp32", "batch_size": 2, "ifeval": {"max_new_tokens": 8}},
+    "methods": {
+        method: {"train": {
+            "per_device_train_batch_size": size, "per_device_eval_batch_size": 2, "gradient_accumulation_steps": 2,
+        }}
+        for method, size in {"sft": 2, "dpo": 1, "kto": 2, "rm": 2, "ppo": 2, "grpo": 2, "rloo": 2}.items()
+    },
+}  # fmt: skip
+
+
+def configured(shape: str, tiny: bool, length: int):
+    """The study, with rows and prompts of this length, as the steps and the estimator are given it."""
+    from workflow_scripts.core.config import Config, load, merge
+
+    files = ["config/qwen05b.yaml", *(["config/qwen7b.yaml"] if shape == "7b" else [])]
+    rows = {"train": {"max_length": length, "max_steps": STEPS}}
+    sampled = {"train": {"max_completion_length": length // 2, "max_steps": STEPS}, "require_reward_above_chance": False}
+    more = {
+        "data": {"max_prompt_tokens": length - length // 2, "slices": {"prompts": {"max_prompt_tokens": length - length // 2}}},
+        "methods": dict.fromkeys(("sft", "dpo", "kto", "rm"), rows) | dict.fromkeys(("ppo", "grpo", "rloo"), sampled),
+    }
+    data = merge(load(*files).data, more)
+    if tiny:
+        data = merge(data, TINY)
+        for method in ("ppo", "grpo", "rloo"):
+            data["methods"][method]["train"]["num_generations" if method != "ppo" else "steps_per_generation"] = 2
+    return Config(data)
+
+
+def write_base(config, folder: Path) -> None:
+    """Random weights of the config's shape, and the tiny world's tokenizer: few of the tokens occur, all have a logit."""
+    import torch
+    from transformers import Qwen2Config, Qwen2ForCausalLM
+
+    from tests import small_steps
+    from workflow_scripts.core import artifacts, chat
+
+    tokenizer = chat.tokenizer_of(artifacts.read(small_steps.write_base(folder / "tiny")))
+    shape = dict(config.data["base"]["shape"])
+    parameters = shape.pop("parameters")
+    dtype = torch.bfloat16 if config.data["base"]["dtype"] == "bf16" else torch.float32
+    torch.manual_seed(1)
+    torch.set_default_dtype(dtype)
+    with torch.device(config.data["device"]):
+        made = Qwen2Config(
+            **shape, max_position_embeddings=4096, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id
+        )
+        model = Qwen2ForCausalLM(made)
+    assert model.num_parameters() == parameters, f"{model.num_parameters()} parameters, the config says {parameters}"
+    model.save_pretrained(folder / "base", max_shard_size="1000GB")
+    tokenizer.save_pretrained(folder / "base")
+    names = sorted(path.name for path in (folder / "base").iterdir())
+    small_steps.write_manifest(folder / "base/manifest.json", "base", "random weights", names)
+
+
+def filled(tokenizer, turns: list[dict], length: int, word: str) -> list[dict]:
+    """Turns whose last one is made as long as `length` tokens of the whole conversation allow."""
+
+    def made(count: int) -> list[dict]:
+        return [*turns[:-1], turns[-1] | {"content": " ".join([turns[-1]["content"], *[word] * count])}]
+
+    def tokens(count: int) -> int:
+        generation = turns[-1]["role"] == "user"
+        return len(tokenizer.apply_chat_template(made(count), add_generation_prompt=generation)["input_ids"])
+
+    low, high = 0, length  # a word takes a token or more
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if tokens(middle) <= length else (low, middle - 1)
+    return made(low)
+
+
+def slices(config, folder: Path) -> dict[str, Path]:
+    """Rows of every kind that fill what the config allows: enough for two steps, and a batch of held-out ones."""
+    from tests import small_steps
+    from workflow_scripts.core import artifacts, chat
+    from workflow_scripts.core.gpu_memory import EVAL_PROMPT
+
+    tokenizer = chat.tokenizer_of(artifacts.read(folder / "base/manifest.json"))
+    train = config.experiments["sft_v2"]["train"]
+    length, prompt = train["max_length"], config.data["data"]["max_prompt_tokens"]
+    user, answers = {"role": "user", "content": "go on"}, config.data["eval"]["batch_size"]
+    talk = [user, {"role": "assistant", "content": "the"}]
+    chosen, rejected = (filled(tokenizer, talk, length, word)[1:] for word in ("one", "two"))
+    asked = filled(tokenizer, [user], prompt, "three")
+    long = filled(tokenizer, [user], EVAL_PROMPT if prompt > 100 else prompt, "four")[0]["content"]
+    rows = {
+        "sft": [{"messages": [user, *chosen]}] * 40,
+        "pairs": [{"prompt": [{**user, "content": f"go on {i}"}], "chosen": chosen, "rejected": rejected} for i in range(48)],
+        "prompts": [{"prompt": asked, "chosen": chosen, "rejected": rejected}] * 80,
+        "gsm8k_train": [{"prompt": asked, "final": "4", "answer": "4"}] * 40,
+        "ifeval": [{"key": i, "prompt": long} for i in range(answers)],
+    }  # fmt: skip
+    # Names of two digits make a pair a little longer than those of one: shorter answers leave the room.
+    for row in rows["pairs"]:
+        for side in ("chosen", "rejected"):
+            row[side] = [row[side][0] | {"content": " ".join(row[side][0]["content"].split()[:-8])}]
+    held = {"sft": train["per_device_eval_batch_size"], "ifeval": 0}
+    return {name: small_steps.write_slice(folder / "data", name, made, held.get(name, 8)) for name, made in rows.items()}
+
+
+class Peaks:
+    """torch's peaks in the training steps from the second optimiser step on, and outside the training steps."""
+
+    def __init__(self, cuda: bool):
+        self.cuda, self.inside, self.outside, self.calls = cuda, [], [], 0
+
+    def read(self) -> int:
+        import torch
+
+        if not self.cuda:
+            return 0
+        peak = torch.cuda.max_memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        return peak
+
+    def watch(self, trainer_class) -> None:
+        real, peaks = trainer_class.training_step, self
+
+        def training_step(trainer, *args, **kwargs):
+            peaks.outside.append(peaks.read())
+            found = real(trainer, *args, **kwargs)
+            peak = peaks.read()
+            if trainer.state.global_step:
+                peaks.inside.append(peak)
+            peaks.calls += 1
+            return found
+
+        trainer_class.training_step = training_step
+
+
+def measure(name: str, config, folder: Path) -> dict:
+    """One phase, in this process: what it took, beside the estimate."""
+    import torch
+    import trl
+
+    from tests import small_steps
+    from workflow_scripts.core.config import rewards
+    from workflow_scripts.core.gpu_memory import Memory
+    from workflow_scripts.rl.ppo_trainer import PPOTrainer
+
+    data, base = config.data, folder / "base/manifest.json"
+    memory, rows, peaks = Memory(config), slices(config, folder), Peaks(data["device"] == "cuda")
+    machine = {key: data[key] for key in ("device", "precision", "threads")}
+    reward_model = {"start of rm": base, "reward rm": folder / "rm/adapter/manifest.json"}
+    if name == "ifeval":
+        parents = {"start": base, "adapter": folder / "sft_v2/adapter/manifest.json", "prompts": rows["ifeval"]}
+        settings = {"batch_size": data["eval"]["batch_size"], "max_new_tokens": data["eval"]["ifeval"]["max_new_tokens"]}
+        phase, step, out = (
+            memory.generate("ifeval", settings["batch_size"]),
+            "generate",
+            folder / "sft_v2/ifeval_responses.manifest.json",
+        )
+        machine["precision"] = data["eval"]["precision"]
+    elif name == "eval_rm":
+        body = config.experiments["rm"]
+        parents = {"start": base, "adapter": reward_model["reward rm"], "rows": rows["pairs"]}
+        settings = {"quantise": body["quantise"], "quant": data["quant"], "max_length": body["train"]["max_length"]}
+        settings["batch_size"] = body["train"]["per_device_eval_batch_size"]
+        phase, step, out = memory.eval_rm("rm", body), "eval_rm", folder / "rm/rm_eval.json"
+    else:
+        body = config.experiments[name]
+        method = body["method"]
+        settings = {key: value for key, value in body.items() if key not in ("start_from", "slice")}
+        settings |= {"lora": data["lora"], "optim": "paged_adamw_32bit" if data["device"] == "cuda" else "adamw_torch"}
+        settings |= {"quant": data["quant"]} if body["quantise"] != "none" else {}
+        settings |= {"reward": rewards(body)} if "reward" in body else {}
+        parents = {"start": base, "rows": rows[body["slice"]]} | (reward_model if "rm" in rewards(body) else {})
+        phase, step, out = memory.train(name, body), f"train_{method}", folder / name / "adapter/manifest.json"
+        peaks.watch(PPOTrainer if method == "ppo" else getattr(trl, TRAINERS[method]))
+    job = small_steps.job(step, out, parents, settings)
+    job.step |= machine
+    started = time.monotonic()
+    made = small_steps.run(job)
+    peaks.outside.append(peaks.read())
+    found = {
+        "phase": name,
+        "seconds": round(time.monotonic() - started, 1),
+        "estimate": round(phase.peak),
+        "stages": phase.stages,
+    }
+    if made.data.get("constant"):
+        found["trainable"] = made.data["constant"]["trainable_parameters"]
+        found["trainable_estimated"] = phase.trainable
+        found["training_steps"] = peaks.calls
+    if peaks.cuda:
+        found |= {"allocated": max(peaks.inside or peaks.outside), "other": max(peaks.outside)}
+        found["reserved"] = torch.cuda.max_memory_reserved()
+        found["ratio"] = round(phase.peak / max(found["allocated"], found["other"]), 3)
+    return found
+
+
+def about() -> dict:
+    """The machine and the versions; in a process of its own, which takes its CUDA context along when it ends."""
+    import bitsandbytes
+    import torch
+    import transformers
+    import trl
+
+    name = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
+    packages = {one.__name__: one.__version__ for one in (torch, transformers, trl, bitsandbytes)}
+    return {"device": name, **packages}
+
+
+def main() -> None:
+    made = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    made.add_argument("--shape", choices=["05b", "7b"], default="05b")
+    made.add_argument("--tiny", action="store_true", help="a tiny shape on the CPU, to see that it runs")
+    made.add_argument("--length", type=int, help="tokens of a row (default: 1024; with --tiny 64)")
+    made.add_argument("--phases", nargs="+", choices=PHASES, default=PHASES, help="ppo and eval_rm need rm, ifeval needs sft_v2")
+    made.add_argument("--out", type=Path, required=True, help="a JSON file for what was measured")
+    made.add_argument("--one", nargs=2, metavar=("PHASE", "FOLDER"), help=argparse.SUPPRESS)
+    args = made.parse_args()
+    length = args.length or (64 if args.tiny else 1024)
+    config = configured(args.shape, args.tiny, length)
+    if args.one:
+        name, folder = args.one[0], Path(args.one[1])
+        if name == "base":
+            write_base(config, folder)
+        print(json.dumps(about() if name == "base" else measure(name, config, folder)))
+        return
+    with tempfile.TemporaryDirectory(prefix="study_memory.") as folder:
+        found: dict = {"shape": "tiny" if args.tiny else args.shape, "length": length, "phases": []}
+        for name in ("base", *(one for one in PHASES if one in args.phases)):
+            command = [sys.executable, __file__, "--shape", args.shape, "--length", str(length), "--out", str(args.out)]
+            command += [*(["--tiny"] if args.tiny else []), "--one", name, folder]
+            env = os.environ | {
+                "PYTHONWARNINGS": "ignore",
+                "PYTHONPATH": os.pathsep.join([os.getcwd(), os.environ.get("PYTHONPATH", "")]),
+            }
+            done = subprocess.run(command, env=env, stdout=subprocess.PIPE, text=True)
+            if done.returncode:  # one that does not fit is a result as well
+                found["phases"].append({"phase": name, "failed": done.returncode})
+                print(f"{name}: failed", flush=True)
+            elif name == "base":
+                found["machine"] = json.loads(done.stdout.splitlines()[-1])
+            else:
+                one = json.loads(done.stdout.splitlines()[-1])
+                found["phases"].append(one)
+                peaks = {
+                    key: f"{one[key] / 2**30:.2f} GiB" for key in ("estimate", "allocated", "other", "reserved") if key in one
+                }
+                print(f"{name}: {one['seconds']} s, {peaks}, {one.get('trainable', 0):,} trainable", flush=True)
+            args.out.write_text(json.dumps(found, indent=1) + "\n")
+    if any("failed" in one for one in found["phases"]):
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()
