@@ -112,7 +112,13 @@ def test_a_model_from_elsewhere_without_a_shape_counts_as_one_of_one_and_a_half_
 
 def test_every_step_of_every_shipped_config_has_an_estimate():
     study = ["config/qwen05b.yaml"]
-    for files in (TINY, SMOLLM2, [*SMOLLM2, "config/smollm2_quick.yaml"], [*study, "config/rank_sweep.yaml"], [*study, "config/qwen7b.yaml"]):
+    for files in (
+        TINY,
+        SMOLLM2,
+        [*SMOLLM2, "config/smollm2_quick.yaml"],
+        [*study, "config/rank_sweep.yaml"],
+        [*study, "config/qwen7b.yaml"],
+    ):
         made = estimate.Estimates(Plan(config.load(*files)))
         slices = [("slice", name) for name in made.config.data["data"]["slices"]]
         runs = [(kind, name) for name, body in made.config.experiments.items() for kind in kinds(made, body)]
