@@ -81,10 +81,12 @@ MODELS = any_of(PLAN.config.models)
 # What is trained to answer: every run but reward models.
 TRAINED = runs_of(*(set(PLAN.config.data["methods"]) - {"rm"}))
 ANSWERING = f"{MODELS}|{TRAINED}"
-# Tasks that are answered in text and then scored, and those of multiple choice, which one step does.
+# Tasks that are answered in text; those whose answers are then scored; and those of multiple choice, which one step does.
 ANSWERED = names.answered(PLAN.config.evaluations)
-TASKS = any_of(ANSWERED)
+SCORED = any_of([task for task in ANSWERED if task != names.JUDGED])
 CHOICE = any_of([task for task in PLAN.config.evaluations if task in names.CHOICE])
+# What has its answers judged by a reward model.
+JUDGED = ANSWERING if names.JUDGED in PLAN.config.evaluations else any_of([])
 # Tasks whose prompts several jobs share, and the others.
 SHARDED = any_of([task for task in ANSWERED if PLAN.shards(task) > 1])
 WHOLE = any_of([task for task in ANSWERED if PLAN.shards(task) == 1])

@@ -102,7 +102,7 @@ rule score:
         "<benchmarks>/{run}/score_{task}.tsv"
     wildcard_constraints:
         run=ANSWERING,
-        task=TASKS,
+        task=SCORED,
     localrule: True
     conda:
         ENV
@@ -116,6 +116,32 @@ rule score:
         step=signed(lambda wildcards: PLAN.score(wildcards.task, wildcards.run)),
     shell:
         call("score_{wildcards.task}", "scores")
+
+
+# Rewards of answers by one reward model: for win rates, which are no verdicts.
+rule judge_answers:
+    input:
+        signed(lambda wildcards: edges(PLAN.judge_inputs(wildcards.run))),
+    output:
+        scores="<results>/judge_{run}.json",
+    log:
+        "<logs>/{run}/judge_answers.log",
+    benchmark:
+        "<benchmarks>/{run}/judge_answers.tsv"
+    wildcard_constraints:
+        run=JUDGED,
+    conda:
+        ENV
+    threads: THREADS
+    resources:
+        gpu=GPU,
+        mem_mb=asks("mem_mb", "judge"),
+        runtime=asks("runtime", "judge"),
+        disk_mb=asks("disk_mb", "judge"),
+    params:
+        step=signed(lambda wildcards: PLAN.score("judge", wildcards.run)),
+    shell:
+        call("judge_answers", "scores")
 
 
 # Multiple choice: the log-likelihood of each option, by lm-eval's own tasks. Nothing is answered in text.

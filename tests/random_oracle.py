@@ -303,13 +303,13 @@ SCORE = ["score_ifeval", "score_gsm8k"]
 MODELS = ["merge", "generate", "eval_rm", *TRAIN]
 ROLLOUTS = ["train_ppo", "train_grpo", "train_rloo"]
 EVERY = [*SLICE, "make_base", *MODELS, *SCORE]
-
 # Plumbing; what plans; what only models from elsewhere need.
 NO_STEP = "cli gpus progress messages runinfo work fingerprint hub plan config records schema_errors yaml_files".split()
-NO_STEP += "bases estimate gpu_memory patterns signals comparison choices names sources templates sweep".split()
+NO_STEP += "bases estimate gpu_memory patterns signals comparison choices judged names sources templates sweep".split()
 # The report, which is no target here, and multiple choice, which this config has not
 REPORT = """report/__init__ report/capacity report/collect report/figures report/judge report/page report/sections report/trained
-steps/report core/lm_tasks steps/lm_eval_task stats/__init__ stats/accuracy stats/components stats/family stats/power""".split()
+report/winning steps/report core/lm_tasks steps/lm_eval_task steps/judge_answers stats/__init__ stats/accuracy
+stats/components stats/family stats/power""".split()
 PAGE = [f"report/templates/report.{ending}" for ending in ("html.jinja", "css", "js")]
 # File of the package -> the steps that can run it.
 CODE: dict[str, list[str]] = {

@@ -54,6 +54,18 @@ def make(folder: Path, config: Path, accuracy: dict[str, float] | None = None, s
 
 
 def _score(plan: Plan, task: str, run: str, passes: numpy.ndarray) -> None:
+    if task == "judge":  # whoever passes more is liked more
+        rows = [{"key": i, "reward": float(ok)} for i, ok in enumerate(passes)]
+        facts = {
+            "n_prompts": len(rows),
+            "mean_reward": float(numpy.mean(passes)),
+            "mean_response_tokens": 20.0,
+            "per_prompt": rows,
+        }
+        _write(
+            Path(f"{plan.results}/judge_{run}.json"), {"fingerprint": plan.fingerprint("score_judge", run), "files": {}} | facts
+        )
+        return
     rows = [
         {"key": i, "correct": bool(ok)}
         if task != "ifeval"

@@ -4,7 +4,7 @@ from itertools import combinations, product
 
 from workflow_scripts.core import sweep
 from workflow_scripts.core.config import Config
-from workflow_scripts.core.names import run_name
+from workflow_scripts.core.names import JUDGED, run_name
 
 
 def answering(config: Config) -> list[str]:
@@ -25,8 +25,9 @@ def check(config: Config) -> None:
 
     for name, family in report["families"].items():
         path = ["families", name]
-        if family["task"] not in config.evaluations:
-            tasks = ", ".join(config.evaluations)
+        judged = [task for task in config.evaluations if task != JUDGED]  # rewards are no verdicts
+        if family["task"] not in judged:
+            tasks = ", ".join(judged)
             raise config.fail(["report", *path, "task"], f"found {family['task']!r}, expected what `eval:` has: {tasks}")
         for key in ("runs", "pairs"):
             named([*path, key], *family.get(key, []))

@@ -14,7 +14,7 @@ from typing import Any
 
 from jsonschema import Draft202012Validator, validators
 
-from workflow_scripts.core import bases, choices, formats, sweep
+from workflow_scripts.core import bases, choices, formats, judged, sweep
 from workflow_scripts.core.fingerprint import ROOT
 from workflow_scripts.core.messages import InputError
 from workflow_scripts.core.schema_errors import dotted, explain
@@ -34,7 +34,7 @@ TINY_SOURCES = {
 # Method -> kinds of the slices that it trains on. Methods with a reward take what their rewards need (`slice_kinds`).
 SLICE_KINDS = {"sft": ("sft",), "dpo": ("preference",), "kto": ("preference", "unpaired"), "rm": ("preference",)}
 # Task -> the kind of the slice that its prompts are.
-EVALUATED = {"ifeval": "ifeval", "gsm8k": "numeric", "mmlu": "choice", "truthfulqa": "truthfulqa"}
+EVALUATED = {"ifeval": "ifeval", "gsm8k": "numeric", "mmlu": "choice", "truthfulqa": "truthfulqa", "judge": "prompts"}
 VERIFIERS = ("ifeval", "numeric")  # rewards that are functions; each needs the fields of the slice kind of its name
 
 
@@ -210,6 +210,7 @@ class Config:
     def _check_references(self) -> None:
         bases.check(self)
         choices.check(self)
+        judged.check(self)
         if (self.data["device"], self.data["precision"]) == ("cpu", "fp16"):
             raise self.fail(["precision"], "found fp16 with device: cpu, where nothing scales its losses; set fp32")
         slices = self.data["data"]["slices"]

@@ -181,6 +181,17 @@ class Estimates:
             "disk_mb": 1,
         }
 
+    def _judge(self, name: str) -> dict[str, float]:
+        """Rewards of the answers to the judge's prompts."""
+        evaluation = self.config.data["eval"]["judge"]
+        train, rows = self.config.experiments[evaluation["reward"]]["train"], self._prompts("judge")
+        size, length = train["per_device_eval_batch_size"], train["max_length"]
+        return {
+            "memory_mb": self._libraries("eval_rm") + 4 * self.parameters / MB + self._batch_mb(FILLED * size * length, False),
+            "seconds": START[self.device] + self._forward(rows, size, FILLED * length),
+            "disk_mb": 1,
+        }
+
     # -- training -----------------------------------------------------------------------------------------------------
 
     def _forward(self, rows: float, size: int, length: float) -> float:

@@ -2,7 +2,8 @@
 
 Each kind has one canonical form: sft `{messages}`; preference `{prompt, chosen, rejected}`; unpaired `{prompt, completion,
 label}`; numeric `{prompt, answer, final}`, where all but label, answer and final are lists of `{role, content}` turns; choice
-`{question, choices, answer, subject}`; truthfulqa `{question, mc1_targets, mc2_targets}`, both `{choices, labels}`.
+`{question, choices, answer, subject}`; truthfulqa `{question, mc1_targets, mc2_targets}`, both `{choices, labels}`; prompts
+`{prompt}`, to be answered and judged.
 
 A row is recognised by its keys (a null counts as missing): of FORMATS, in their order, the first whose keys are all there,
 whose condition holds, and which gives the slice's kind. So a row with `messages`, `chosen` and `rejected` is a conversation
@@ -284,6 +285,11 @@ def _from_numeric(row: dict, kind: str, place: str) -> dict:
     return {"prompt": prompt, "answer": _text(row, "answer", place), "final": str(final).replace(",", "")}
 
 
+def _from_prompt(row: dict, kind: str, place: str) -> dict:
+    """The prompt of any row that has one; what answers it has is not read."""
+    return {"prompt": _text_or_turns(row, "prompt", "user", place)}
+
+
 def _texts(value: object, place: str) -> list[str]:
     if not isinstance(value, list) or not all(isinstance(text, str) for text in value):
         raise InputError(f"{place}: expected a list of texts, found {_show(value)}")
@@ -340,6 +346,7 @@ FORMATS = (
     Format("kto", ("prompt", "completion", "label"), ("unpaired",), _from_kto),
     Format("gsm8k", ("question", "answer"), ("numeric", "sft"), _from_gsm8k),
     Format("numeric", ("prompt", "answer", "final"), ("numeric",), _from_numeric),
+    Format("prompt", ("prompt",), ("prompts",), _from_prompt),
     Format("mmlu", ("question", "subject", "choices", "answer"), ("choice",), _from_mmlu),
     Format("truthfulqa", ("question", "mc1_targets", "mc2_targets"), ("truthfulqa",), _from_truthfulqa),
 )

@@ -35,6 +35,7 @@ from typing import Any
 
 from workflow_scripts.core.config import VERIFIERS, Config, rewards
 from workflow_scripts.core.messages import InputError
+from workflow_scripts.core.names import CHOICE
 
 GIB = 2**30
 BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
@@ -252,7 +253,7 @@ def decoding(how: Pass, rows: float, prompt: float, new: float) -> float:
 class Phase:
     """One line of the answer. stages: what is done one after the other -> its peak in bytes."""
 
-    kind: str  # train, generate, eval_rm
+    kind: str  # train, generate, choose, eval_rm
     name: str  # an experiment; a task
     stages: dict[str, float] = field(default_factory=dict)
     trainable: int = 0
@@ -282,13 +283,23 @@ class Memory:
             found.append(self.train(name, body))
             if body["method"] == "rm":
                 found.append(self.eval_rm(name, body))
-        return found + [self.generate(task, self.config.data["eval"]["batch_size"]) for task in self.config.evaluations]
+        for task in self.config.evaluations:
+            found.append(self.choose(task) if task in CHOICE else self.generate(task, self.config.data["eval"]["batch_size"]))
+        return found
+
+    def _block(self, body: dict) -> dict:
+        """The LoRA block of an experiment: the global one, but for copies of a rank sweep."""
+        return body.get("lora", self.block)
+
+    def adapter_of(self, body: dict) -> int:
+        return lora_parameters(self.shape, self._block(body))
 
     def _pass(self, body: dict, **more: Any) -> Pass:
         """A training's own: under autocast, with the block's dropout unless the method samples."""
-        dropout = "reward" not in body and self.block["dropout"] > 0
+        block = self._block(body)
+        dropout = "reward" not in body and block["dropout"] > 0
         settings: dict[str, Any] = {"dropout": dropout, "copies": body["quantise"] == "none"} | more
-        return Pass(self.shape, tuple(self.block["target_modules"]), self.block["r"], self.e, **settings)
+        return Pass(self.shape, tuple(block["target_modules"]), block["r"], self.e, **settings)
 
     def _base(self, body: dict, head: bool = True) -> float:
         return weights(self.shape, self.e, body["quantise"] != "none", self.double, head)
@@ -302,11 +313,12 @@ class Memory:
     def train(self, name: str, body: dict) -> Phase:
         """body: the experiment, resolved; another than the config's answers "what if"."""
         method = body["method"]
-        trainable = self.adapter + (self.shape.hidden if method == "rm" else 0)
+        adapter = self.adapter_of(body)
+        trainable = adapter + (self.shape.hidden if method == "rm" else 0)
         if method == "ppo":
-            trainable += self.adapter + self.shape.hidden + 1
+            trainable += adapter + self.shape.hidden + 1
         low = self.e if self.e < 4 else 0  # autocast's copies of the adapter
-        fixed = self._base(body, head=method != "rm") + 16 * trainable + low * self.adapter
+        fixed = self._base(body, head=method != "rm") + 16 * trainable + low * adapter
         phase = Phase("train", name, trainable=trainable)
         if "reward" in body:
             self._sampled(phase, body, fixed)
@@ -348,23 +360,34 @@ class Memory:
     def _reward_models(self, body: dict) -> float:
         """Bytes of the reward models: an adapter each on PPO's backbone, else a model each beside the policy."""
         if body["method"] == "ppo":
-            return 4 * (self.adapter + self.shape.hidden) * len(self._models(body))
+            return 4 * (self.adapter_of(body) + self.shape.hidden) * len(self._models(body))
         bodies = [self.config.experiments[name] for name in self._models(body)]
-        return sum(self._base(one, head=False) + 4 * self.adapter for one in bodies)
+        return sum(self._base(one, head=False) + 4 * self.adapter_of(one) for one in bodies)
 
     def eval_rm(self, name: str, body: dict) -> Phase:
         row, rows = body["train"]["max_length"], body["train"]["per_device_eval_batch_size"]
         how = self._pass(body, copies=True, autocast=False)
-        peak = self._base(body, head=False) + 4 * self.adapter + how.forward(rows * row, row)
+        peak = self._base(body, head=False) + 4 * self.adapter_of(body) + how.forward(rows * row, row)
         return Phase("eval_rm", name, {"scoring": peak})
 
     def generate(self, task: str, rows: int) -> Phase:
         """Answers to a task: the base with its adapter is merged in fp32 on the card, cast, and then answers."""
         evaluation = self.config.data["eval"]
-        e, shape = BYTES[evaluation["precision"]], self.shape
+        how, merging = self._merged()
         rows = min(rows, self.config.data["data"]["slices"][self.config.evaluations[task]]["rows"])
-        how = Pass(shape, (), 0, e, dropout=False, copies=False)
-        largest = max(a * b for a, b in shape.modules.values())
-        merging = 4 * (shape.parameters + self.adapter + 2 * largest)  # of one module also the change and a copy
-        answering = e * shape.parameters + decoding(how, rows, EVAL_PROMPT, evaluation[task]["max_new_tokens"])
+        answering = how.e * self.shape.parameters + decoding(how, rows, EVAL_PROMPT, evaluation[task]["max_new_tokens"])
         return Phase("generate", task, {"merge in fp32": merging, "answers": answering})
+
+    def choose(self, task: str) -> Phase:
+        """Multiple choice: lm-eval keeps the logits of all tokens of a batch, and their logarithms in fp32."""
+        how, merging = self._merged()
+        body = self.config.data["eval"][task]
+        row = EVAL_PROMPT * (1 + body.get("shots", 0))
+        tokens = row * min(body["batch_size"], self.config.data["data"]["slices"][body["prompts"]]["rows"])
+        asked = how.e * self.shape.parameters + how.forward(tokens, row) + tokens * self.shape.vocabulary * (how.e + 4)
+        return Phase("choose", task, {"merge in fp32": merging, "options": asked})
+
+    def _merged(self) -> tuple[Pass, float]:
+        """(passes of the merged model, bytes that merging takes on the card: of one module also the change and a copy)."""
+        e, largest = BYTES[self.config.data["eval"]["precision"]], max(a * b for a, b in self.shape.modules.values())
+        return Pass(self.shape, (), 0, e, dropout=False, copies=False), 4 * (self.shape.parameters + self.adapter + 2 * largest)

@@ -3,8 +3,9 @@
 from collections.abc import Iterable
 
 # Task -> the metric that stands for it.
-METRIC = {"ifeval": "prompt_level_strict_acc", "gsm8k": "exact_match", "mmlu": "acc", "truthfulqa": "acc"}
+METRIC = {"ifeval": "prompt_level_strict_acc", "gsm8k": "exact_match", "mmlu": "acc", "truthfulqa": "acc", "judge": "mean_reward"}
 CHOICE = ("mmlu", "truthfulqa")  # tasks that nobody answers: multiple choice, by the log-likelihood of each option
+JUDGED = "judge"  # the task whose answers a reward model scores: no verdicts, but rewards
 
 
 def answered(tasks: Iterable[str]) -> list[str]:

@@ -11,10 +11,10 @@ from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
-from workflow_scripts.core import bases, choices, comparison, fingerprint, slicing, sources, sweep
+from workflow_scripts.core import bases, choices, comparison, fingerprint, judged, slicing, sources, sweep
 from workflow_scripts.core.config import VERIFIERS, Config, rewards
 from workflow_scripts.core.messages import InputError
-from workflow_scripts.core.names import CHOICE, answered, run_name
+from workflow_scripts.core.names import CHOICE, JUDGED, answered, run_name
 
 STEPS = "workflow_scripts.steps."
 
@@ -56,6 +56,12 @@ class Plan:
 
     def answers_inputs(self, task: str, run: str) -> list[str]:
         return [f"{self.results}/{run}/{task}_responses{ending}" for ending in (".manifest.json", ".jsonl")]
+
+    def judge_inputs(self, run: str) -> list[str]:
+        """Files that the judging of a run's answers reads: the answers, their prompts, and the reward model with its start."""
+        model = self.config.data["eval"][JUDGED]["reward"]
+        files = self.answers_inputs(JUDGED, run) + self.prompts_inputs(JUDGED)
+        return list(dict.fromkeys(files + self.start_inputs(model) + self.adapter_inputs(model)))
 
     def report_inputs(self) -> list[str]:
         """Every score file that the report reads. Answers, manifests and curves lie beside them."""
@@ -342,19 +348,18 @@ class Plan:
         if task in CHOICE:
             config, evaluation = choices.step_config(self.config.data["eval"], task), self.config.data["eval"]
             return self._step("lm_eval_task", config, self._evaluated(task, run), **self._machine(evaluation["precision"]))
-        config = {"strip_think": self.config.data["eval"][task]["strip_think"]}
         parents = {
             "prompts": self.fingerprint("slice", self.config.evaluations[task]),
             "responses": self.fingerprint(f"generate_{task}", run),
         }
-        return self._step(f"score_{task}", config, parents)
+        if task == JUDGED:
+            model = self.config.data["eval"][JUDGED]["reward"]
+            parents |= {"start": self._start_fingerprint(model), "adapter": self.fingerprint("train", model)}
+            return self._step("judge_answers", judged.step_config(self.config, model), parents, **self._machine())
+        return self._step(f"score_{task}", {"strip_think": self.config.data["eval"][task]["strip_think"]}, parents)
 
     def _eval_rm_step(self, run: str) -> dict:
-        body = self.experiment(run)
-        config = {"quantise": body["quantise"], "batch_size": body["train"]["per_device_eval_batch_size"]}
-        config["max_length"] = body["train"]["max_length"]
-        if body["quantise"] != "none":
-            config["quant"] = self.config.data["quant"]
+        body, config = self.experiment(run), judged.step_config(self.config, self.config.run(run)[0])
         parents = {
             "start": self._start_fingerprint(run),
             "adapter": self.fingerprint("train", run),
@@ -379,7 +384,9 @@ class Plan:
         }
         if "models" in data:
             config["models"] = list(data["models"])
-        config["tasks"] = list(self.config.evaluations)
+        config["tasks"] = [task for task in self.config.evaluations if task != JUDGED]
+        if JUDGED in self.config.evaluations:
+            config["judge"] = {key: data["eval"][JUDGED][key] for key in ("reward", "against")}
         if ranks := sweep.ranks(self.config):
             config["sweep"] = ranks
         parents = {

@@ -1,6 +1,7 @@
 """What the scorers share: rows checked, responses joined to their prompts, reasoning taken off, standard errors."""
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 from workflow_scripts.core.messages import InputError
@@ -17,7 +18,7 @@ def answer(response: str) -> str:
     return "" if text.lstrip().startswith("<think>") else text
 
 
-def mean_stderr(clusters: list[list[bool]]) -> tuple[float, float | None]:
+def mean_stderr(clusters: Sequence[Sequence[float]]) -> tuple[float, float | None]:
     """The mean over all items and its standard error, clustered: items of one prompt are not independent.
 
     The cluster-robust variance of a mean (Liang & Zeger 1986, Biometrika 73; Cameron & Miller 2015, J. Human Resources

@@ -13,7 +13,7 @@ import pandas
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from workflow_scripts.core.names import CHOICE
-from workflow_scripts.report import capacity, figures, sections
+from workflow_scripts.report import capacity, figures, sections, winning
 from workflow_scripts.report.collect import LABEL, World
 from workflow_scripts.report.judge import Control, Judged
 
@@ -40,6 +40,7 @@ def render(world: World, families: list[Judged], controls: list[Control]) -> str
         training=sections.training(world),
         scores=sections.scores(world),
         capacity=capacity.capacity(world),
+        wins=winning.wins(world),
         kinds=sections.kinds(world),
         lengths=sections.lengths(world),
         curves=sections.curves(world),

@@ -19,6 +19,7 @@ import math
 from workflow_scripts.core import config as configs
 from workflow_scripts.core.estimate import Estimates
 from workflow_scripts.core.gpu_memory import CARDS, GIB, Memory, Phase, fits, need
+from workflow_scripts.core.names import answered
 from workflow_scripts.core.plan import Plan
 from workflow_scripts.tools import runs
 
@@ -36,6 +37,8 @@ def remedy(memory: Memory, phase: Phase, card: float) -> tuple[dict[str, object]
             size //= 2
             phase = memory.generate(phase.name, size)
         return {"eval.batch_size": size}, phase.peak
+    if phase.kind == "choose":  # a batch of its own, which decides no more than rounding
+        return None
     body = copy.deepcopy(memory.config.experiments[phase.name])
     changes: dict[str, object] = {}
     made = memory.train if phase.kind == "train" else memory.eval_rm
@@ -102,18 +105,20 @@ def disk(plan: Plan, memory: Memory) -> dict[str, float]:
     weights = memory.shape.parameters * (2 if base.get("dtype") == "bf16" else 4)
     starts = {plan.start_run(run) for run in plan.runs()} - {"base"}
     trained = [phase.trainable for phase in memory.phases() if phase.kind == "train"]
-    answers = sum(estimates.of(f"generate_{task}")["disk_mb"] for task in plan.config.evaluations) * (1 + len(plan.runs()))
+    answers = sum(estimates.of(f"generate_{task}")["disk_mb"] for task in answered(plan.config.evaluations)) * (
+        1 + len(plan.runs())
+    )
     rows = sum(estimates.of("slice", name)["disk_mb"] for name in data["data"]["slices"])
     found = {
-        "base": weights,
+        "base": weights * len(plan.config.models),
         "merged": weights * len(starts),
-        "adapters": 4 * memory.adapter * len(plan.runs()),
+        "adapters": 4 * sum(memory.adapter_of(plan.experiment(run)) for run in plan.runs()),
         "checkpoints": 2 * 12 * max(trained),  # two of a training: weights and both moments
         "rows and answers": 1e6 * (rows + answers),
         "put in place": weights,  # what is written stands twice until it is complete
     }
-    if base["source"] == "hub":
-        found["hub's cache"] = weights
+    if fetched := sum(body["source"] == "hub" for body in plan.config.models.values()):
+        found["hub's cache"] = weights * fetched
     return {name: size / 1e9 for name, size in found.items()}
 
 

@@ -5,7 +5,7 @@ from collections.abc import Iterable
 from typing import NamedTuple
 
 from workflow_scripts.core import choices, comparison, records
-from workflow_scripts.core.names import CHOICE
+from workflow_scripts.core.names import CHOICE, JUDGED
 from workflow_scripts.core.plan import Plan
 
 
@@ -63,7 +63,11 @@ def parents(plan: Plan, phase: Phase) -> dict[str, Phase]:
     if kind == "base":
         return {"prompts": Phase("slice", plan.prompts_slice)} if plan.base_needs(run or "base") else {}
     if verb == "score" and task not in CHOICE:
-        return {"prompts": prompts[task], "responses": Phase(f"generate_{task}", run)}
+        found = {"prompts": prompts[task], "responses": Phase(f"generate_{task}", run)}
+        if task != JUDGED:
+            return found
+        model = plan.config.data["eval"][JUDGED]["reward"]
+        return found | {"start": start(plan, model), "adapter": Phase("train", model)}
     found = {"prompts": prompts[task]} if verb in ("generate", "score") else {}
     if verb == "score" and (fewshot := choices.fewshot(plan.config.data["eval"], task)):
         found["fewshot"] = Phase("slice", fewshot)
