@@ -305,7 +305,7 @@ def test_the_rule_runs_and_nothing_is_generated(fresh):
         assert row["mmlu"] == made["acc"] and row["truthfulqa"] is None
         found = verify.verify("results")
         assert not [finding.problems for finding in found if finding.problems]
-        assert any("multiple choice has no answers" in note for finding in found for note in finding.notes)
+        assert any("not scored again: it takes a model" in note for finding in found for note in finding.notes)
     assert fresh.plan("results/mmlu_base.json", configs=configs) == {}
     assert fresh.plan("results/mmlu_base.json", configs=[*configs, shots(fresh.folder, 2)]) == {"lm_eval_task": 1}
 

@@ -222,6 +222,7 @@ def test_snakemake_plans_a_copy_from_the_copies_of_its_rank(clone, base):
     configs = [f"config/{base}.yaml", "config/rank_sweep.yaml"]
     target = [f"{folder}/ifeval_dpo_r8.json"]
     chain = {"slice_data": 4, "make_base": 1, "train_sft": 1, "merge": 1, "train_dpo": 1, "generate": 1, "score": 1}
+    chain["slice_data"] = 7 if base == "qwen05b" else 4  # the study's rows are decontaminated against five evaluations
     assert clone.plan(*target, configs=configs) == chain
     done = clone.snakemake("-n", f"{folder}/ppo_r8/adapter/manifest.json", "--quiet", "host", configs=configs)
     made = set(re.findall(rf"output: {folder}/(\w+)/", done.stdout + done.stderr))

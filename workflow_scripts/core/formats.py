@@ -62,7 +62,8 @@ def convert(row: dict, kind: str, place: str, named: str | None = None) -> tuple
 
 
 def _recognise(given: dict, kind: str, place: str, row: dict) -> Format:
-    found = [form for form in FORMATS if set(form.needs) <= set(given) and form.fits(given)]
+    forms = [form for form in FORMATS if kind in form.kinds or form.kinds != ("prompts",)]  # any row may have a prompt
+    found = [form for form in forms if set(form.needs) <= set(given) and form.fits(given)]
     for form in found:
         if kind in form.kinds:
             return form
