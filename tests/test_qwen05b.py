@@ -245,7 +245,7 @@ def test_the_page_on_own_data_names_the_formats_that_exist_and_no_others():
         kind = first.strip("`") or kind
         named.setdefault(kind, set()).update(re.findall(r"`(\w+)`", second))
     assert named == {
-        kind: set(formats.names(kind)) for kind in ("sft", "preference", "unpaired", "numeric", "choice", "truthfulqa")
+        kind: set(formats.names(kind)) for kind in ("sft", "preference", "unpaired", "numeric", "choice", "truthfulqa", "prompts")
     }
 
 

@@ -8,12 +8,7 @@ import torch
 from workflow_scripts.core.messages import InputError
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-
-
-TRITON = (
-    7,
-    0,
-)  # the oldest compute capability that Triton compiles for, as torch's own check has it (torch/_inductor/scheduler.py)
+TRITON = (7, 0)  # the oldest compute capability that Triton compiles for, as torch has it (torch/_inductor/scheduler.py)
 
 
 def prepare(step: dict) -> None:
