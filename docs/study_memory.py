@@ -4,7 +4,8 @@
     python docs/study_memory.py --shape 7b --out memory7b.json     config/qwen7b.yaml laid over the study; 40 GB by the estimate
     python docs/study_memory.py --tiny --out trial.json            on a CPU, at a tiny shape: that it runs (no peaks there)
 
-The project's own steps and trainers, with the study's batches, on rows that fill 1,024 tokens (`--length`), a process each. Two
+The project's own steps and trainers, with the study's batches, on rows that fill 1,024 tokens (`--length`; every other row a
+little less, so that batches are padded), a process each. Two
 optimiser steps, because the optimiser has its moments from the second on. `allocated` is torch's peak from the second step on,
 `other` that of everything before and after (loading, a reference, the held-out objective), `reserved` what the allocator held at
 most. Weights are drawn here: no hub is asked. `trainable` of PPO is the policy's, the estimate that of policy and value function.
@@ -19,7 +20,7 @@ import tempfile
 import time
 from pathlib import Path
 
-PHASES = ("sft_v2", "dpo", "dpo_4bit", "kto", "rm", "eval_rm", "ppo", "grpo", "rloo", "ifeval")
+PHASES = ("sft_v2", "dpo", "dpo_4bit", "kto", "rm", "eval_rm", "ppo", "grpo", "rloo", "ifeval", "mmlu", "truthfulqa")
 TRAINERS = {
     "sft": "SFTTrainer",
     "dpo": "DPOTrainer",
@@ -120,20 +121,32 @@ def slices(config, folder: Path) -> dict[str, Path]:
     talk = [user, {"role": "assistant", "content": "the"}]
     chosen, rejected = (filled(tokenizer, talk, length, word)[1:] for word in ("one", "two"))
     asked = filled(tokenizer, [user], prompt, "three")
-    long = filled(tokenizer, [user], EVAL_PROMPT if prompt > 100 else prompt, "four")[0]["content"]
+    long = filled(tokenizer, [user], EVAL_PROMPT if prompt > 100 else prompt, "four")
+    question = {"question": long[0]["content"], "choices": ["one", "two", "three", "four"], "answer": 0, "subject": "anatomy"}
+    options = {"choices": ["one", "two", "three", "four", "five"], "labels": [1, 0, 0, 0, 0]}
+    targets = {"mc1_targets": options, "mc2_targets": options}
     rows = {
-        "sft": [{"messages": [user, *chosen]}] * 40,
-        "pairs": [{"prompt": [{**user, "content": f"go on {i}"}], "chosen": chosen, "rejected": rejected} for i in range(48)],
-        "prompts": [{"prompt": asked, "chosen": chosen, "rejected": rejected}] * 80,
-        "gsm8k_train": [{"prompt": asked, "final": "4", "answer": "4"}] * 40,
-        "ifeval": [{"key": i, "prompt": long} for i in range(answers)],
-    }  # fmt: skip
-    # Names of two digits make a pair a little longer than those of one: shorter answers leave the room.
-    for row in rows["pairs"]:
-        for side in ("chosen", "rejected"):
-            row[side] = [row[side][0] | {"content": " ".join(row[side][0]["content"].split()[:-8])}]
-    held = {"sft": train["per_device_eval_batch_size"], "ifeval": 0}
+        "sft": [{"messages": [user, *less(chosen, i % 2)]} for i in range(40)],
+        # The numbers make prompts differ, as a slice of pairs must; less of the answers leaves room for them.
+        "pairs": [
+            {"prompt": [{**user, "content": f"go on {i}"}], "chosen": less(chosen, 8), "rejected": less(rejected, 8 + i % 2)}
+            for i in range(48)
+        ],
+        "prompts": [{"prompt": less(asked, i % 2), "chosen": chosen, "rejected": rejected} for i in range(80)],
+        "gsm8k_train": [{"prompt": less(asked, i % 2), "final": "4", "answer": "4"} for i in range(40)],
+        "ifeval": [{"key": i, "prompt": less(long, i % 2)[0]["content"]} for i in range(answers)],
+        "mmlu": [{"key": f"anatomy:{i}", **question} for i in range(4)],
+        "mmlu_dev": [{"key": f"dev/anatomy:{i}", **question} for i in range(5)],
+        "truthfulqa": [{"key": f"t:{i}", "question": less(long, i % 2)[0]["content"], **targets} for i in range(8)],
+    }
+    held = {"sft": train["per_device_eval_batch_size"]} | dict.fromkeys(("ifeval", "mmlu", "mmlu_dev", "truthfulqa"), 0)
     return {name: small_steps.write_slice(folder / "data", name, made, held.get(name, 8)) for name, made in rows.items()}
+
+
+def less(turns: list[dict], words: int) -> list[dict]:
+    """Turns whose last one is so many words shorter."""
+    said = turns[-1]["content"].split()
+    return [*turns[:-1], turns[-1] | {"content": " ".join(said[: len(said) - words])}]
 
 
 class Peaks:
@@ -172,8 +185,10 @@ def measure(name: str, config, folder: Path) -> dict:
     import trl
 
     from tests import small_steps
+    from workflow_scripts.core import choices
     from workflow_scripts.core.config import rewards
     from workflow_scripts.core.gpu_memory import Memory
+    from workflow_scripts.core.names import CHOICE
     from workflow_scripts.rl.ppo_trainer import PPOTrainer
 
     data, base = config.data, folder / "base/manifest.json"
@@ -188,6 +203,13 @@ def measure(name: str, config, folder: Path) -> dict:
             "generate",
             folder / "sft_v2/ifeval_responses.manifest.json",
         )
+        machine["precision"] = data["eval"]["precision"]
+    elif name in CHOICE:
+        parents = {"start": base, "adapter": folder / "sft_v2/adapter/manifest.json", "prompts": rows[name]}
+        if fewshot := choices.fewshot(data["eval"], name):
+            parents["fewshot"] = rows[fewshot]
+        settings = choices.step_config(data["eval"], name)
+        phase, step, out = memory.choose(name), "lm_eval_task", folder / f"sft_v2/{name}_sft_v2.json"
         machine["precision"] = data["eval"]["precision"]
     elif name == "eval_rm":
         body = config.experiments["rm"]
@@ -244,7 +266,7 @@ def main() -> None:
     made.add_argument("--shape", choices=["05b", "7b"], default="05b")
     made.add_argument("--tiny", action="store_true", help="a tiny shape on the CPU, to see that it runs")
     made.add_argument("--length", type=int, help="tokens of a row (default: 1024; with --tiny 64)")
-    made.add_argument("--phases", nargs="+", choices=PHASES, default=PHASES, help="ppo and eval_rm need rm, ifeval needs sft_v2")
+    made.add_argument("--phases", nargs="+", choices=PHASES, default=PHASES, help="ppo and eval_rm need rm, tasks need sft_v2")
     made.add_argument("--out", type=Path, required=True, help="a JSON file for what was measured")
     made.add_argument("--one", nargs=2, metavar=("PHASE", "FOLDER"), help=argparse.SUPPRESS)
     args = made.parse_args()
