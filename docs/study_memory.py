@@ -6,9 +6,9 @@
 
 The project's own steps and trainers, with the study's batches, on rows that fill 1,024 tokens (`--length`; every other row a
 little less, so that batches are padded), a process each. Two
-optimiser steps, because the optimiser has its moments from the second on. `allocated` is torch's peak from the second step on,
-`other` that of everything before and after (loading, a reference, the held-out objective), `reserved` what the allocator held at
-most. Weights are drawn here: no hub is asked. `trainable` of PPO is the policy's, the estimate that of policy and value function.
+optimiser steps, because the optimiser has its moments from the second on. `allocated` is torch's peak in the training steps, with
+the rollout where answers are sampled, `other` that of everything before and after (loading, a reference, the held-out
+objective), `reserved` what the allocator held at most. Weights are drawn here: no hub is asked. `trainable` of PPO is the policy's, the estimate that of policy and value function.
 """
 
 import argparse
@@ -139,7 +139,9 @@ def slices(config, folder: Path) -> dict[str, Path]:
         "mmlu_dev": [{"key": f"dev/anatomy:{i}", **question} for i in range(5)],
         "truthfulqa": [{"key": f"t:{i}", "question": less(long, i % 2)[0]["content"], **targets} for i in range(8)],
     }
-    held = {"sft": train["per_device_eval_batch_size"]} | dict.fromkeys(("ifeval", "mmlu", "mmlu_dev", "truthfulqa"), 0)
+    held = {"sft": train["per_device_eval_batch_size"], "gsm8k_train": 2} | dict.fromkeys(
+        ("ifeval", "mmlu", "mmlu_dev", "truthfulqa"), 0
+    )
     return {name: small_steps.write_slice(folder / "data", name, made, held.get(name, 8)) for name, made in rows.items()}
 
 
@@ -150,10 +152,10 @@ def less(turns: list[dict], words: int) -> list[dict]:
 
 
 class Peaks:
-    """torch's peaks in the training steps from the second optimiser step on, and outside the training steps."""
+    """torch's peaks in the training steps and outside of them."""
 
     def __init__(self, cuda: bool):
-        self.cuda, self.inside, self.outside, self.calls = cuda, [], [], 0
+        self.cuda, self.inside, self.outside = cuda, [], []
 
     def read(self) -> int:
         import torch
@@ -170,10 +172,7 @@ class Peaks:
         def training_step(trainer, *args, **kwargs):
             peaks.outside.append(peaks.read())
             found = real(trainer, *args, **kwargs)
-            peak = peaks.read()
-            if trainer.state.global_step:
-                peaks.inside.append(peak)
-            peaks.calls += 1
+            peaks.inside.append(peaks.read())
             return found
 
         trainer_class.training_step = training_step
@@ -241,7 +240,7 @@ def measure(name: str, config, folder: Path) -> dict:
     if made.data.get("constant"):
         found["trainable"] = made.data["constant"]["trainable_parameters"]
         found["trainable_estimated"] = phase.trainable
-        found["training_steps"] = peaks.calls
+        found["training_steps"] = len(peaks.inside)
     if peaks.cuda:
         found |= {"allocated": max(peaks.inside or peaks.outside), "other": max(peaks.outside)}
         found["reserved"] = torch.cuda.max_memory_reserved()

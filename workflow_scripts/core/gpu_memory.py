@@ -333,8 +333,6 @@ class Memory:
         tokens, eval_tokens = sides * size * row, (2 if method == "dpo" else 1) * judged * row
         phase.stages["step"] = fixed + step(how, tokens, row, train["gradient_checkpointing"], 0 if method == "rm" else tokens)
         held = how.forward(eval_tokens, row) + (0 if method == "rm" else lm_head(self.shape, self.e, eval_tokens, False))
-        if method == "kto":  # steps/train_kto.told_apart: the logits of a batch in fp32, and their log-softmax
-            held = max(held, judged * row * self.shape.vocabulary * (4 + 4))
         phase.stages["objective"] = fixed + held
 
     def _sampled(self, phase: Phase, body: dict, fixed: float) -> None:

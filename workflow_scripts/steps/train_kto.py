@@ -39,11 +39,12 @@ def told_apart(trainer: Any, rows: list[dict]) -> tuple[dict[str, float | None],
     model = trainer.model.eval()
 
     def log_prob(batch: dict) -> Any:
-        logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits[:, :-1].float()
-        tokens = batch["input_ids"][:, 1:, None]
-        return (logits.log_softmax(-1).gather(-1, tokens)[..., 0] * batch["completion_mask"][:, 1:]).sum(-1)
+        """Of each answer, by TRL's LM head as in training: the logits of a whole batch would be the peak of KTO."""
+        labels = batch["input_ids"].masked_fill(batch["completion_mask"] == 0, -100)
+        taken = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"], "use_cache": False}
+        return model(**taken, labels=labels, fused_lm_head=True).log_probs.sum(-1)
 
-    with torch.inference_mode():
+    with torch.no_grad(), trainer.accelerator.autocast():
         for inputs in trainer.get_eval_dataloader():
             batch = trainer._prepare_inputs(inputs)
             with model.disable_adapter():
