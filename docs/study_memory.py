@@ -5,10 +5,10 @@
     python docs/study_memory.py --tiny --out trial.json            on a CPU, at a tiny shape: that it runs (no peaks there)
 
 The project's own steps and trainers, with the study's batches, on rows that fill 1,024 tokens (`--length`; every other row a
-little less, so that batches are padded), a process each. Two
-optimiser steps, because the optimiser has its moments from the second on. `allocated` is torch's peak in the training steps, with
-the rollout where answers are sampled, `other` that of everything before and after (loading, a reference, the held-out
-objective), `reserved` what the allocator held at most. Weights are drawn here: no hub is asked. `trainable` of PPO is the policy's, the estimate that of policy and value function.
+little less, so that batches are padded), a process each. Two optimiser steps, because the optimiser has its moments from the
+second on. `allocated` is torch's peak in the training steps, with the rollout where answers are sampled, `other` that of
+everything before and after (loading, a reference, the held-out objective), `reserved` what the allocator held at most. Weights
+are drawn here: no hub is asked. `trainable` of PPO is the policy's, the estimate that of policy and value function.
 """
 
 import argparse
@@ -66,7 +66,11 @@ def configured(shape: str, tiny: bool, length: int):
 
 
 def write_base(config, folder: Path) -> None:
-    """Random weights of the config's shape, and the tiny world's tokenizer: few of the tokens occur, all have a logit."""
+    """Random weights of the config's shape, and the tiny world's tokenizer: few of the tokens occur, all have a logit.
+
+    Answers are made of the tokens that the tokenizer has and do not end, so that they are as long in text: the other rows of the
+    embedding are 0, its own large.
+    """
     import torch
     from transformers import Qwen2Config, Qwen2ForCausalLM
 
@@ -84,6 +88,12 @@ def write_base(config, folder: Path) -> None:
             **shape, max_position_embeddings=4096, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id
         )
         model = Qwen2ForCausalLM(made)
+    with torch.no_grad():
+        rows = model.get_input_embeddings().weight
+        rows *= 50
+        rows[len(tokenizer) :] = rows[tokenizer.eos_token_id] = rows[tokenizer.pad_token_id] = 0
+        if not made.tie_word_embeddings:
+            model.lm_head.weight.copy_(rows)
     assert model.num_parameters() == parameters, f"{model.num_parameters()} parameters, the config says {parameters}"
     model.save_pretrained(folder / "base", max_shard_size="1000GB")
     tokenizer.save_pretrained(folder / "base")
@@ -122,8 +132,9 @@ def slices(config, folder: Path) -> dict[str, Path]:
     chosen, rejected = (filled(tokenizer, talk, length, word)[1:] for word in ("one", "two"))
     asked = filled(tokenizer, [user], prompt, "three")
     long = filled(tokenizer, [user], EVAL_PROMPT if prompt > 100 else prompt, "four")
-    question = {"question": long[0]["content"], "choices": ["one", "two", "three", "four"], "answer": 0, "subject": "anatomy"}
-    options = {"choices": ["one", "two", "three", "four", "five"], "labels": [1, 0, 0, 0, 0]}
+    texts = [f"{i} {less(long, 3)[0]['content']}" for i in range(8)]  # questions differ, as equal ones would be asked once
+    question = {"choices": ["one", "two", "three", "four"], "answer": 0, "subject": "anatomy"}
+    options = {"choices": [f"one or {word}" for word in ("two", "three", "four", "five")], "labels": [1, 0, 0, 0]}
     targets = {"mc1_targets": options, "mc2_targets": options}
     rows = {
         "sft": [{"messages": [user, *less(chosen, i % 2)]} for i in range(40)],
@@ -135,9 +146,9 @@ def slices(config, folder: Path) -> dict[str, Path]:
         "prompts": [{"prompt": less(asked, i % 2), "chosen": chosen, "rejected": rejected} for i in range(80)],
         "gsm8k_train": [{"prompt": less(asked, i % 2), "final": "4", "answer": "4"} for i in range(40)],
         "ifeval": [{"key": i, "prompt": less(long, i % 2)[0]["content"]} for i in range(answers)],
-        "mmlu": [{"key": f"anatomy:{i}", **question} for i in range(4)],
-        "mmlu_dev": [{"key": f"dev/anatomy:{i}", **question} for i in range(5)],
-        "truthfulqa": [{"key": f"t:{i}", "question": less(long, i % 2)[0]["content"], **targets} for i in range(8)],
+        "mmlu": [{"key": f"anatomy:{i}", "question": text, **question} for i, text in enumerate(texts)],
+        "mmlu_dev": [{"key": f"dev/anatomy:{i}", "question": text, **question} for i, text in enumerate(texts[:5])],
+        "truthfulqa": [{"key": f"t:{i}", "question": text, **targets} for i, text in enumerate(texts)],
     }
     held = {"sft": train["per_device_eval_batch_size"], "gsm8k_train": 2} | dict.fromkeys(
         ("ifeval", "mmlu", "mmlu_dev", "truthfulqa"), 0

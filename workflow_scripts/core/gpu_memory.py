@@ -377,12 +377,14 @@ class Memory:
         return Phase("generate", task, {"merge in fp32": merging, "answers": answering})
 
     def choose(self, task: str) -> Phase:
-        """Multiple choice: lm-eval keeps the logits of all tokens of a batch, and their logarithms in fp32."""
+        """Multiple choice: lm-eval keeps the logits of all tokens of a batch and their log-softmax in fp32, which torch computes
+        from an fp32 copy of bf16 (fp16 it reads as it is)."""
         how, merging = self._merged()
         body = self.config.data["eval"][task]
         row = EVAL_PROMPT * (1 + body.get("shots", 0))
         tokens = row * min(body["batch_size"], self.config.data["data"]["slices"][body["prompts"]]["rows"])
-        asked = how.e * self.shape.parameters + how.forward(tokens, row) + tokens * self.shape.vocabulary * (how.e + 4)
+        each = how.e + 4 + (4 if self.config.data["eval"]["precision"] == "bf16" else 0)
+        asked = how.e * self.shape.parameters + max(how.forward(tokens, row), each * tokens * self.shape.vocabulary)
         return Phase("choose", task, {"merge in fp32": merging, "options": asked})
 
     def _merged(self) -> tuple[Pass, float]:
