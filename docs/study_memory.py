@@ -1,6 +1,7 @@
 """Peak GPU memory of each phase of the study at its true shape with random weights, beside what core/gpu_memory.py estimates.
 
     python docs/study_memory.py --out memory.json                  on a CUDA machine
+    python docs/study_memory.py --card 16 --out memory.json        with no more memory than a card of 16 GB has
     python docs/study_memory.py --shape 7b --out memory7b.json     config/qwen7b.yaml laid over the study; 40 GB by the estimate
     python docs/study_memory.py --tiny --out trial.json            on a CPU, at a tiny shape: that it runs (no peaks there)
 
@@ -166,7 +167,7 @@ class Peaks:
     """torch's peaks in the training steps and outside of them."""
 
     def __init__(self, cuda: bool):
-        self.cuda, self.inside, self.outside = cuda, [], []
+        self.cuda, self.inside, self.outside, self.row, self.tail = cuda, [], [], 0, 0
 
     def read(self) -> int:
         import torch
@@ -188,21 +189,35 @@ class Peaks:
 
         trainer_class.training_step = training_step
 
+    def watch_options(self, model_class) -> None:
+        """Keeps the longest row of multiple choice, and most tokens of one that got logits."""
+        real, peaks = model_class.forward, self
 
-def measure(name: str, config, folder: Path) -> dict:
-    """One phase, in this process: what it took, beside the estimate."""
+        def forward(model, input_ids, **more):
+            peaks.row, peaks.tail = max(peaks.row, input_ids.shape[1]), max(peaks.tail, more["logits_to_keep"])
+            return real(model, input_ids, **more)
+
+        model_class.forward = forward
+
+
+def measure(name: str, config, folder: Path, card: float | None) -> dict:
+    """One phase, in this process, with the memory of a card of so many GB: what it took, beside the estimate."""
     import torch
+    import transformers
     import trl
 
     from tests import small_steps
     from workflow_scripts.core import choices
     from workflow_scripts.core.config import rewards
-    from workflow_scripts.core.gpu_memory import Memory
+    from workflow_scripts.core.gpu_memory import CONTEXT, Memory
     from workflow_scripts.core.names import CHOICE
     from workflow_scripts.rl.ppo_trainer import PPOTrainer
 
     data, base = config.data, folder / "base/manifest.json"
     memory, rows, peaks = Memory(config), slices(config, folder), Peaks(data["device"] == "cuda")
+    if card:
+        whole = torch.cuda.get_device_properties(0).total_memory
+        torch.cuda.set_per_process_memory_fraction((card * 1e9 - CONTEXT) / whole)
     machine = {key: data[key] for key in ("device", "precision", "threads")}
     reward_model = {"start of rm": base, "reward rm": folder / "rm/adapter/manifest.json"}
     if name == "ifeval":
@@ -219,7 +234,8 @@ def measure(name: str, config, folder: Path) -> dict:
         if fewshot := choices.fewshot(data["eval"], name):
             parents["fewshot"] = rows[fewshot]
         settings = choices.step_config(data["eval"], name)
-        phase, step, out = memory.choose(name), "lm_eval_task", folder / f"sft_v2/{name}_sft_v2.json"
+        step, out = "lm_eval_task", folder / f"sft_v2/{name}_sft_v2.json"
+        peaks.watch_options(transformers.Qwen2ForCausalLM)
         machine["precision"] = data["eval"]["precision"]
     elif name == "eval_rm":
         body = config.experiments["rm"]
@@ -242,6 +258,8 @@ def measure(name: str, config, folder: Path) -> dict:
     started = time.monotonic()
     made = small_steps.run(job)
     peaks.outside.append(peaks.read())
+    if name in CHOICE:
+        phase = memory.choose(name, peaks.row, peaks.tail)
     found = {
         "phase": name,
         "seconds": round(time.monotonic() - started, 1),
@@ -275,6 +293,7 @@ def main() -> None:
     made = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     made.add_argument("--shape", choices=["05b", "7b"], default="05b")
     made.add_argument("--tiny", action="store_true", help="a tiny shape on the CPU, to see that it runs")
+    made.add_argument("--card", type=float, help="GB that torch may take, less what a CUDA context has; beyond is out of memory")
     made.add_argument("--length", type=int, help="tokens of a row (default: 1024; with --tiny 64)")
     made.add_argument("--phases", nargs="+", choices=PHASES, default=PHASES, help="ppo and eval_rm need rm, tasks need sft_v2")
     made.add_argument("--out", type=Path, required=True, help="a JSON file for what was measured")
@@ -286,13 +305,14 @@ def main() -> None:
         name, folder = args.one[0], Path(args.one[1])
         if name == "base":
             write_base(config, folder)
-        print(json.dumps(about() if name == "base" else measure(name, config, folder)))
+        print(json.dumps(about() if name == "base" else measure(name, config, folder, args.card)))
         return
     with tempfile.TemporaryDirectory(prefix="study_memory.") as folder:
-        found: dict = {"shape": "tiny" if args.tiny else args.shape, "length": length, "phases": []}
+        found: dict = {"shape": "tiny" if args.tiny else args.shape, "length": length, "card": args.card, "phases": []}
         for name in ("base", *(one for one in PHASES if one in args.phases)):
             command = [sys.executable, __file__, "--shape", args.shape, "--length", str(length), "--out", str(args.out)]
-            command += [*(["--tiny"] if args.tiny else []), "--one", name, folder]
+            command += [*(["--tiny"] if args.tiny else []), *(["--card", str(args.card)] if args.card else [])]
+            command += ["--one", name, folder]
             env = os.environ | {
                 "PYTHONWARNINGS": "ignore",
                 "PYTHONPATH": os.pathsep.join([os.getcwd(), os.environ.get("PYTHONPATH", "")]),

@@ -42,6 +42,7 @@ BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 TILE = (4096, 32768)  # tokens x logits that TRL's LM head holds at once
 DROPOUT_MASK = 1  # bytes of an element of the mask that CUDA's dropout keeps
 EVAL_PROMPT = 512  # tokens of the longest prompt of IFEval or GSM8K with its template, which no key of the config bounds
+OPTIONS = 128  # tokens of a batch's rows that get logits in multiple choice: an option's, and what rows differ in length
 # Beside what torch allocates: the context with the kernels of torch, cuBLAS and bitsandbytes (nvidia-smi shows 0.3 to 0.6 GiB
 # more than torch reserves), and a tenth of the peak that the allocator holds in pieces that fit nothing.
 CONTEXT = 0.6 * GIB
@@ -376,15 +377,18 @@ class Memory:
         answering = how.e * self.shape.parameters + decoding(how, rows, EVAL_PROMPT, evaluation[task]["max_new_tokens"])
         return Phase("generate", task, {"merge in fp32": merging, "answers": answering})
 
-    def choose(self, task: str) -> Phase:
-        """Multiple choice: lm-eval keeps the logits of all tokens of a batch and their log-softmax in fp32, which torch computes
-        from an fp32 copy of bf16 (fp16 it reads as it is)."""
+    def choose(self, task: str, row: int = 0, tail: int = OPTIONS) -> Phase:
+        """Multiple choice. row: tokens of the longest prompt, with its examples; tail: tokens of each row that get logits.
+
+        lm-eval keeps those logits, their log-softmax in fp32 and that of the batch before; torch makes an fp32 copy of bf16.
+        """
         how, merging = self._merged()
         body = self.config.data["eval"][task]
-        row = EVAL_PROMPT * (1 + body.get("shots", 0))
-        tokens = row * min(body["batch_size"], self.config.data["data"]["slices"][body["prompts"]]["rows"])
-        each = how.e + 4 + (4 if self.config.data["eval"]["precision"] == "bf16" else 0)
-        asked = how.e * self.shape.parameters + max(how.forward(tokens, row), each * tokens * self.shape.vocabulary)
+        row = row or EVAL_PROMPT * (1 + body.get("shots", 0))
+        rows = min(body["batch_size"], self.config.data["data"]["slices"][body["prompts"]]["rows"])
+        each = how.e + 4 + 4 + (4 if self.config.data["eval"]["precision"] == "bf16" else 0)
+        logits = rows * tail * self.shape.vocabulary * each
+        asked = how.e * self.shape.parameters + max(how.forward(rows * row, row), logits)
         return Phase("choose", task, {"merge in fp32": merging, "options": asked})
 
     def _merged(self) -> tuple[Pass, float]:

@@ -96,7 +96,12 @@ def _load(index: Any, rows: dict[str, dict[str, list[dict]]]) -> list[Any]:
 
 
 def runner(model: Any, tokenizer: Any, batch_size: int, label: str) -> Any:
-    """lm-eval's HFLM of a model in memory. Shows how far it is; keeps in `cut` the prompts that the model can't read whole."""
+    """lm-eval's HFLM of a model in memory. Shows how far it is; keeps in `cut` the prompts that the model can't read whole.
+
+    It asks for the logits of the options alone: those of whole prompts, with their log-softmax and those of the batch before, are
+    14 bytes for each token and entry of the vocabulary, by far the most that an evaluation would take.
+    """
+    import torch
     from lm_eval.models.huggingface import HFLM
 
     class Runner(HFLM):
@@ -104,6 +109,7 @@ def runner(model: Any, tokenizer: Any, batch_size: int, label: str) -> Any:
 
         def _loglikelihood_tokens(self, requests: Any, disable_tqdm: bool = False, override_bs: int | None = None) -> Any:
             self.cut = {context for (context, _), start, end in requests if len(start) + len(end) > self.max_length + 1}
+            self.longest = max(len(end) for _, _, end in requests)
             passes = {tuple([*start, *end[:-1]]) for _, start, end in requests}  # options of one token share theirs
             self.bar, self.done = Progress(len(passes), label), 0
             found = super()._loglikelihood_tokens(requests, disable_tqdm=True, override_bs=override_bs)
@@ -111,7 +117,10 @@ def runner(model: Any, tokenizer: Any, batch_size: int, label: str) -> Any:
             return found
 
         def _model_call(self, inps: Any, *args: Any, **more: Any) -> Any:
-            logits = super()._model_call(inps, *args, **more)
+            # A row ends before its padding, which is zeros on the right; lm-eval counts positions from the end of the logits.
+            shortest = int(((inps != 0) * torch.arange(1, inps.shape[1] + 1, device=inps.device)).amax(dim=1).min())
+            with torch.no_grad():
+                logits = self.model(inps, logits_to_keep=inps.shape[1] - shortest + self.longest).logits
             self.done += len(inps)
             self.bar.step(self.done)
             return logits
