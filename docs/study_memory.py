@@ -266,6 +266,8 @@ def measure(name: str, config, folder: Path, card: float | None) -> dict:
         "estimate": round(phase.peak),
         "stages": phase.stages,
     }
+    if name in CHOICE:
+        found |= {"row": peaks.row, "tail": peaks.tail}
     if made.data.get("constant"):
         found["trainable"] = made.data["constant"]["trainable_parameters"]
         found["trainable_estimated"] = phase.trainable

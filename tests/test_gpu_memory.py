@@ -152,7 +152,7 @@ def test_a_layer_keeps_what_autograd_keeps_byte_for_byte(tmp_path, monkeypatch, 
 def measured() -> list[tuple[str, float, float, float]]:
     """(what, estimate, measured, ratio) of the table in docs/performance.md."""
     text = (ROOT / "docs/performance.md").read_text().split("## What fits on which GPU")[1]
-    rows = re.findall(r"^\| ([^|]+) \| [^|]+ \| ([\d.]+) \| ([\d.]+) \| ([\d.]+) \|", text, flags=re.M)
+    rows = re.findall(r"^\| ([^|]+) \| [^|]+ \| ([\d.]+) \| ([\d.]+) \| ([\d.]+) \|$", text, flags=re.M)
     assert len(rows) == 8
     return [(what.strip(), float(estimate), float(found), float(ratio)) for what, estimate, found, ratio in rows]
 
@@ -195,6 +195,28 @@ def test_estimates_are_within_20_percent_of_what_was_measured_and_the_page_says_
         assert made[what] == pytest.approx(estimate, rel=0.01), what
         assert ratio == pytest.approx(estimate / found, abs=0.01), what
         assert 0.8 < ratio < 1.2, what
+
+
+def test_the_phases_of_the_study_are_within_20_percent_of_what_was_measured_at_its_shape():
+    """docs/study_memory.py's own settings; of multiple choice the tokens that its rows had."""
+    from docs.study_memory import configured
+
+    text = (ROOT / "docs/performance.md").read_text()
+    rows = re.findall(r"^\| (\w+) \| ([\d.]+) B \| [\w ]+ \| ([\d.]+) \| ([\d.]+) \| ([\d.]+) \| [\d.]+ \|$", text, flags=re.M)
+    assert len(rows) == 21
+    made = {name: Memory(configured(shape, False, 1024)) for name, shape in (("0.5", "05b"), ("7", "7b"))}
+    for name, shape, estimate, found, ratio in rows:
+        one = made[shape]
+        if name in CHOICE:
+            phase = one.choose(name, *{"mmlu": (3254, 2), "truthfulqa": (881, 8)}[name])
+        elif name == "ifeval":
+            phase = one.generate(name, one.config.data["eval"]["batch_size"])
+        else:
+            body = one.config.experiments[name.removeprefix("eval_")]
+            phase = (one.eval_rm if name == "eval_rm" else one.train)(name, body)
+        assert phase.peak / GIB == pytest.approx(float(estimate), abs=0.006), (name, shape)
+        assert float(ratio) == pytest.approx(float(estimate) / float(found), abs=0.015), (name, shape)
+        assert 0.8 < float(ratio) < 1.2, (name, shape)
 
 
 # -- the plan --------------------------------------------------------------------------------------------------------

@@ -148,6 +148,33 @@ def test_prompts_that_do_not_fit_are_counted(tmp_path):
     assert scored(tmp_path, "mmlu", short, MMLU, **SHOTS)["cut"] == 16
 
 
+def test_the_logits_of_the_options_alone_are_asked_for_and_give_what_all_would(base):
+    """Rows of one batch differ in length, and one ends with the token whose number is lm-eval's padding."""
+    from workflow_scripts.core import artifacts, chat, models
+
+    start = artifacts.read(base)
+    model = models.load(start, base.parent, "cpu", "fp32").eval()
+    pairs = [([5, 6, 7, 8, 9, 10, 11, 12], [3, 4, 5]), ([9, 8, 7, 6, 5, 4], [7]), ([5, 0, 6, 7, 0], [0, 0]), ([4, 5, 0], [0, 9])]
+    lm, kept, real = lm_tasks.runner(model, chat.tokenizer_of(start), 4, "options"), [], model.forward
+
+    def forward(*args, **more):
+        kept.append(more["logits_to_keep"])
+        return real(*args, **more)
+
+    model.forward = forward
+    found = lm._loglikelihood_tokens([(("", str(i)), *pair) for i, pair in enumerate(pairs)])
+    model.forward = real
+    for (context, option), (likelihood, _) in zip(pairs, found, strict=True):
+        logits = model(torch.tensor([context + option[:-1]])).logits[0, -len(option) :].log_softmax(-1)
+        assert likelihood == pytest.approx(logits[range(len(option)), option].sum().item(), rel=1e-5)
+    assert kept == [10 - 2 + 3]  # of 10: the last row's own tokens end after 2, the longest option has 3
+
+    kept.clear()
+    model.forward = forward
+    lm._loglikelihood_tokens([(("", str(i)), [3, i + 4] * 20, [i + 5, 7]) for i in range(4)])
+    assert kept == [2]
+
+
 def test_mc2_of_answers_that_lm_eval_could_not_tell_from_impossible_ones():
     sample = {
         "doc": truth(0),

@@ -232,8 +232,8 @@ def test_the_first_step_of_kto_has_the_loss_of_a_zero_log_ratio(base, pairs, tmp
 
 
 def test_the_held_out_accuracy_of_kto_is_the_share_of_pairs_in_the_right_order(kto, folder, base, pairs, tokenizer):
-    trainer, found = kto
-    stir(trainer, found["above"][0])
+    trainer, reference_points = kto
+    stir(trainer, reference_points["above"][0])
     policy, reference = plain_models(trainer, base, folder / "kto for accuracy")
     held = unpaired.unpair(artifacts.read(pairs).rows(heldout=True))
     ordered, _ = unpaired.spread(held, 6, trainer.args.seed)
@@ -241,7 +241,10 @@ def test_the_held_out_accuracy_of_kto_is_the_share_of_pairs_in_the_right_order(k
     r = numpy.array([log_prob(policy, *part) - log_prob(reference, *part) for part in parts]).reshape(-1, 2)
     wanted = (r[:, 0] > r[:, 1]).mean()
     assert len(r) == 8 and 0 < wanted < 1
-    assert train_kto.told_apart(trainer, ordered)[0]["accuracy"] == pytest.approx(wanted, abs=1e-6)
+    found = train_kto.told_apart(trainer, ordered)[0]
+    assert found["accuracy"] == pytest.approx(wanted, abs=1e-6)
+    assert found["reward_desirable"] == pytest.approx(BETA * r[:, 0].mean(), abs=2e-6)
+    assert found["reward_undesirable"] == pytest.approx(BETA * r[:, 1].mean(), abs=2e-6)
 
 
 def test_dropout_acts_while_kto_trains(kto):

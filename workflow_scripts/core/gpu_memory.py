@@ -392,6 +392,8 @@ class Memory:
         return Phase("choose", task, {"merge in fp32": merging, "options": asked})
 
     def _merged(self) -> tuple[Pass, float]:
-        """(passes of the merged model, bytes that merging takes on the card: of one module also the change and a copy)."""
+        """(passes of the merged model, bytes that merging takes on the card: all weights in fp32, and of one module its change
+        and a copy, or of the embedding, which is the first to be cast, what it is cast to)."""
         e, largest = BYTES[self.config.data["eval"]["precision"]], max(a * b for a, b in self.shape.modules.values())
-        return Pass(self.shape, (), 0, e, dropout=False, copies=False), 4 * (self.shape.parameters + self.adapter + 2 * largest)
+        more = max(4 * 2 * largest, e * self.shape.embedding if e < 4 else 0)
+        return Pass(self.shape, (), 0, e, dropout=False, copies=False), 4 * (self.shape.parameters + self.adapter) + more
