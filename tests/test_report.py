@@ -71,6 +71,11 @@ def test_the_table_has_a_row_for_each_comparison_with_the_page_s_numbers(made, h
     assert f"{100 * float(dpo['difference']):+.1f}" in html and dpo["verdict"] == "better"
 
 
+def test_the_line_of_links_names_each_section_in_the_page_s_order(html):
+    links = re.findall(r'href="#(\w+)"', html[html.index("<nav") : html.index("</nav>")])
+    assert links == re.findall(r'<h2 id="(\w+)"', html) and {"trained", "budget", "how"} < set(links)
+
+
 def test_the_same_results_give_the_same_bytes(copy, html):
     assert report_world.report(*copy) == html
 
