@@ -1,11 +1,13 @@
 """The study's own config, end to end, on two CPU cores: a small stand-in for the model, local folders for the hub.
 
-    python -m tests.study FOLDER         makes FOLDER/hub, runs every target of the study in a clone, and says what differs
+    python -m tests.study FOLDER             makes FOLDER/hub, runs every target of the study in a clone, and says what differs
+    python -m tests.study FOLDER --qwen      with Qwen2.5's own tokenizer, from a package of the index
 
-The stand-in has the study's architecture (Qwen2, tied embeddings with more rows than the tokenizer has tokens), its chat template
-and its special tokens; its vocabulary is a byte-level BPE of 4,096 tokens, split as Qwen's is and trained on the repository's own
-data. The data sets have the columns and splits of those on the hub, with rows of the samples in data/. Only sizes differ, by
-tests/config/study_small.yaml: `differences` lists every key.
+The stand-in has the study's architecture (Qwen2, tied embeddings with more rows than the tokenizer has tokens), its chat
+template and its special tokens; its vocabulary is a byte-level BPE of 4,096 tokens, split as Qwen's is and trained on the
+repository's own data, or with --qwen the 151,665 tokens of Qwen2.5 itself, which take longer on a CPU. The data sets have the
+columns and splits of those on the hub, with rows of the samples in data/. Only sizes differ, by tests/config/study_small.yaml:
+`differences` lists every key.
 """
 
 import argparse
@@ -14,8 +16,9 @@ import os
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
-from tests import local_hub
+from tests import local_hub, qwen_vocabulary
 from tests.conftest import ROOT, make_clone
 from workflow_scripts.core import config as configs
 
@@ -29,10 +32,10 @@ def rows_of(name: str) -> list[dict]:
     return [json.loads(line) for line in (ROOT / "data" / name).read_text(encoding="utf-8").splitlines()]
 
 
-def make_hub(folder: Path) -> None:
+def make_hub(folder: Path, qwen: bool = False) -> None:
     """The two models and the four data sets of the study, in small."""
     for name, end in MODELS.items():
-        make_model(folder / "models" / name, end, seed=len(name))
+        make_model(folder / "models" / name, end, len(name), qwen)
     conversations = [row["messages"] for row in rows_of("sft/oasst_en_conversations.jsonl")]
     talks = [{"prompt": one[0]["content"], "prompt_id": str(i), "messages": one} for i, one in enumerate(conversations)]
     pairs = [
@@ -83,29 +86,36 @@ def write_set(folder: Path, config: str, splits: dict[str, list[dict]]) -> None:
     (folder / "README.md").write_text(f"---\n{card}---\n")
 
 
-def make_model(folder: Path, end: str, seed: int) -> None:
+def make_model(folder: Path, end: str, seed: int, qwen: bool) -> None:
     """A Qwen2 model with random weights, a tokenizer, and Qwen2.5's own chat template, as a folder of a hub."""
     import torch
-    from transformers import GenerationConfig, Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer
-    from trl import chat_template_utils
+    from transformers import GenerationConfig, Qwen2Config, Qwen2ForCausalLM
 
-    template = (Path(chat_template_utils.__file__).parent / "chat_templates/qwen2_5.jinja").read_text()
-    texts = [row["prompt"][-1]["content"] + row["chosen"][-1]["content"] for row in rows_of("preference/ultrafeedback_1k.jsonl")]
-    tokenizer = Qwen2Tokenizer().train_new_from_iterator(texts, 4096 - len(SPECIAL))
-    tokenizer.add_special_tokens({"additional_special_tokens": SPECIAL[1:], "eos_token": end, "pad_token": SPECIAL[0]})
-    tokenizer.chat_template, tokenizer.model_max_length = template, 4096
+    tokenizer = qwen_vocabulary.tokenizer() if qwen else small_tokenizer()
+    tokenizer.add_special_tokens({"eos_token": end, "pad_token": SPECIAL[0]})
+    tokenizer.model_max_length = 4096
     ids = {token: tokenizer.convert_tokens_to_ids(token) for token in SPECIAL}
     torch.manual_seed(seed)
     model = Qwen2ForCausalLM(
         Qwen2Config(
-            vocab_size=ROWS_OF_EMBEDDINGS, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
-            num_key_value_heads=2, max_position_embeddings=4096, tie_word_embeddings=True, bos_token_id=ids["<|endoftext|>"],
-            eos_token_id=ids[end],
+            vocab_size=qwen_vocabulary.ROWS if qwen else ROWS_OF_EMBEDDINGS, hidden_size=64, intermediate_size=128,
+            num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=4096,
+            tie_word_embeddings=True, bos_token_id=ids["<|endoftext|>"], eos_token_id=ids[end],
         )
     ).to(torch.bfloat16)  # fmt: skip
     model.generation_config = GenerationConfig(eos_token_id=ids[end], pad_token_id=ids["<|endoftext|>"])
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+
+
+def small_tokenizer() -> Any:
+    from transformers import Qwen2Tokenizer
+
+    texts = [row["prompt"][-1]["content"] + row["chosen"][-1]["content"] for row in rows_of("preference/ultrafeedback_1k.jsonl")]
+    tokenizer = Qwen2Tokenizer().train_new_from_iterator(texts, 4096 - len(SPECIAL))
+    tokenizer.add_special_tokens({"additional_special_tokens": SPECIAL[1:]})
+    tokenizer.chat_template = qwen_vocabulary.chat_template()
+    return tokenizer
 
 
 def differences() -> list[str]:
@@ -133,13 +143,14 @@ def serve(folder: Path) -> local_hub.ThreadingHTTPServer:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
+    parser.add_argument("--qwen", action="store_true", help="with Qwen2.5's own tokenizer")
     parser.add_argument("--cores", default="2")
     parser.add_argument("targets", nargs="*", help="default: every experiment and seed, and the report")
     arguments = parser.parse_args()
     folder = arguments.folder.resolve()
     print("\n".join(differences()))
     if not (folder / "hub").exists():
-        make_hub(folder / "hub")
+        make_hub(folder / "hub", arguments.qwen)
     server = serve(folder / "hub")
     clone = make_clone(folder / "phaseline")
     started = time.monotonic()

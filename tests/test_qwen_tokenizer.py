@@ -1,54 +1,28 @@
-"""Qwen2.5's own vocabulary and chat template through make_base: what the small stand-in of tests/study.py has not.
+"""Qwen2.5's own vocabulary and chat template through make_base."""
 
-The vocabulary is the one that Qwen published with its first models; Qwen2.5 has the same 151,643 tokens and 22 special ones, and
-its embeddings 151,936 rows (config.json of Qwen/Qwen2.5-0.5B), so 271 rows stand for no token.
-"""
-
-import base64
 import json
 from pathlib import Path
 
 import pytest
 
-from tests import small_steps
+from tests import qwen_vocabulary, small_steps
 from tests.conftest import ROOT
-from tests.packages import packages
+from tests.qwen_vocabulary import ROWS, SPECIAL, TOKENS, WORDS
 from workflow_scripts.core import artifacts, chat, sources
 from workflow_scripts.core import config as configs
 from workflow_scripts.core.plan import Plan
-
-ROWS, TOKENS, WORDS = 151_936, 151_665, 151_643
-SPECIAL = (
-    "<|endoftext|> <|im_start|> <|im_end|> <|object_ref_start|> <|object_ref_end|> <|box_start|> <|box_end|> <|quad_start|> "
-    "<|quad_end|> <|vision_start|> <|vision_end|> <|vision_pad|> <|image_pad|> <|video_pad|> <tool_call> </tool_call> "
-    "<|fim_prefix|> <|fim_middle|> <|fim_suffix|> <|fim_pad|> <|repo_name|> <|file_sep|>"
-).split()  # in the order of their ids, from 151,643 on
 
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory) -> Path:
     """A folder as the hub's: Qwen2.5's tokenizer, and a model of its vocabulary that is small otherwise."""
     import torch
-    from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer
-    from transformers.convert_slow_tokenizer import TikTokenConverter
-    from trl import chat_template_utils
+    from transformers import Qwen2Config, Qwen2ForCausalLM
 
     try:
-        file = packages(ROOT / "tests/qwen/requirements.txt") / "dashscope/resources/qwen.tiktoken"
+        tokenizer = qwen_vocabulary.tokenizer()
     except OSError as error:
         pytest.skip(str(error))
-
-    class Ranks(TikTokenConverter):
-        @staticmethod
-        def load_tiktoken_bpe(tiktoken_url: str) -> dict[bytes, int]:
-            lines = Path(tiktoken_url).read_bytes().splitlines()
-            return {base64.b64decode(token): int(rank) for token, rank in (line.split() for line in lines)}
-
-    vocabulary, merges = Ranks().extract_vocab_merges_from_model(str(file))
-    assert len(vocabulary) == WORDS
-    tokenizer = Qwen2Tokenizer(vocab=vocabulary, merges=merges)
-    tokenizer.add_special_tokens({"additional_special_tokens": SPECIAL[1:]})
-    tokenizer.chat_template = (Path(chat_template_utils.__file__).parent / "chat_templates/qwen2_5.jinja").read_text()
     folder = tmp_path_factory.mktemp("qwen") / "model"
     config = Qwen2Config(
         vocab_size=ROWS, hidden_size=8, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1,
