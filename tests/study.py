@@ -24,7 +24,7 @@ from workflow_scripts.core import config as configs
 
 STUDY = ["config/qwen05b.yaml", "tests/config/study_small.yaml"]
 MODELS = {"Qwen/Qwen2.5-0.5B": "<|endoftext|>", "Qwen/Qwen2.5-0.5B-Instruct": "<|im_end|>"}  # id -> what its tokenizer ends with
-SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+SPECIAL = qwen_vocabulary.SPECIAL[:3]  # those of a chat
 ROWS_OF_EMBEDDINGS = 4224  # as Qwen's, more than there are tokens
 
 

@@ -116,7 +116,7 @@ def runner(model: Any, tokenizer: Any, batch_size: int, label: str) -> Any:
             self.bar.close()
             return found
 
-        def _model_call(self, inps: Any, *args: Any, **more: Any) -> Any:
+        def _model_call(self, inps: Any, attn_mask: None = None, labels: None = None) -> Any:  # both of encoder-decoders alone
             # A row ends before its padding, which is zeros on the right; lm-eval counts positions from the end of the logits.
             shortest = int(((inps != 0) * torch.arange(1, inps.shape[1] + 1, device=inps.device)).amax(dim=1).min())
             with torch.no_grad():
