@@ -16,6 +16,8 @@ MICRO = ["config/config.yaml", "tests/config/micro.yaml"]
 class Clone:
     """A copy of the working tree, with its own results."""
 
+    limit = 1200  # seconds of one command
+
     def __init__(self, folder: Path):
         self.folder = folder
 
@@ -24,7 +26,9 @@ class Clone:
         return {**os.environ, "PYTHONPATH": str(self.folder), "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
 
     def run(self, *command: str, check: bool = True) -> subprocess.CompletedProcess:
-        done = subprocess.run(command, cwd=self.folder, env=self.environment(), capture_output=True, text=True, timeout=1200)
+        done = subprocess.run(
+            command, cwd=self.folder, env=self.environment(), capture_output=True, text=True, timeout=self.limit
+        )
         if check and done.returncode:
             tail = f"{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
             raise AssertionError(f"{' '.join(command)} ended with {done.returncode}:\n{tail}")

@@ -25,6 +25,7 @@ from workflow_scripts.core import config as configs
 STUDY = ["config/qwen05b.yaml", "tests/config/study_small.yaml"]
 MODELS = {"Qwen/Qwen2.5-0.5B": "<|endoftext|>", "Qwen/Qwen2.5-0.5B-Instruct": "<|im_end|>"}  # id -> what its tokenizer ends with
 SPECIAL = qwen_vocabulary.SPECIAL[:3]  # those of a chat
+LIMIT = 3 * 3600  # seconds of all of it, on two slow cores with all of Qwen's tokens
 ROWS_OF_EMBEDDINGS = 4224  # as Qwen's, more than there are tokens
 
 
@@ -153,6 +154,7 @@ def main() -> None:
         make_hub(folder / "hub", arguments.qwen)
     server = serve(folder / "hub")
     clone = make_clone(folder / "phaseline")
+    clone.limit = LIMIT
     started = time.monotonic()
     targets = arguments.targets or ["all", "results/study/report/comparison.html"]
     done = clone.snakemake(*targets, "--cores", arguments.cores, "--quiet", "rules", configs=STUDY, check=False)

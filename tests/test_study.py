@@ -88,6 +88,7 @@ def test_its_models_and_rows_come_from_the_hub_at_their_revisions(hub, tmp_path)
 @pytest.mark.skipif(not os.environ.get("PHASELINE_TEST_ALL"), reason="ten minutes: make test-study")
 def test_every_target_of_the_study(tmp_path, hub):
     clone = make_clone(tmp_path / "phaseline")
+    clone.limit = study.LIMIT
     clone.snakemake("all", "results/study/report/comparison.html", "--cores", "2", configs=STUDY)
     plan = Plan(configs.load(*[ROOT / name for name in STUDY]))
     for run in ["base", "instruct", *plan.runs()]:
