@@ -97,3 +97,21 @@ def speaking_base(tmp_path_factory) -> Path:
 
     shape = {"hidden_size": 64, "intermediate_size": 192}
     return small_steps.write_base(tmp_path_factory.mktemp("speaking") / "base", steps=300, shape=shape)
+
+
+@pytest.fixture
+def goes_when_listed(monkeypatch):
+    """A function of a folder: it is removed at the moment that something lists it, as by a job of another process."""
+    folders = set()
+
+    def first_remove(listing):
+        def listed(path="."):
+            if str(path) in folders:
+                shutil.rmtree(path, ignore_errors=True)
+            return listing(path)
+
+        return listed
+
+    for name in ("listdir", "scandir"):
+        monkeypatch.setattr(os, name, first_remove(getattr(os, name)))
+    return lambda folder: folders.add(str(folder))

@@ -110,14 +110,18 @@ def wait_for(condition: Callable[[], bool], process: subprocess.Popen, seconds: 
         time.sleep(every)
 
 
-def sealed(trainer: Path) -> list[int]:
-    """Steps of the whole checkpoints in a trainer's folder."""
-    return sorted(int(path.parent.name.rsplit("-", 1)[1]) for path in trainer.glob("checkpoint-*/complete.json"))
-
-
 def opened(trainer: Path) -> list[int]:
-    """Steps of all checkpoints, those that are being written included."""
-    return sorted(int(path.name.rsplit("-", 1)[1]) for path in trainer.glob("checkpoint-*"))
+    """Steps of all checkpoints in a trainer's folder, those that are being written included."""
+    try:
+        names = os.listdir(trainer)  # Path.glob raises if the folder goes just then: a step that begins anew removes it
+    except FileNotFoundError:
+        return []
+    return sorted(int(name.rsplit("-", 1)[1]) for name in names if name.startswith("checkpoint-"))
+
+
+def sealed(trainer: Path) -> list[int]:
+    """Steps of the whole checkpoints."""
+    return [step for step in opened(trainer) if (trainer / f"checkpoint-{step}/complete.json").exists()]
 
 
 def results(clone: Clone) -> dict[str, str]:

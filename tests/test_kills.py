@@ -71,6 +71,15 @@ def test_random_kills(prepared, reference, tmp_path):
     assert notes["killed between rename and record"] or not count["publish"]
 
 
+def test_checkpoints_are_looked_for_while_a_beginning_step_removes_the_folder(tmp_path, goes_when_listed):
+    (tmp_path / "trainer/checkpoint-3").mkdir(parents=True)
+    assert kills.opened(tmp_path / "trainer") == [3] and sealed(tmp_path / "trainer") == []
+    (tmp_path / "trainer/checkpoint-3/complete.json").touch()
+    assert sealed(tmp_path / "trainer") == [3]
+    goes_when_listed(tmp_path / "trainer")
+    assert sealed(tmp_path / "trainer") == [] and not (tmp_path / "trainer").exists()
+
+
 # -- signals ----------------------------------------------------------------
 
 
@@ -136,9 +145,8 @@ class Watch:
             now = {path for path in self.outputs if path.exists()}
             self.vanished += [path.name for path in there - now]
             there = now
-            with contextlib.suppress(OSError):
-                if (found := sealed(self.trainer)) and [found[-1]] != self.steps[-1:]:
-                    self.steps.append(found[-1])
+            if (found := sealed(self.trainer)) and [found[-1]] != self.steps[-1:]:
+                self.steps.append(found[-1])
 
     def __enter__(self):
         self.thread.start()

@@ -260,6 +260,19 @@ def test_status_names_who_is_at_work(home):
     assert status.at_work(Path("results")) == []
 
 
+def test_status_and_sizes_do_not_mind_a_job_that_removes_its_folders_meanwhile(tmp_path, goes_when_listed):
+    old = tmp_path / ".work/f00/trainer/checkpoint-1"
+    for file in (old / "optimizer.pt", tmp_path / ".work/locks/f00.lock"):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text("12345")
+    assert status.disk([tmp_path])[0] == 10
+    goes_when_listed(old)
+    assert status.at_work(tmp_path) == [] and not old.exists()
+    old.mkdir()
+    (old / "optimizer.pt").write_text("12345")
+    assert status.disk([tmp_path])[0] == 5 and not old.exists()
+
+
 def test_sizes_and_ages_are_readable():
     assert [status.human_bytes(n) for n in (0, 999, 1000, 2_500_000, 10**9, 3 * 10**12)] == [
         "0 B", "999 B", "1.0 kB", "2.5 MB", "1.0 GB", "3.0 TB",

@@ -16,7 +16,9 @@ Whether a phase is stale for the *config* as it is now (a changed number, change
 import argparse
 import fcntl
 import json
+import os
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 from workflow_scripts.core.artifacts import WEIGHTS
@@ -48,11 +50,17 @@ def outdated(data: dict) -> bool:
     return False
 
 
+def files_below(folder: Path) -> Iterator[Path]:
+    """All files below a folder. A folder that a job removes meanwhile has none; Path.rglob would raise."""
+    for where, _, names in os.walk(folder):
+        yield from (Path(where, name) for name in names)
+
+
 def disk(paths: list[Path]) -> tuple[int, float | None]:
     """(bytes, time of the last change) of these files and of all files below these folders; a file with two names counts once."""
     seen: dict[tuple[int, int], tuple[int, float]] = {}
     for top in paths:
-        for path in [top] if top.is_file() else top.rglob("*"):
+        for path in [top] if top.is_file() else files_below(top):
             try:
                 if path.is_file() and not path.is_symlink():
                     stat = path.stat()
@@ -98,7 +106,7 @@ def state_of_scores(path: Path, metric: str) -> str:
 def at_work(results: Path) -> list[str]:
     """Who holds the lock of a step, in the words that the step left in it."""
     holders = []
-    for lock in sorted(results.rglob(".work/locks/*.lock")):
+    for lock in sorted(path for path in files_below(results) if path.match(".work/locks/*.lock")):
         try:
             with open(lock, encoding="utf-8") as file:
                 try:
