@@ -75,15 +75,15 @@ test-all: setup
 
 # Every target of config/qwen05b.yaml, in small, from a hub of local folders: some ten minutes on two cores.
 test-study: setup
-	PATH="$(CURDIR)/$(BIN):$$PATH" PHASELINE_TEST_ALL=1 $(BIN)/python -m pytest -q -s tests/test_study.py
+	PATH="$(CURDIR)/$(BIN):$$PATH" PHASELINE_TEST_ALL=1 $(BIN)/python -m pytest -q -s tests/dag/test_study.py
 
 # Needs a CUDA device; elsewhere these tests are skipped.
 test-gpu: setup
-	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pytest -q -s tests/test_gpu.py
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pytest -q -s tests/gpu/test_gpu.py
 
 # Needs root and Slurm's packages: starts a Slurm of one node, and on it the tiny chain through profiles/slurm.
 test-slurm: setup
-	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pytest -q -s tests/test_slurm.py
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pytest -q -s tests/slurm/test_slurm.py
 
 lint: setup
 	$(BIN)/ruff check .

@@ -35,10 +35,11 @@ def write_base(folder: Path) -> Path:
     import torch
     from transformers import Qwen2Config, Qwen2ForCausalLM
 
-    from tests import small_steps
-    from workflow_scripts.core import artifacts, chat
+    from tests.support import small_steps
+    from workflow_scripts.artifacts import manifests
+    from workflow_scripts.models import chat
 
-    tokenizer = chat.tokenizer_of(artifacts.read(small_steps.write_base(folder / "tiny")))
+    tokenizer = chat.tokenizer_of(manifests.read(small_steps.write_base(folder / "tiny")))
     torch.manual_seed(1)
     model = Qwen2ForCausalLM(Qwen2Config(**SHAPE, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id))
     assert model.num_parameters() == 494_032_768
@@ -80,7 +81,7 @@ def watch(trainer_class, device: str) -> None:
 def train(experiment: str, folder: Path, device: str, rows: int, length: int) -> None:
     from trl import SFTTrainer
 
-    from tests import small_steps
+    from tests.support import small_steps
     from workflow_scripts.rl.ppo_trainer import PPOTrainer
     from workflow_scripts.tiny import world
 
@@ -113,11 +114,12 @@ def train_trl(lora: bool, folder: Path, device: str, rows: int, length: int) -> 
     from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
     from trl.experimental.ppo import PPOConfig, PPOTrainer, ppo_trainer
 
-    from workflow_scripts.core import artifacts, chat
-    from workflow_scripts.core.yaml_files import read_yaml
+    from workflow_scripts.artifacts import manifests
+    from workflow_scripts.config.yaml_files import read_yaml
+    from workflow_scripts.models import chat
 
     base = folder / "base"
-    tokenizer = chat.tokenizer_of(artifacts.read(base / "manifest.json"))
+    tokenizer = chat.tokenizer_of(manifests.read(base / "manifest.json"))
     tokenizer.padding_side = "left"
     more = {"dtype": torch.bfloat16}
     models = [AutoModelForCausalLM.from_pretrained(base, **more) for _ in range(1 if lora else 2)]
@@ -164,7 +166,7 @@ def optimiser(device: str) -> str:
 
 
 def run(out: Path, step: str, parents: dict[str, Path], config: dict, device: str) -> None:
-    from tests import small_steps
+    from tests.support import small_steps
 
     job = small_steps.job(step, out / "adapter/manifest.json", parents, config)
     job.step |= {"device": device, "precision": "bf16" if device == "cuda" else "fp32", "threads": os.cpu_count()}

@@ -1,4 +1,4 @@
-"""Peak GPU memory of each phase of the study at its true shape with random weights, beside what core/gpu_memory.py estimates.
+"""Peak GPU memory of each phase of the study at its true shape with random weights, beside what plan/gpu_memory.py estimates.
 
     python docs/study_memory.py --out memory.json                  on a CUDA machine
     python docs/study_memory.py --card 16 --out memory.json        with no more memory than a card of 16 GB has
@@ -49,7 +49,7 @@ TINY = {
 
 def configured(shape: str, tiny: bool, length: int):
     """The study, with rows and prompts of this length, as the steps and the estimator are given it."""
-    from workflow_scripts.core.config import Config, load, merge
+    from workflow_scripts.config.config import Config, load, merge
 
     files = ["config/qwen05b.yaml", *(["config/qwen7b.yaml"] if shape == "7b" else [])]
     rows = {"train": {"max_length": length, "max_steps": STEPS}}
@@ -75,10 +75,11 @@ def write_base(config, folder: Path) -> None:
     import torch
     from transformers import Qwen2Config, Qwen2ForCausalLM
 
-    from tests import small_steps
-    from workflow_scripts.core import artifacts, chat
+    from tests.support import small_steps
+    from workflow_scripts.artifacts import manifests
+    from workflow_scripts.models import chat
 
-    tokenizer = chat.tokenizer_of(artifacts.read(small_steps.write_base(folder / "tiny")))
+    tokenizer = chat.tokenizer_of(manifests.read(small_steps.write_base(folder / "tiny")))
     shape = dict(config.data["base"]["shape"])
     parameters = shape.pop("parameters")
     dtype = torch.bfloat16 if config.data["base"]["dtype"] == "bf16" else torch.float32
@@ -121,11 +122,12 @@ def filled(tokenizer, turns: list[dict], length: int, word: str) -> list[dict]:
 
 def slices(config, folder: Path) -> dict[str, Path]:
     """Rows of every kind that fill what the config allows: enough for two steps, and a batch of held-out ones."""
-    from tests import small_steps
-    from workflow_scripts.core import artifacts, chat
-    from workflow_scripts.core.gpu_memory import EVAL_PROMPT
+    from tests.support import small_steps
+    from workflow_scripts.artifacts import manifests
+    from workflow_scripts.models import chat
+    from workflow_scripts.plan.gpu_memory import EVAL_PROMPT
 
-    tokenizer = chat.tokenizer_of(artifacts.read(folder / "base/manifest.json"))
+    tokenizer = chat.tokenizer_of(manifests.read(folder / "base/manifest.json"))
     train = config.experiments["sft_v2"]["train"]
     length, prompt = train["max_length"], config.data["data"]["max_prompt_tokens"]
     user, answers = {"role": "user", "content": "go on"}, config.data["eval"]["batch_size"]
@@ -206,11 +208,11 @@ def measure(name: str, config, folder: Path, card: float | None) -> dict:
     import transformers
     import trl
 
-    from tests import small_steps
-    from workflow_scripts.core import choices
-    from workflow_scripts.core.config import rewards
-    from workflow_scripts.core.gpu_memory import CONTEXT, Memory
-    from workflow_scripts.core.names import CHOICE
+    from tests.support import small_steps
+    from workflow_scripts.config import choices
+    from workflow_scripts.config.config import rewards
+    from workflow_scripts.config.names import CHOICE
+    from workflow_scripts.plan.gpu_memory import CONTEXT, Memory
     from workflow_scripts.rl.ppo_trainer import PPOTrainer
 
     data, base = config.data, folder / "base/manifest.json"

@@ -9,11 +9,15 @@ from pathlib import Path
 
 from snakemake.persistence import PersistenceBase
 
-from workflow_scripts.core import config as configs
-from workflow_scripts.core.messages import InputError
-from workflow_scripts.core.patterns import any_of
-from workflow_scripts.core.plan import Plan
-from workflow_scripts.core import bases, estimate, gpus, hub, names, records, signals, work
+from workflow_scripts.config import config as configs
+from workflow_scripts.plumbing.messages import InputError
+from workflow_scripts.plan.patterns import any_of
+from workflow_scripts.plan.plan import Plan
+from workflow_scripts.artifacts import work
+from workflow_scripts.config import bases, names
+from workflow_scripts.data import hub
+from workflow_scripts.plan import estimate, records
+from workflow_scripts.plumbing import gpus, signals
 from workflow_scripts.tools import adopt
 
 gc.disable()  # planning allocates and hardly frees: a fifth of the time of a large plan
@@ -109,7 +113,7 @@ def call(step, out, *more):
 
 
 def asks(key, kind):
-    """A resource of a rule, from the estimate of its step (core/estimate.py); more with each attempt, in case it lacked some.
+    """A resource of a rule, from the estimate of its step (plan/estimate.py); more with each attempt, in case it lacked some.
 
     A kind that ends in `_` is of the wildcard's task.
     """

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-MICRO = ["config/config.yaml", "tests/config/micro.yaml"]
+MICRO = ["config/config.yaml", "tests/support/config/micro.yaml"]
 
 
 class Clone:
@@ -93,7 +93,7 @@ def fresh(tmp_path: Path) -> Clone:
 @pytest.fixture(scope="session")
 def speaking_base(tmp_path_factory) -> Path:
     """The manifest of a small model that speaks the tiny world's language and follows some instructions; to be read only."""
-    from tests import small_steps
+    from tests.support import small_steps
 
     shape = {"hidden_size": 64, "intermediate_size": 192}
     return small_steps.write_base(tmp_path_factory.mktemp("speaking") / "base", steps=300, shape=shape)

@@ -6,5 +6,5 @@ set -euo pipefail
 cd "$(dirname "$0")/../.."
 python=${PYTHON:-$PWD/.venv/bin/python}
 tests/slurm/cluster.sh true
-plugins=$("$python" -m tests.packages tests/profiles/requirements.txt)
+plugins=$("$python" -m tests.support.packages tests/profiles/requirements.txt)
 PYTHONPATH=$plugins exec tests/slurm/cluster.sh "$python" -m tests.slurm.trial

@@ -18,12 +18,12 @@ from pathlib import Path
 
 import psutil
 
-from tests import kills
 from tests.conftest import make_clone
 from tests.slurm import records
+from tests.support import kills
 
 TARGET = "results/ifeval_dpo.json"
-CONFIGS = ["config/config.yaml", "tests/config/micro.yaml", "tests/slurm/trial.yaml"]
+CONFIGS = ["config/config.yaml", "tests/support/config/micro.yaml", "tests/slurm/trial.yaml"]
 PROFILES = ["--workflow-profile", "profiles/slurm", "--profile", "tests/slurm/site"]
 CHECKS = {
     "cancelled": "scancel: the retry asks for more and goes on from the checkpoint that SIGTERM brought about",

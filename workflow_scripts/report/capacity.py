@@ -1,6 +1,6 @@
 """Capacity against accuracy: the experiments of a rank sweep by the rank of their adapters. Descriptive, without a verdict."""
 
-from workflow_scripts.core.names import METRIC
+from workflow_scripts.config.names import METRIC
 from workflow_scripts.report import figures
 from workflow_scripts.report.collect import World
 from workflow_scripts.report.sections import mean_and_error, models, percent

@@ -13,10 +13,10 @@ from typing import Any
 import numpy
 import pandas
 
-from workflow_scripts.core import artifacts
-from workflow_scripts.core.artifacts import Job
-from workflow_scripts.core.messages import InputError
-from workflow_scripts.core.names import METRIC, answered, run_name
+from workflow_scripts.artifacts import manifests
+from workflow_scripts.artifacts.manifests import Job
+from workflow_scripts.config.names import METRIC, answered, run_name
+from workflow_scripts.plumbing.messages import InputError
 
 LABEL = {
     "ifeval": "IFEval, prompt-level strict accuracy",
@@ -82,7 +82,7 @@ def read(job: Job) -> World:
         path = results / run / "rm_eval.json" if task == "rm" else results / f"{task}_{run}.json"
         if str(path) not in given:
             raise InputError(f"{path}: not among the inputs of the report; run snakemake again")
-        found = artifacts.read(path)
+        found = manifests.read(path)
         if wanted not in found.stands_for():
             raise InputError(
                 f"{path}: not the scores that the report was planned with (fingerprint {found.fingerprint[:12]}, expected "

@@ -12,7 +12,7 @@ from pathlib import Path
 import pandas
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from workflow_scripts.core.names import CHOICE
+from workflow_scripts.config.names import CHOICE
 from workflow_scripts.report import capacity, figures, sections, winning
 from workflow_scripts.report.collect import LABEL, World
 from workflow_scripts.report.judge import Control, Judged

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy
 
-from workflow_scripts.core.names import CHOICE, METRIC, answered
+from workflow_scripts.config.names import CHOICE, METRIC, answered
 from workflow_scripts.report import collect, figures
 from workflow_scripts.report.collect import Run, World
 from workflow_scripts.report.judge import contrasts

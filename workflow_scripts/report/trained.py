@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from workflow_scripts.core.messages import InputError
+from workflow_scripts.plumbing.messages import InputError
 
 UP, DOWN = "up", "down"
 # Method -> its objective and which way is good. The loss of DPO, KTO and RM is left out: accuracy and margin say the same in

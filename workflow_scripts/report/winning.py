@@ -2,7 +2,7 @@
 
 import numpy
 
-from workflow_scripts.core.names import JUDGED
+from workflow_scripts.config.names import JUDGED
 from workflow_scripts.report.collect import World
 from workflow_scripts.report.sections import mean_and_error, models, percent
 

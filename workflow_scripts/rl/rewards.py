@@ -9,11 +9,13 @@ import json
 from collections.abc import Callable
 from typing import Any
 
-from workflow_scripts.core import artifacts, ifeval, training
-from workflow_scripts.core.artifacts import Artifact, Job
-from workflow_scripts.core.chat import tokenizer_of
-from workflow_scripts.core.messages import InputError
+from workflow_scripts.artifacts import manifests
+from workflow_scripts.artifacts.manifests import Artifact, Job
+from workflow_scripts.evaluation import ifeval
+from workflow_scripts.models.chat import tokenizer_of
+from workflow_scripts.plumbing.messages import InputError
 from workflow_scripts.rl import reward_model, verifiers
+from workflow_scripts.training import trainers
 
 FIELDS = {"numeric": ("final",), "ifeval": ("instruction_id_list", "kwargs")}
 
@@ -25,7 +27,7 @@ def rows_of(rows: Artifact, heldout: bool, rewards: dict[str, float]) -> Any:
 
     InputError if a row lacks a field of one of the rewards.
     """
-    found = training.usable(rows, heldout)
+    found = trainers.usable(rows, heldout)
     for reward in rewards:
         for row in found:
             if missing := [field for field in FIELDS.get(reward, ()) if field not in row]:
@@ -33,7 +35,7 @@ def rows_of(rows: Artifact, heldout: bool, rewards: dict[str, float]) -> Any:
                     f"{rows.path}: row {row['id']} has no {missing[0]}, which the reward {reward} needs; take a slice of kind "
                     f"{reward}"
                 )
-    return training.data_set([{"id": row["id"], "prompt": turns(row["prompt"]), "row": json.dumps(row)} for row in found])
+    return trainers.data_set([{"id": row["id"], "prompt": turns(row["prompt"]), "row": json.dumps(row)} for row in found])
 
 
 def turns(prompt: str | list[dict]) -> list[dict]:
@@ -94,7 +96,7 @@ def learned(job: Job, name: str, start: Artifact, adapter: Artifact, on_backbone
     return rewards
 
 
-def check_reward_model(adapter: artifacts.Artifact, required: bool) -> None:
+def check_reward_model(adapter: manifests.Artifact, required: bool) -> None:
     """InputError if the held-out accuracy in the reward model's manifest is not above 0.5 by its 95 % interval.
 
     The interval is the exact one of Clopper & Pearson (1934, Biometrika 26), two-sided. Optimising against such a model is

@@ -1,15 +1,15 @@
 """Rewards that are functions of a response: is its number right (GSM8K), which share of IFEval's instructions does it follow.
 
-How a number is read, and where that departs from lm-eval: rl/numerals.py.
+How a number is read, and where that departs from lm-eval: evaluation/numerals.py.
 """
 
 import re
 from decimal import Decimal
 from typing import Any
 
-from workflow_scripts.core import ifeval
-from workflow_scripts.core.messages import InputError
-from workflow_scripts.rl.numerals import final_number, gold
+from workflow_scripts.evaluation import ifeval
+from workflow_scripts.evaluation.numerals import final_number, gold
+from workflow_scripts.plumbing.messages import InputError
 
 
 def numeric(response: str, final: str | int | Decimal) -> bool:

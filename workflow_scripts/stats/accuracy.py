@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from workflow_scripts.core.scores import mean_stderr
+from workflow_scripts.evaluation.scores import mean_stderr
 from workflow_scripts.stats import components
 
 Clusters = Sequence[Sequence[bool]]  # for each prompt, the verdict of each of its instructions

@@ -12,7 +12,8 @@ is the accuracy of simply preferring the longer answer.
         --inputs results/sft_v2/merged/manifest.json results/rm/adapter/manifest.json results/data/pairs.manifest.json
 """
 
-from workflow_scripts.core import artifacts, cli
+from workflow_scripts.artifacts import manifests
+from workflow_scripts.steps import cli
 
 GROUPS = 5
 
@@ -53,16 +54,17 @@ def report(chosen: list[float], rejected: list[float], lengths: list[tuple[int, 
     }
 
 
-def main(job: artifacts.Job) -> None:
-    from workflow_scripts.core import device, training
+def main(job: manifests.Job) -> None:
+    from workflow_scripts.models import device
     from workflow_scripts.rl import reward_model
+    from workflow_scripts.training import trainers
 
     config, step, parents = job.config, job.step, job.parents()
     device.prepare(step)
     quant = config.get("quant") if config["quantise"] != "none" else None
     start, adapter, rows = parents["start"], parents["adapter"], parents["rows"]
     model, tokenizer = reward_model.load(start, adapter, job.work, step["device"], step["precision"], quant)
-    held = training.usable(rows, heldout=True)
+    held = trainers.usable(rows, heldout=True)
 
     whole = [reward_model.lengths(tokenizer, row) for row in held]
     pairs = [row for row, length in zip(held, whole, strict=True) if max(length) <= config["max_length"]]
@@ -75,7 +77,7 @@ def main(job: artifacts.Job) -> None:
     found = report(chosen, rejected, lengths)
     low, high = found["accuracy_ci95"]
     print(f"{job.out}: {found['accuracy']:.1%} of {len(pairs)} held-out pairs in the right order ({low:.1%} to {high:.1%})")
-    with artifacts.complete(job, "rm_eval", parents) as draft:
+    with manifests.complete(job, "rm_eval", parents) as draft:
         draft.manifest |= found | {
             "left_out": len(held) - len(pairs),
             "per_pair": [

@@ -19,9 +19,10 @@ import json
 from pathlib import Path
 from typing import Any
 
-from workflow_scripts.core import artifacts, cli
-from workflow_scripts.core.fingerprint import fingerprint
-from workflow_scripts.core.messages import InputError
+from workflow_scripts.artifacts import manifests
+from workflow_scripts.artifacts.fingerprint import fingerprint
+from workflow_scripts.plumbing.messages import InputError
+from workflow_scripts.steps import cli
 
 
 def answer(
@@ -42,8 +43,8 @@ def answer(
     """
     import torch
 
-    from workflow_scripts.core import chat
-    from workflow_scripts.core.progress import Progress
+    from workflow_scripts.models import chat
+    from workflow_scripts.plumbing.progress import Progress
 
     end = chat.end_of_turn(tokenizer)
     tokenizer.padding_side = "left"
@@ -103,12 +104,12 @@ def read_batches(saved: Path | None) -> dict[tuple[int, ...], list[dict]]:
     return found
 
 
-def gather(job: artifacts.Job, prompts: int) -> tuple[list[dict], dict] | None:
+def gather(job: manifests.Job, prompts: int) -> tuple[list[dict], dict] | None:
     """(answers, generation config) put together from the shards among a job's inputs; None if there are none.
 
     InputError where a shard is another step's, or where some prompts have no answer.
     """
-    shards = [artifacts.read(path) for path in job.inputs if path.parent.name.endswith("_shards")]
+    shards = [manifests.read(path) for path in job.inputs if path.parent.name.endswith("_shards")]
     if not shards:
         return None
     answers: list[dict] = [{} for _ in range(prompts)]
@@ -124,16 +125,17 @@ def gather(job: artifacts.Job, prompts: int) -> tuple[list[dict], dict] | None:
     return answers, shards[0].data["generation_config"]
 
 
-def respond(job: artifacts.Job, parents: dict[str, artifacts.Artifact], prompts: list[dict]) -> tuple[list[dict], dict]:
+def respond(job: manifests.Job, parents: dict[str, manifests.Artifact], prompts: list[dict]) -> tuple[list[dict], dict]:
     """(answers, generation config) of the model, merged in fp32; of a shard's prompts only, if the step is a shard."""
-    from workflow_scripts.core import chat, device, models, slicing
+    from workflow_scripts.data import slicing
+    from workflow_scripts.models import chat, device, loading
 
     config, step, start = job.config, job.step, parents["start"]
     device.prepare(step)
     if "adapter" in parents:
-        model = models.merge(start, parents["adapter"], job.work, step["device"], device.DTYPES[step["precision"]])
+        model = loading.merge(start, parents["adapter"], job.work, step["device"], device.DTYPES[step["precision"]])
     else:
-        model = models.load(start, job.work, step["device"], step["precision"])
+        model = loading.load(start, job.work, step["device"], step["precision"])
     saved = job.work / fingerprint(step) / "answers.jsonl"
     saved.parent.mkdir(parents=True, exist_ok=True)
     answers = answer(
@@ -144,18 +146,18 @@ def respond(job: artifacts.Job, parents: dict[str, artifacts.Artifact], prompts:
     return answers, model.generation_config.to_diff_dict()
 
 
-def main(job: artifacts.Job) -> None:
-    from workflow_scripts.core.jsonl import write_jsonl
+def main(job: manifests.Job) -> None:
+    from workflow_scripts.plumbing.jsonl import write_jsonl
 
     parents = job.parents()
     prompts = parents["prompts"].rows()
     answers, generation_config = gather(job, len(prompts)) or respond(job, parents, prompts)
     if "shard" in job.step:
-        with artifacts.complete(job, "answers", parents) as draft:
+        with manifests.complete(job, "answers", parents) as draft:
             draft.manifest["answers"] = {str(i): made for i, made in enumerate(answers) if made}
             draft.manifest["generation_config"] = generation_config
         return
-    with artifacts.complete(job, "responses", parents) as draft:
+    with manifests.complete(job, "responses", parents) as draft:
         keys = ("response", "tokens", "finish_reason")  # in one order, wherever the answers come from
         rows = [
             {"key": row["key"], "prompt": row["prompt"], **{key: made[key] for key in keys}}

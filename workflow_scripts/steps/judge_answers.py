@@ -12,13 +12,15 @@ cut off gets the reward of what is there.
         results/sft_v2/merged/manifest.json results/rm/adapter/manifest.json
 """
 
-from workflow_scripts.core import artifacts, cli
+from workflow_scripts.artifacts import manifests
+from workflow_scripts.steps import cli
 
 
-def main(job: artifacts.Job) -> None:
-    from workflow_scripts.core import device, slicing
-    from workflow_scripts.core.progress import Progress
-    from workflow_scripts.core.scores import mean_stderr
+def main(job: manifests.Job) -> None:
+    from workflow_scripts.data import slicing
+    from workflow_scripts.evaluation.scores import mean_stderr
+    from workflow_scripts.models import device
+    from workflow_scripts.plumbing.progress import Progress
     from workflow_scripts.rl import reward_model
 
     config, step, parents = job.config, job.step, job.parents()
@@ -41,7 +43,7 @@ def main(job: artifacts.Job) -> None:
     print(
         f"{job.out}: mean reward {mean:.3f}" + (f" +- {stderr:.3f}" if stderr is not None else "") + f", {len(rewards)} prompts"
     )
-    with artifacts.complete(job, "scores", parents) as draft:
+    with manifests.complete(job, "scores", parents) as draft:
         draft.manifest |= {
             "n_prompts": len(rewards),
             "mean_reward": mean,

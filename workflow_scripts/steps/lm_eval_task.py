@@ -1,4 +1,4 @@
-"""Put the questions of MMLU or TruthfulQA to a model: how likely is each option? By lm-eval's own tasks (core/lm_tasks.py).
+"""Put the questions of MMLU or TruthfulQA to a model: how likely is each option? By lm-eval's own tasks (evaluation/lm_tasks.py).
 
 The model is the one that answers prompts: the full-precision model that an adapter was trained on, the adapter merged in fp32,
 cast once to `eval.precision`. Nothing is answered in text, so there is no second step: the scores are what this one writes.
@@ -8,11 +8,13 @@ cast once to `eval.precision`. Nothing is answered in text, so there is no secon
         results/data/mmlu_dev.manifest.json
 """
 
-from workflow_scripts.core import artifacts, cli, scoring
+from workflow_scripts.artifacts import manifests
+from workflow_scripts.steps import cli, scoring
 
 
-def main(job: artifacts.Job) -> None:
-    from workflow_scripts.core import chat, device, lm_tasks, models
+def main(job: manifests.Job) -> None:
+    from workflow_scripts.evaluation import lm_tasks
+    from workflow_scripts.models import chat, device, loading
 
     config, step, parents = job.config, job.step, job.parents()
     start, questions = parents["start"], parents["prompts"].rows()
@@ -27,13 +29,13 @@ def main(job: artifacts.Job) -> None:
     else:
         tasks = lm_tasks.truthfulqa(index, questions)
     if "adapter" in parents:
-        model = models.merge(start, parents["adapter"], job.work, step["device"], device.DTYPES[step["precision"]])
+        model = loading.merge(start, parents["adapter"], job.work, step["device"], device.DTYPES[step["precision"]])
     else:
-        model = models.load(start, job.work, step["device"], step["precision"])
+        model = loading.load(start, job.work, step["device"], step["precision"])
     lm = lm_tasks.runner(model.eval(), chat.tokenizer_of(start), config["batch_size"], job.out.stem)
     scores = lm_tasks.score(config, questions, lm_tasks.evaluate(lm, index, tasks, config), group_of, lm.cut)
     print(table(scores))
-    with artifacts.complete(job, "scores", parents) as draft:
+    with manifests.complete(job, "scores", parents) as draft:
         draft.manifest |= scores
 
 

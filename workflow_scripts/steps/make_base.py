@@ -3,7 +3,8 @@
 Source `scratch`: the tiny world's model, its tokenizer trained and its weights pretrained here. Documents that share a prompt
 with the evaluation are refused, so that no evaluation prompt was ever seen.
 Sources `path` (a local Hugging Face folder), `gguf` (a file, dequantised) and `hub` (an id at a revision): the model as it is,
-in one safetensors file in the declared dtype, with the chat template that it trains with (core/templates.py). No token is added.
+in one safetensors file in the declared dtype, with the chat template that it trains with (models/templates.py). No token is
+added.
 
     python -m workflow_scripts.steps.make_base --step results/base/manifest.json --out trial/manifest.json \\
         --inputs results/data/ifeval.manifest.json
@@ -14,18 +15,19 @@ For `path` and `gguf`, `--inputs` names the folder or the file.
 from pathlib import Path
 from typing import Any
 
-from workflow_scripts.core import artifacts, cli
-from workflow_scripts.core.messages import InputError
+from workflow_scripts.artifacts import manifests
+from workflow_scripts.plumbing.messages import InputError
+from workflow_scripts.steps import cli
 
 
-def main(job: artifacts.Job) -> None:
+def main(job: manifests.Job) -> None:
     parents = job.parents()
     if job.config["source"] == "scratch":
         model, tokenizer, texts = pretrained_here(job, parents)
         facts: dict = {}
     else:
         model, tokenizer, texts, facts = imported(job)
-    with artifacts.complete(job, "base", parents) as draft:
+    with manifests.complete(job, "base", parents) as draft:
         model.save_pretrained(draft.folder, max_shard_size="1000GB")
         tokenizer.save_pretrained(draft.folder)
         check_saved(draft.folder, tokenizer, texts, job.out)
@@ -37,10 +39,10 @@ def main(job: artifacts.Job) -> None:
         }
 
 
-def pretrained_here(job: artifacts.Job, parents: dict[str, artifacts.Artifact]) -> tuple[Any, Any, list[str]]:
+def pretrained_here(job: manifests.Job, parents: dict[str, manifests.Artifact]) -> tuple[Any, Any, list[str]]:
     """(model, tokenizer, texts to try the saved tokenizer on) of the tiny world."""
-    from workflow_scripts.core import chat, device
-    from workflow_scripts.core.progress import Progress
+    from workflow_scripts.models import chat, device
+    from workflow_scripts.plumbing.progress import Progress
     from workflow_scripts.tiny import pretrain, world
 
     config = job.config["scratch"]
@@ -59,11 +61,11 @@ def pretrained_here(job: artifacts.Job, parents: dict[str, artifacts.Artifact]) 
     return model, tokenizer, [str(tokenizer.apply_chat_template(row["messages"], tokenize=False)) for row in documents]
 
 
-def imported(job: artifacts.Job) -> tuple[Any, Any, list[str], dict]:
+def imported(job: manifests.Job) -> tuple[Any, Any, list[str], dict]:
     """(model in the declared dtype, tokenizer with its training template, texts to try it on, facts for the manifest)."""
     from transformers.utils import logging
 
-    from workflow_scripts.core import sources, templates
+    from workflow_scripts.models import sources, templates
 
     logging.disable_progress_bar()
     config, facts = job.config, {}
@@ -87,7 +89,7 @@ def imported(job: artifacts.Job) -> tuple[Any, Any, list[str], dict]:
     return model, tokenizer, texts + ["Two  spaces,\n\n\tand don't 12,345 cafés 日本語 🙂."], facts
 
 
-def given(job: artifacts.Job, name: str) -> Path:
+def given(job: manifests.Job, name: str) -> Path:
     """The input of that name: a folder or a file that the config names by its path."""
     for path in job.inputs:
         if path.name == name:
@@ -97,7 +99,7 @@ def given(job: artifacts.Job, name: str) -> Path:
 
 def settle(model: Any, tokenizer: Any, dtype: str, out: Path) -> None:
     """Cast to `dtype`; model, generation and tokenizer agree on the tokens that end and pad. InputError if one has no row."""
-    from workflow_scripts.core.device import DTYPES
+    from workflow_scripts.models.device import DTYPES
 
     model.to(DTYPES[dtype])
     rows = model.get_input_embeddings().num_embeddings

@@ -9,15 +9,16 @@ that was trained. The manifest says by how much: the largest and mean absolute d
 next token, between the merged model's logits and (a) full-precision base + adapter, (b) NF4 base + adapter, on a fixed text.
 """
 
-from workflow_scripts.core import artifacts, cli
+from workflow_scripts.artifacts import manifests
+from workflow_scripts.steps import cli
 
 PROBE = "write about the sea. use no commas. answer in lower case and stop after a few words."
 
 
-def main(job: artifacts.Job) -> None:
+def main(job: manifests.Job) -> None:
     import torch
 
-    from workflow_scripts.core import chat, device, models
+    from workflow_scripts.models import chat, device, loading
 
     parents = job.parents()
     start, adapter = parents["start"], parents["adapter"]
@@ -32,14 +33,14 @@ def main(job: artifacts.Job) -> None:
         with torch.no_grad():
             return model.eval()(tokens).logits.float()
 
-    with artifacts.complete(job, "merged", parents) as draft:
-        models.save_merged(start, adapter, job.work, "cpu", draft.folder)
+    with manifests.complete(job, "merged", parents) as draft:
+        loading.save_merged(start, adapter, job.work, "cpu", draft.folder)
         from transformers import AutoModelForCausalLM
 
         merged = logits(AutoModelForCausalLM.from_pretrained(draft.folder, dtype=torch.float32, local_files_only=True))
         distance = {}
         for name, quant in (("full_precision", None), ("nf4", job.config["quant"])):
-            other = logits(models.attach(models.load(start, job.work, "cpu", "fp32", quant), start, adapter))
+            other = logits(loading.attach(loading.load(start, job.work, "cpu", "fp32", quant), start, adapter))
             gap = (merged - other).abs()
             distance[f"logits_from_{name}_base_and_adapter"] = {
                 "max_abs": round(gap.max().item(), 5),

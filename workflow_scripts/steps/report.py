@@ -7,10 +7,11 @@ comparison.html, which needs neither a network nor other files, and comparison.c
         --inputs results/*_*.json results/*/rm_eval.json
 """
 
-from workflow_scripts.core import artifacts, cli
+from workflow_scripts.artifacts import manifests
+from workflow_scripts.steps import cli
 
 
-def main(job: artifacts.Job) -> None:
+def main(job: manifests.Job) -> None:
     from workflow_scripts.report import collect, judge, page
 
     world = collect.read(job)
@@ -24,7 +25,7 @@ def main(job: artifacts.Job) -> None:
             print(f"{family.name}: {comparison.after} against {comparison.before}: {comparison.words}", flush=True)
     for warning in world.warnings:
         print(f"warning: {warning}", flush=True)
-    with artifacts.complete(job, "report", {}) as draft:
+    with manifests.complete(job, "report", {}) as draft:
         (draft.folder / "comparison.html").write_text(html, encoding="utf-8")
         (draft.folder / "comparison.csv").write_text(table, encoding="utf-8")
         draft.manifest |= {"warnings": world.warnings, "controls": {control.name: control.passed for control in controls}}

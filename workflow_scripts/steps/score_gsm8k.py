@@ -1,4 +1,4 @@
-"""Score responses to GSM8K questions, or to any numeric slice (`core/gsm8k.py`: how, and what lm-eval does otherwise).
+"""Score responses to GSM8K questions, or to any numeric slice (`evaluation/gsm8k.py`: how, and what lm-eval does otherwise).
 
     python -m workflow_scripts.steps.score_gsm8k --prompts data/gsm8k/test.jsonl \\
         --responses results/grpo/gsm8k_responses.jsonl --output scores.json
@@ -11,7 +11,9 @@ bytes. An input that cannot be scored is one line on stderr and exit status 1.
 
 from pathlib import Path
 
-from workflow_scripts.core import artifacts, gsm8k, scoring
+from workflow_scripts.artifacts import manifests
+from workflow_scripts.evaluation import gsm8k
+from workflow_scripts.steps import scoring
 
 METRICS = ("exact_match", "strict_match")
 
@@ -20,7 +22,7 @@ def main(prompts: Path, responses: Path, output: Path, strip_think: bool) -> dic
     return scoring.by_hand(gsm8k.score, table, prompts, responses, output, strip_think)
 
 
-def main_step(job: artifacts.Job) -> None:
+def main_step(job: manifests.Job) -> None:
     scoring.in_pipeline(gsm8k.score, table, job)
 
 

@@ -1,4 +1,4 @@
-"""Score responses to IFEval prompts with lm-eval's own checkers, offline (`core/ifeval.py`: how, and our departures).
+"""Score responses to IFEval prompts with lm-eval's own checkers, offline (`evaluation/ifeval.py`: how, and our departures).
 
     python -m workflow_scripts.steps.score_ifeval --prompts data/ifeval/input_data.jsonl \\
         --responses results/dpo/ifeval_responses.jsonl --output scores.json
@@ -10,7 +10,9 @@ the prompt. The same files give the same bytes. An input that cannot be scored i
 
 from pathlib import Path
 
-from workflow_scripts.core import artifacts, ifeval, scoring
+from workflow_scripts.artifacts import manifests
+from workflow_scripts.evaluation import ifeval
+from workflow_scripts.steps import scoring
 
 METRICS = ("prompt_level_strict_acc", "inst_level_strict_acc", "prompt_level_loose_acc", "inst_level_loose_acc")
 
@@ -19,7 +21,7 @@ def main(prompts: Path, responses: Path, output: Path, strip_think: bool) -> dic
     return scoring.by_hand(ifeval.score, table, prompts, responses, output, strip_think)
 
 
-def main_step(job: artifacts.Job) -> None:
+def main_step(job: manifests.Job) -> None:
     scoring.in_pipeline(ifeval.score, table, job)
 
 

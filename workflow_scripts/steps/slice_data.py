@@ -1,6 +1,6 @@
 """Cut a slice of rows from a source: checked, cleaned, decontaminated against the evaluation prompts, and pinned.
 
-In: files (JSONL, JSON, Parquet; the formats of core/formats.py), a hub data set by revision, or a generator of the tiny
+In: files (JSONL, JSON, Parquet; the formats of data/formats.py), a hub data set by revision, or a generator of the tiny
 world. Out: JSONL in the canonical form of the slice's kind (or IFEval's own prompt rows), each row with its `id` in the source,
 the key that `group_by` names and, for training kinds, `heldout`. Rows that can't be used are dropped, by reason and count;
 above `data.max_drop` the slice fails. Malformed rows are errors with file and line. Held-out rows share no prompt, and no
@@ -17,8 +17,10 @@ from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
 
-from workflow_scripts.core import artifacts, cli, formats, slicing
-from workflow_scripts.core.messages import InputError
+from workflow_scripts.artifacts import manifests
+from workflow_scripts.data import formats, slicing
+from workflow_scripts.plumbing.messages import InputError
+from workflow_scripts.steps import cli
 
 IFEVAL = ("prompt", "instruction_id_list", "kwargs")
 
@@ -32,7 +34,7 @@ class Source(NamedTuple):
     row: dict
 
 
-def main(job: artifacts.Job) -> None:
+def main(job: manifests.Job) -> None:
     config, parents = job.config, job.parents()
     kind, group_by = config["kind"], config.get("group_by")
     source, candidates = read_candidates(job, parents)
@@ -46,7 +48,7 @@ def main(job: artifacts.Job) -> None:
         rows, dropped, facts["formats"] = clean(candidates, kind, config.get("format"), group_by)
         rows = [row | {"key": row["id"]} for row in rows] if evaluation else rows
     if not evaluation:
-        from workflow_scripts.core import chat
+        from workflow_scripts.models import chat
 
         rule = config["decontaminate"]
         evaluated = [row for role, one in parents.items() if role.endswith("_prompts") for row in one.rows()]
@@ -69,7 +71,7 @@ def main(job: artifacts.Job) -> None:
     )
     if "hub" in config["source"] and "revision" not in config["source"]:
         facts["unpinned"] = True
-    with artifacts.complete(job, "slice", parents) as draft:
+    with manifests.complete(job, "slice", parents) as draft:
         name = job.out.name.replace(".manifest.json", ".jsonl")
         text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
         (draft.folder / name).write_text(text, encoding="utf-8")
@@ -85,7 +87,7 @@ def main(job: artifacts.Job) -> None:
         }
 
 
-def read_candidates(job: artifacts.Job, parents: dict[str, artifacts.Artifact]) -> tuple[str, list[Source]]:
+def read_candidates(job: manifests.Job, parents: dict[str, manifests.Artifact]) -> tuple[str, list[Source]]:
     """(name of the source for messages, rows that seed and row limit pick)."""
     config, source = job.config, job.config["source"]
     if "tiny" in source:

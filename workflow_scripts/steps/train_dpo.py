@@ -18,41 +18,44 @@ reference's log-probabilities are computed once: same numbers, no second forward
         --inputs results/sft_v2/merged/manifest.json results/data/pairs.manifest.json
 """
 
-from workflow_scripts.core import artifacts, cli
+from workflow_scripts.artifacts import manifests
+from workflow_scripts.steps import cli
+from workflow_scripts.tools import card
 
 
-def main(job: artifacts.Job) -> None:
+def main(job: manifests.Job) -> None:
     from trl import DPOConfig, DPOTrainer
 
-    from workflow_scripts.core import chat, device, models, training
+    from workflow_scripts.models import chat, device, loading
+    from workflow_scripts.training import trainers
 
     config, step = job.config, job.step
     parents = job.parents()
     start, rows = parents["start"], parents["rows"]
     device.prepare(step)
     tokenizer = chat.tokenizer_of(start)
-    model = models.load(start, job.work, step["device"], step["precision"], config.get("quant"))
+    model = loading.load(start, job.work, step["device"], step["precision"], config.get("quant"))
 
-    given = tuple(training.rows_of(rows, heldout, fields=("prompt", "chosen", "rejected")) for heldout in (False, True))
+    given = tuple(trainers.rows_of(rows, heldout, fields=("prompt", "chosen", "rejected")) for heldout in (False, True))
     if config.get("flip_labels"):  # held-out rows stay as they are: on them the objective has to go the wrong way
         given = (given[0].rename_columns({"chosen": "rejected", "rejected": "chosen"}), given[1])
     trainer = DPOTrainer(
         model=model,
-        args=DPOConfig(**training.arguments(job), **config["train"], disable_dropout=False),
+        args=DPOConfig(**trainers.arguments(job), **config["train"], disable_dropout=False),
         train_dataset=given[0],
         eval_dataset=given[1],
         processing_class=tokenizer,
-        peft_config=models.lora(config["lora"], model),
-        callbacks=[training.Watch(job.run)],
+        peft_config=loading.lora(config["lora"], model),
+        callbacks=[trainers.Watch(job.run)],
     )
-    facts: dict = {"constant": training.settle(trainer, job, tokenizer, given, rows)}
+    facts: dict = {"constant": trainers.settle(trainer, job, tokenizer, given, rows)}
 
     keys = {"loss": "loss", "accuracy": "rewards/accuracies", "margin": "rewards/margins"}
-    facts |= training.fit(trainer, job, lambda: training.objective(trainer, keys))
+    facts |= trainers.fit(trainer, job, lambda: trainers.objective(trainer, keys))
 
-    with artifacts.complete(job, "adapter", parents) as draft:
-        training.save(trainer, draft, job, start, facts)
+    with manifests.complete(job, "adapter", parents) as draft:
+        trainers.save(trainer, draft, job, start, facts)
 
 
 if __name__ == "__main__":
-    cli.run(main, __doc__)
+    cli.run(main, __doc__, describe=card.lay_beside)

@@ -20,9 +20,11 @@ schedule and length come from the config; each batch's completion mask is checke
 import json
 from typing import Any
 
-from workflow_scripts.core import artifacts, cli
-from workflow_scripts.core.change import Units, of_ratio
-from workflow_scripts.core.unpaired import spread, unpair, weights
+from workflow_scripts.artifacts import manifests
+from workflow_scripts.data.unpaired import spread, unpair, weights
+from workflow_scripts.steps import cli
+from workflow_scripts.tools import card
+from workflow_scripts.training.change import Units, of_ratio
 
 
 def told_apart(trainer: Any, rows: list[dict]) -> tuple[dict[str, float | None], Units]:
@@ -74,28 +76,29 @@ def told_apart(trainer: Any, rows: list[dict]) -> tuple[dict[str, float | None],
     return values, units
 
 
-def main(job: artifacts.Job) -> None:
+def main(job: manifests.Job) -> None:
     from trl import KTOConfig, KTOTrainer
 
-    from workflow_scripts.core import chat, device, models, training
+    from workflow_scripts.models import chat, device, loading
+    from workflow_scripts.training import trainers
 
     config, step = job.config, job.step
     parents = job.parents()
     start, rows = parents["start"], parents["rows"]
     batch = config["train"]["per_device_train_batch_size"]
-    answers = {heldout: unpair(training.usable(rows, heldout)) for heldout in (False, True)}
+    answers = {heldout: unpair(trainers.usable(rows, heldout)) for heldout in (False, True)}
     ordered = {heldout: spread(found, batch, step["seed"]) for heldout, found in answers.items()}
     weights(ordered[True][0], config["class_weights"], f"{rows.path}, held-out rows")
     class_weights = weights(ordered[False][0], config["class_weights"], str(rows.path))
     device.prepare(step)
     tokenizer = chat.tokenizer_of(start)
-    model = models.load(start, job.work, step["device"], step["precision"], config.get("quant"))
+    model = loading.load(start, job.work, step["device"], step["precision"], config.get("quant"))
 
-    given = tuple(training.data_set(ordered[heldout][0]) for heldout in (False, True))
+    given = tuple(trainers.data_set(ordered[heldout][0]) for heldout in (False, True))
     trainer = KTOTrainer(
         model=model,
         args=KTOConfig(
-            **training.arguments(job),
+            **trainers.arguments(job),
             **config["train"],
             **class_weights,
             disable_dropout=False,
@@ -104,22 +107,22 @@ def main(job: artifacts.Job) -> None:
         train_dataset=given[0],
         eval_dataset=given[1],
         processing_class=tokenizer,
-        peft_config=models.lora(config["lora"], model),
-        callbacks=[training.Watch(job.run)],
+        peft_config=loading.lora(config["lora"], model),
+        callbacks=[trainers.Watch(job.run)],
     )
-    facts: dict = {"constant": training.settle(trainer, job, tokenizer, given, rows)}
+    facts: dict = {"constant": trainers.settle(trainer, job, tokenizer, given, rows)}
 
-    def objective() -> training.Measured:
-        (loss, batches), (rewards, prompts) = training.objective(trainer, {"loss": "loss"}), told_apart(trainer, ordered[True][0])
+    def objective() -> trainers.Measured:
+        (loss, batches), (rewards, prompts) = trainers.objective(trainer, {"loss": "loss"}), told_apart(trainer, ordered[True][0])
         return loss | rewards, batches | prompts
 
-    facts |= training.fit(trainer, job, objective)
+    facts |= trainers.fit(trainer, job, objective)
     facts["class_weights"] = class_weights
     facts["prompts_twice_in_a_batch"] = ordered[False][1]
 
-    with artifacts.complete(job, "adapter", parents) as draft:
-        training.save(trainer, draft, job, start, facts)
+    with manifests.complete(job, "adapter", parents) as draft:
+        trainers.save(trainer, draft, job, start, facts)
 
 
 if __name__ == "__main__":
-    cli.run(main, __doc__)
+    cli.run(main, __doc__, describe=card.lay_beside)

@@ -24,15 +24,18 @@ ratio must be 1 at first sight.
         --inputs results/sft_v2/merged/manifest.json results/rm/adapter/manifest.json results/data/instructions.manifest.json
 """
 
-from workflow_scripts.core import artifacts, cli
+from workflow_scripts.artifacts import manifests
+from workflow_scripts.steps import cli
+from workflow_scripts.tools import card
 
 
-def main(job: artifacts.Job) -> None:
+def main(job: manifests.Job) -> None:
     from trl import GRPOConfig
 
-    from workflow_scripts.core import chat, device, models, training
+    from workflow_scripts.models import chat, device, loading
     from workflow_scripts.rl import rewards
     from workflow_scripts.rl.ppo_trainer import PPOTrainer
+    from workflow_scripts.training import trainers
 
     config, step = job.config, job.step
     parents = job.parents()
@@ -42,10 +45,10 @@ def main(job: artifacts.Job) -> None:
     tokenizer = chat.tokenizer_of(start)
     chat.end_of_turn(tokenizer)
     functions = rewards.functions(job, parents, on_backbone=lambda name: trainer.reward_models[name])
-    model = models.load(start, job.work, step["device"], step["precision"], config.get("quant"))
+    model = loading.load(start, job.work, step["device"], step["precision"], config.get("quant"))
     train = config["train"]
     args = GRPOConfig(
-        **training.arguments(job),
+        **trainers.arguments(job),
         **train,
         disable_dropout=True,
         reward_weights=[config["reward"][name] for name in functions],
@@ -66,19 +69,19 @@ def main(job: artifacts.Job) -> None:
         train_dataset=given[0],
         eval_dataset=given[1],
         processing_class=tokenizer,
-        peft_config=models.lora(config["lora"], model),
-        callbacks=[training.Watch(job.run)],
+        peft_config=loading.lora(config["lora"], model),
+        callbacks=[trainers.Watch(job.run)],
     )
     for name in rewards.models_of(job):
         trainer.add_reward_model(name, parents[f"reward {name}"])
-    facts: dict = {"constant": training.settle(trainer, job, tokenizer, given, rows, dropout=False, mask=False)}
+    facts: dict = {"constant": trainers.settle(trainer, job, tokenizer, given, rows, dropout=False, mask=False)}
 
     keys = {"reward": "reward", "tokens": "completions/mean_length"} | {name: f"rewards/{name}/mean" for name in functions}
-    facts |= training.fit(trainer, job, lambda: training.objective(trainer, keys))
+    facts |= trainers.fit(trainer, job, lambda: trainers.objective(trainer, keys))
 
-    with artifacts.complete(job, "adapter", parents) as draft:
-        training.save(trainer, draft, job, start, facts)
+    with manifests.complete(job, "adapter", parents) as draft:
+        trainers.save(trainer, draft, job, start, facts)
 
 
 if __name__ == "__main__":
-    cli.run(main, __doc__)
+    cli.run(main, __doc__, describe=card.lay_beside)

@@ -15,8 +15,10 @@ accuracy is that of the pairs one by one, not a mean over batches; steps/eval_rm
 
 from typing import Any
 
-from workflow_scripts.core import artifacts, cli
-from workflow_scripts.core.messages import InputError
+from workflow_scripts.artifacts import manifests
+from workflow_scripts.plumbing.messages import InputError
+from workflow_scripts.steps import cli
+from workflow_scripts.tools import card
 
 
 def short_enough(tokenizer: Any, pairs: list[dict], max_length: int, limit: float, place: str) -> list[dict]:
@@ -32,11 +34,12 @@ def short_enough(tokenizer: Any, pairs: list[dict], max_length: int, limit: floa
     return kept
 
 
-def main(job: artifacts.Job) -> None:
+def main(job: manifests.Job) -> None:
     from trl import RewardConfig, RewardTrainer
 
-    from workflow_scripts.core import chat, device, models, training
+    from workflow_scripts.models import chat, device, loading
     from workflow_scripts.rl import reward_model
+    from workflow_scripts.training import trainers
 
     config, step = job.config, job.step
     parents = job.parents()
@@ -45,36 +48,36 @@ def main(job: artifacts.Job) -> None:
     tokenizer = chat.tokenizer_of(start)
     chat.end_of_turn(tokenizer)
     max_length = config["train"]["max_length"]
-    pairs = {heldout: training.usable(rows, heldout) for heldout in (False, True)}
+    pairs = {heldout: trainers.usable(rows, heldout) for heldout in (False, True)}
     short = {
         key: short_enough(tokenizer, value, max_length, config["max_left_out"], str(rows.path)) for key, value in pairs.items()
     }
     fields = ("id", "prompt", "chosen", "rejected")
-    given = tuple(training.data_set([{key: row[key] for key in fields} for row in short[heldout]]) for heldout in (False, True))
-    model = models.load(start, job.work, step["device"], step["precision"], config.get("quant"), reward=True)
+    given = tuple(trainers.data_set([{key: row[key] for key in fields} for row in short[heldout]]) for heldout in (False, True))
+    model = loading.load(start, job.work, step["device"], step["precision"], config.get("quant"), reward=True)
 
     trainer = RewardTrainer(
         model=model,
-        args=RewardConfig(**training.arguments(job), **config["train"], disable_dropout=False),
+        args=RewardConfig(**trainers.arguments(job), **config["train"], disable_dropout=False),
         train_dataset=given[0],
         eval_dataset=given[1],
         processing_class=tokenizer,
-        peft_config=models.lora(config["lora"], model, reward=True),
-        callbacks=[training.Watch(job.run)],
+        peft_config=loading.lora(config["lora"], model, reward=True),
+        callbacks=[trainers.Watch(job.run)],
     )
-    facts: dict = {"constant": training.settle(trainer, job, tokenizer, given, rows, mask=False)}
+    facts: dict = {"constant": trainers.settle(trainer, job, tokenizer, given, rows, mask=False)}
 
-    def objective() -> training.Measured:
+    def objective() -> trainers.Measured:
         batch_size = config["train"]["per_device_eval_batch_size"]
         scores = reward_model.score_pairs(trainer.model, tokenizer, short[True], batch_size, max_length)
         return reward_model.objective(*scores), reward_model.by_pair(*scores)
 
-    facts |= training.fit(trainer, job, objective)
+    facts |= trainers.fit(trainer, job, objective)
     facts["left_out"] = {"train": len(pairs[False]) - len(short[False]), "heldout": len(pairs[True]) - len(short[True])}
 
-    with artifacts.complete(job, "adapter", parents) as draft:
-        training.save(trainer, draft, job, start, facts)
+    with manifests.complete(job, "adapter", parents) as draft:
+        trainers.save(trainer, draft, job, start, facts)
 
 
 if __name__ == "__main__":
-    cli.run(main, __doc__)
+    cli.run(main, __doc__, describe=card.lay_beside)

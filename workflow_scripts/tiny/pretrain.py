@@ -20,7 +20,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, train
 from torch.nn.functional import cross_entropy
 from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
-from workflow_scripts.core.messages import InputError
+from workflow_scripts.plumbing.messages import InputError
 from workflow_scripts.tiny import world
 
 PAD, START, END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"

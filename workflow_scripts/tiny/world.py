@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from math import log
 from typing import TypeVar
 
-from workflow_scripts.core.messages import InputError
+from workflow_scripts.plumbing.messages import InputError
 from workflow_scripts.tiny.answers import default_answer, following_answer, worked_sum
 from workflow_scripts.tiny.instructions import CLASHES, DRAWN, READINESS, Instruction, draw, follows
 

@@ -19,16 +19,17 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from workflow_scripts.core import artifacts, records, work
-from workflow_scripts.core import config as configs
-from workflow_scripts.core.artifacts import Artifact
-from workflow_scripts.core.jsonl import write_atomically
-from workflow_scripts.core.messages import InputError
-from workflow_scripts.core.plan import Plan
-from workflow_scripts.core.records import Place
+from workflow_scripts.artifacts import manifests, work
+from workflow_scripts.artifacts.manifests import Artifact
+from workflow_scripts.config import config as configs
+from workflow_scripts.plan import records
+from workflow_scripts.plan.plan import Plan
+from workflow_scripts.plan.records import Place
+from workflow_scripts.plumbing.jsonl import write_atomically
+from workflow_scripts.plumbing.messages import InputError
 from workflow_scripts.tools import adopt, differences, graph, runs, verify
 
-Key = tuple[str, str]  # kind and name of a step, as core/plan.py has them
+Key = tuple[str, str]  # kind and name of a step, as plan/plan.py has them
 
 
 @dataclass(frozen=True)
@@ -175,13 +176,13 @@ def settled(steps: Graph, parents: set[Key], accepted: dict[Key, set[str]]) -> b
 def write(steps: Graph, change: Change, why: str, when: str, target: str) -> None:
     """The note first, then the record: a kill in between leaves the artifact stale, and the same command goes on."""
     place, step = steps.place(change.key), steps.plan.step(*change.key)
-    path = artifacts.accepted_file(change.artifact.path)
+    path = manifests.accepted_file(change.artifact.path)
     entry = {
         "what": change.what, "why": why, "when": when, "with": target,
         "from": change.artifact.fingerprint, "to": steps.keys[change.key], "step": step,
     }  # fmt: skip
-    note = {"accepted": [*artifacts.accepted(change.artifact), entry]}
-    write_atomically(path, artifacts.dump(note).encode("utf-8"))
+    note = {"accepted": [*manifests.accepted(change.artifact), entry]}
+    write_atomically(path, manifests.dump(note).encode("utf-8"))
     records.write(place, step, verify.ancestors(place, change.artifact))
 
 

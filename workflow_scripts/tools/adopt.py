@@ -16,12 +16,13 @@ import argparse
 import os
 from pathlib import Path
 
-from workflow_scripts.core import artifacts, records, work
-from workflow_scripts.core import config as configs
-from workflow_scripts.core.config import Config
-from workflow_scripts.core.messages import InputError
-from workflow_scripts.core.names import run_name
-from workflow_scripts.core.records import Place
+from workflow_scripts.artifacts import manifests, work
+from workflow_scripts.config import config as configs
+from workflow_scripts.config.config import Config
+from workflow_scripts.config.names import run_name
+from workflow_scripts.plan import records
+from workflow_scripts.plan.records import Place
+from workflow_scripts.plumbing.messages import InputError
 from workflow_scripts.tools import runs, verify
 
 
@@ -51,7 +52,7 @@ def looks_blind(place: Place) -> bool:
 def agrees(place: Place) -> bool:
     """True if the records of an artifact are of the step in its manifest, or of one that was accepted in its place."""
     try:
-        steps = verify.steps_of(artifacts.read(place.manifest))
+        steps = verify.steps_of(manifests.read(place.manifest))
     except (InputError, KeyError):
         return False
     return all(records.agrees(out, *steps) for out in place.outputs)

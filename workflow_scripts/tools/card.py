@@ -11,11 +11,11 @@ follows from the base model's and the data's, which no manifest knows.
 import argparse
 from pathlib import Path
 
-from workflow_scripts.core import artifacts
-from workflow_scripts.core.artifacts import Artifact
-from workflow_scripts.core.fingerprint import canonical
-from workflow_scripts.core.jsonl import write_atomically
-from workflow_scripts.core.messages import InputError
+from workflow_scripts.artifacts import manifests
+from workflow_scripts.artifacts.fingerprint import canonical
+from workflow_scripts.artifacts.manifests import Artifact
+from workflow_scripts.plumbing.jsonl import write_atomically
+from workflow_scripts.plumbing.messages import InputError
 from workflow_scripts.tools import runs
 
 METRICS = {
@@ -136,7 +136,7 @@ def _scores(run: runs.Run) -> list[str]:
         stderr = scores.get(f"{metric}_stderr")
         n = scores["n_prompts" if metric.startswith("prompt") else "n_instructions"]
         rows.append([name, f"{100 * scores[metric]:.2f}", "n/a" if stderr is None else f"{100 * stderr:.2f}", str(n)])
-    answers = artifacts.read(run.folder / runs.PHASES["responses"]).data["step"]
+    answers = manifests.read(run.folder / runs.PHASES["responses"]).data["step"]
     how = (
         f"IFEval (Zhou et al. 2023, arXiv:2311.07911), scored by lm-eval's own checkers, prompts of slice "
         f"`{Path(scores['parents']['prompts']['path']).name.removesuffix('.manifest.json')}`. Greedy, chat template on, at most "
@@ -216,6 +216,11 @@ def _warnings(run: runs.Run) -> list[str]:
     if base_of(run.start).data.get("pinned") is False:
         text += ["**The base model's revision was not pinned** in the config; the commit above is the one that was fetched.", ""]
     return text
+
+
+def lay_beside(adapter: Path) -> None:
+    """README.md in the folder of an adapter. Not part of the artifact: it changes with the card's wording."""
+    write_atomically(adapter / "README.md", card(runs.open_run(adapter.parent)).encode("utf-8"))
 
 
 def main() -> None:

@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from workflow_scripts.core.messages import InputError
+from workflow_scripts.plumbing.messages import InputError
 from workflow_scripts.tools import runs
 
 NEW = "/new"
@@ -27,8 +27,8 @@ def load(folder: Path, device: str, precision: str | None, threads: int) -> tupl
     import torch
     from transformers.utils import logging
 
-    from workflow_scripts.core import chat, models
-    from workflow_scripts.core.device import DTYPES
+    from workflow_scripts.models import chat, loading
+    from workflow_scripts.models.device import DTYPES
 
     logging.disable_progress_bar()
     torch.set_num_threads(threads)
@@ -39,9 +39,9 @@ def load(folder: Path, device: str, precision: str | None, threads: int) -> tupl
         evaluated = runs.read_json(folder / runs.PHASES["responses"]) or {}
         precision = evaluated.get("step", {}).get("precision", "fp32") if device == "cuda" else "fp32"
     if run.adapter is None:
-        model = models.load(run.start, run.work, device, precision)
+        model = loading.load(run.start, run.work, device, precision)
     else:
-        model = models.merge(run.start, run.adapter, run.work, device, DTYPES[precision])
+        model = loading.merge(run.start, run.adapter, run.work, device, DTYPES[precision])
     return model.eval(), chat.tokenizer_of(run.start)
 
 
@@ -65,7 +65,7 @@ def reply(model: Any, tokenizer: Any, tokens: list[int], new: int, temperature: 
     """The model's next turn, as text. temperature 0: greedy."""
     import torch
 
-    from workflow_scripts.core import chat
+    from workflow_scripts.models import chat
 
     end = chat.end_of_turn(tokenizer)
     batch = torch.tensor([tokens], device=model.device)

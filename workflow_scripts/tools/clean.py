@@ -16,9 +16,9 @@ import shutil
 from pathlib import Path
 from typing import NamedTuple
 
-from workflow_scripts.core import config
-from workflow_scripts.core.messages import InputError
-from workflow_scripts.core.plan import Plan
+from workflow_scripts.config import config
+from workflow_scripts.plan.plan import Plan
+from workflow_scripts.plumbing.messages import InputError
 from workflow_scripts.tools import graph, runs, status
 
 

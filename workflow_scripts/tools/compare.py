@@ -14,8 +14,8 @@ from pathlib import Path
 import numpy
 import pandas
 
-from workflow_scripts.core.messages import InputError
-from workflow_scripts.core.names import METRIC
+from workflow_scripts.config.names import METRIC
+from workflow_scripts.plumbing.messages import InputError
 from workflow_scripts.report.collect import verdict
 from workflow_scripts.tools import runs
 

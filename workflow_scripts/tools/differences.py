@@ -8,10 +8,10 @@ import ast
 import json
 from typing import Any
 
-from workflow_scripts.core import fingerprint
-from workflow_scripts.core.config import CONSTANT_BLOCKS, Config
-from workflow_scripts.core.names import CHOICE
-from workflow_scripts.core.schema_errors import dotted
+from workflow_scripts.artifacts import fingerprint
+from workflow_scripts.config.config import CONSTANT_BLOCKS, Config
+from workflow_scripts.config.names import CHOICE
+from workflow_scripts.config.schema_errors import dotted
 
 UNSET = "(not set)"
 LONGEST = 60  # characters of a value; a longer one is cut

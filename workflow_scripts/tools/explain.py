@@ -24,12 +24,13 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
-from workflow_scripts.core import artifacts, records
-from workflow_scripts.core import config as configs
-from workflow_scripts.core.artifacts import WEIGHTS, Artifact
-from workflow_scripts.core.messages import InputError
-from workflow_scripts.core.plan import Plan
-from workflow_scripts.core.schema_errors import dotted
+from workflow_scripts.artifacts import manifests
+from workflow_scripts.artifacts.manifests import WEIGHTS, Artifact
+from workflow_scripts.config import config as configs
+from workflow_scripts.config.schema_errors import dotted
+from workflow_scripts.plan import records
+from workflow_scripts.plan.plan import Plan
+from workflow_scripts.plumbing.messages import InputError
 from workflow_scripts.tools import graph, runs
 from workflow_scripts.tools.differences import UNSET, arrow, differences, plain
 from workflow_scripts.tools.graph import Phase
@@ -171,7 +172,7 @@ def _explain_phase(plan: Plan, phase: Phase, job: Job | None, causes: dict[Phase
         reasons.append(f"manifest: {files[0]} is no manifest, or cut off; delete it and run snakemake again")
     same = artifact is None or plain(last_step(artifact)) == plain(plan.step(*phase))
     if job is None and artifact and plan.fingerprint(*phase) in artifact.stands_for() - {artifact.fingerprint}:
-        why = [f"accepted: {entry['why']}" for entry in artifacts.accepted(artifact)[-1:]]
+        why = [f"accepted: {entry['why']}" for entry in manifests.accepted(artifact)[-1:]]
         return Finding(phase.label, str(files[0]), ACCEPTED, why)
     if job is None and same and not reasons:
         if phase.kind == "merge" and not files[0].with_name(WEIGHTS).is_file():
@@ -214,7 +215,7 @@ def _again(plan: Plan, parent: Phase, planned: bool) -> str:
 
 def last_step(artifact: Artifact) -> dict:
     """The step's JSON that an artifact stands for: its own, or the last one in whose place it was accepted."""
-    return [artifact.data["step"], *(entry["step"] for entry in artifacts.accepted(artifact))][-1]
+    return [artifact.data["step"], *(entry["step"] for entry in manifests.accepted(artifact))][-1]
 
 
 def own_differences(plan: Plan, phase: Phase, artifact: Artifact, causes: dict[Phase, list[Phase]]) -> list[str]:

@@ -3,7 +3,7 @@
     python -m workflow_scripts.tools.fits [--configfile F...] [--gpu GB] [--json]        (make fits)
 
 One line for each phase: the peak of what torch allocates, in GiB, for the longest rows that the config lets through; when it is
-reached; and the cards that have room for it and for a reserve (the CUDA context, the allocator's waste: core/gpu_memory.py).
+reached; and the cards that have room for it and for a reserve (the CUDA context, the allocator's waste: plan/gpu_memory.py).
 Then, for each card on which something does not fit, the keys to change: of the experiment, or of its method for all its
 experiments, so that they stay comparable. The effective batch stays, and so does KTO's micro-batch, which is part of the method.
 Not without consequence are the last resorts: `quantise: nf4` is another variant of a method, `max_prompt_tokens` drops rows,
@@ -16,11 +16,11 @@ import copy
 import json
 import math
 
-from workflow_scripts.core import config as configs
-from workflow_scripts.core.estimate import Estimates
-from workflow_scripts.core.gpu_memory import CARDS, GIB, Memory, Phase, fits, need
-from workflow_scripts.core.names import answered
-from workflow_scripts.core.plan import Plan
+from workflow_scripts.config import config as configs
+from workflow_scripts.config.names import answered
+from workflow_scripts.plan.estimate import Estimates
+from workflow_scripts.plan.gpu_memory import CARDS, GIB, Memory, Phase, fits, need
+from workflow_scripts.plan.plan import Plan
 from workflow_scripts.tools import runs
 
 MERGE = "merge in fp32"

@@ -6,14 +6,14 @@ python -m workflow_scripts.tools.gpu
 import argparse
 import sys
 
-from workflow_scripts.core.messages import InputError
+from workflow_scripts.plumbing.messages import InputError
 
 
 def main() -> None:
     argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     import torch
 
-    from workflow_scripts.core import device
+    from workflow_scripts.models import device
 
     try:
         device.check_gpu("fp16")

@@ -4,9 +4,10 @@ import re
 from collections.abc import Iterable
 from typing import NamedTuple
 
-from workflow_scripts.core import choices, comparison, records
-from workflow_scripts.core.names import CHOICE, JUDGED
-from workflow_scripts.core.plan import Plan
+from workflow_scripts.config import choices, comparison
+from workflow_scripts.config.names import CHOICE, JUDGED
+from workflow_scripts.plan import records
+from workflow_scripts.plan.plan import Plan
 
 
 class Phase(NamedTuple):

@@ -16,9 +16,9 @@ from typing import Any
 
 import yaml
 
-from workflow_scripts.core.jsonl import write_atomically
-from workflow_scripts.core.messages import InputError
-from workflow_scripts.core.yaml_files import read_yaml
+from workflow_scripts.config.yaml_files import read_yaml
+from workflow_scripts.plumbing.jsonl import write_atomically
+from workflow_scripts.plumbing.messages import InputError
 from workflow_scripts.tools import runs
 
 COMMIT = re.compile(r"[0-9a-f]{40}")

@@ -19,8 +19,8 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from workflow_scripts.core import artifacts
-from workflow_scripts.core.messages import InputError
+from workflow_scripts.artifacts import manifests
+from workflow_scripts.plumbing.messages import InputError
 from workflow_scripts.tools import card, runs
 from workflow_scripts.tools.status import human_bytes
 
@@ -47,17 +47,17 @@ def stage(run: runs.Run, folder: Path, repo: str, merged: bool) -> list[str]:
     return sorted(path.name for path in folder.iterdir())
 
 
-def _merged(run: runs.Run) -> artifacts.Artifact:
+def _merged(run: runs.Run) -> manifests.Artifact:
     path = run.folder / runs.PHASES["merged"]
     if not path.is_file():
         raise InputError(f"{path}: missing; make it first: snakemake {path}")
-    merged = artifacts.read(path)
+    merged = manifests.read(path)
     if run.adapter is not None and merged.data["parents"]["adapter"]["fingerprint"] != run.adapter.fingerprint:
         raise InputError(f"{path}: made from another adapter than {run.adapter.path} is now; make it again: snakemake {path}")
     if any(not (merged.folder / name).is_file() for name in merged.data["files"]):
-        from workflow_scripts.core import models
+        from workflow_scripts.models import loading
 
-        models.ensure_merged(merged, run.work)
+        loading.ensure_merged(merged, run.work)
     return merged
 
 
@@ -103,7 +103,7 @@ def push(api: Any, run: runs.Run, repo: str, merged: bool = False, private: bool
         lines = [f"{human_bytes((Path(home) / name).stat().st_size):>10}  {name}" for name in names]
         if dry:
             return [f"would go to {repo} ({'private' if private else 'public'} if it is new):", *lines]
-        made = artifacts.read(Path(home) / "manifest.json")
+        made = manifests.read(Path(home) / "manifest.json")
         url = upload(api, Path(home), repo, private, f"{run.folder.name}, fingerprint {made.fingerprint}")
     return [f"pushed to {url}", *lines]
 

@@ -11,10 +11,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from workflow_scripts.core import artifacts
-from workflow_scripts.core.artifacts import Artifact
-from workflow_scripts.core.messages import InputError
-from workflow_scripts.core.names import METRIC
+from workflow_scripts.artifacts import manifests
+from workflow_scripts.artifacts.manifests import Artifact
+from workflow_scripts.config.names import METRIC
+from workflow_scripts.plumbing.messages import InputError
 
 METRICS = METRIC | {"rm": "accuracy"}  # the first one of each score file
 
@@ -78,10 +78,10 @@ def find(results: Path) -> list[Path]:
 def open_run(folder: Path) -> Run:
     """The run of a folder such as `results/dpo` or `results/base`. InputError if there is none, or its parts do not fit."""
     if (folder / PHASES["adapter"]).is_file():
-        adapter = artifacts.read(folder / PHASES["adapter"])
+        adapter = manifests.read(folder / PHASES["adapter"])
         return Run(folder, parent(adapter, "start"), adapter)
     if (folder / "manifest.json").is_file():
-        start = artifacts.read(folder / "manifest.json")
+        start = manifests.read(folder / "manifest.json")
         if start.data.get("kind") in ("base", "merged"):
             return Run(folder, start, None)
     near = [str(path) for path in find(folder.parent)] if folder.parent.is_dir() else []
@@ -99,7 +99,7 @@ def parent(artifact: Artifact, role: str) -> Artifact:
         raise InputError(
             f"{artifact.path}: its {role} is {listed['path']}, which is not here; run this from the folder in which snakemake ran"
         )
-    found = artifacts.read(listed["path"])
+    found = manifests.read(listed["path"])
     if found.fingerprint != listed["fingerprint"]:
         raise InputError(
             f"{artifact.path}: made from another {role} ({listed['fingerprint'][:12]}) than {found.path} is now "

@@ -21,7 +21,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from workflow_scripts.core.artifacts import WEIGHTS
+from workflow_scripts.artifacts.manifests import WEIGHTS
 from workflow_scripts.tools import runs
 
 METRIC = runs.METRICS["ifeval"]

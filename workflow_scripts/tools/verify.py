@@ -20,10 +20,11 @@ import os
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from workflow_scripts.core import artifacts, fingerprint, records, runinfo
-from workflow_scripts.core.artifacts import WEIGHTS, Artifact
-from workflow_scripts.core.messages import InputError
-from workflow_scripts.core.records import Place
+from workflow_scripts.artifacts import fingerprint, manifests, runinfo
+from workflow_scripts.artifacts.manifests import WEIGHTS, Artifact
+from workflow_scripts.plan import records
+from workflow_scripts.plan.records import Place
+from workflow_scripts.plumbing.messages import InputError
 from workflow_scripts.tools import runs
 
 EDITED = "edited by hand: its fingerprint is not that of its step"
@@ -51,12 +52,12 @@ class Finding:
 
 def steps_of(artifact: Artifact) -> list[dict]:
     """Its own step, and those in whose place it was accepted, oldest first."""
-    return [artifact.data["step"], *(entry["step"] for entry in artifacts.accepted(artifact))]
+    return [artifact.data["step"], *(entry["step"] for entry in manifests.accepted(artifact))]
 
 
 def open_artifact(place: Place) -> Artifact:
     """The artifact at its place, under the path that Snakemake knows it by. InputError if it is none, or not that of its step."""
-    artifact = Artifact(Path(place.manifest), artifacts.read(place.manifest).data)
+    artifact = Artifact(Path(place.manifest), manifests.read(place.manifest).data)
     step, files = artifact.data.get("step"), artifact.data["files"]
     try:
         whole = isinstance(files, dict) and fingerprint.fingerprint(step) == artifact.fingerprint  # type: ignore[arg-type]
@@ -124,7 +125,7 @@ def check_parents(finding: Finding, artifact: Artifact) -> None:
     parents: dict[str, Artifact] = {}
     for role, manifest in parent_places(finding.place, artifact).items():
         try:
-            parents[role] = artifacts.read(manifest)
+            parents[role] = manifests.read(manifest)
         except InputError:
             missing = "which cannot be read" if os.path.exists(manifest) else "which is not here"
             finding.wrong("ancestor", f"made from {role} {manifest or artifact.data['parents'][role]['path']}, {missing}")
@@ -147,7 +148,7 @@ def ancestors(place: Place, artifact: Artifact) -> list[str]:
         if manifest and manifest not in found and os.path.exists(manifest):
             found.append(manifest)
             try:
-                one = artifacts.read(manifest)
+                one = manifests.read(manifest)
                 todo += parent_places(Place(manifest, (), "", ""), one).values()
             except (InputError, KeyError, TypeError, AttributeError):
                 continue  # no manifest any more: said where it is examined
@@ -183,19 +184,19 @@ def check_scores(finding: Finding, artifact: Artifact) -> None:
         what = f"the lock file's versions are not here ({versions})" if different else "the scorer has changed since"
         finding.notes.append(f"not scored again: {what}")
         return
-    from workflow_scripts.core import gsm8k, ifeval
-    from workflow_scripts.core.jsonl import read_jsonl
+    from workflow_scripts.evaluation import gsm8k, ifeval
+    from workflow_scripts.plumbing.jsonl import read_jsonl
 
     score = {"score_ifeval": ifeval.score, "score_gsm8k": gsm8k.score}[step["step"]]
     try:
-        parents = {role: artifacts.read(path) for role, path in places.items()}
+        parents = {role: manifests.read(path) for role, path in places.items()}
         responses = parents["responses"]
         rows = read_jsonl(responses.file(responses.path.name.replace(".manifest.json", ".jsonl")))
         again = score(parents["prompts"].rows(), rows, step["config"]["strip_think"])
     except InputError as error:
         finding.notes.append(f"not scored again: {error}")
         return
-    again = json.loads(artifacts.dump(again))  # tuples become lists, as in the file
+    again = json.loads(manifests.dump(again))  # tuples become lists, as in the file
     for key in sorted(key for key, value in again.items() if artifact.data.get(key, "nothing") != value):
         was, now = artifact.data.get(key, "nothing"), again[key]
         numbers = not isinstance(now, list | dict)
@@ -203,7 +204,7 @@ def check_scores(finding: Finding, artifact: Artifact) -> None:
 
 
 def note(finding: Finding, artifact: Artifact) -> None:
-    for entry in artifacts.accepted(artifact):
+    for entry in manifests.accepted(artifact):
         finding.notes.append(f"accepted {entry['when'][:10]}, {entry['why']!r}: {'; '.join(entry['what'])}")
     for out in finding.place.outputs:
         if why := records.never_matches(out):

@@ -1,0 +1,207 @@
+"""The report's step on results that were drawn, not trained: what it says, what it refuses, what makes it stale."""
+
+import csv
+import io
+import json
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import make_clone
+from tests.support import report_world
+from workflow_scripts.config import config as configs
+from workflow_scripts.plumbing.messages import InputError
+from workflow_scripts.report import page as pages
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("made")
+    config = report_world.write_config(folder)
+    return folder, report_world.make(folder, config)
+
+
+@pytest.fixture(scope="module")
+def html(made) -> str:
+    return report_world.report(*made)
+
+
+@pytest.fixture
+def copy(made, tmp_path):
+    """A copy of the results that a test may damage, and its plan."""
+    folder, plan = made
+    shutil.copytree(folder, tmp_path / "copy")
+    return tmp_path / "copy", plan
+
+
+def alter(folder: Path, name: str, change) -> None:
+    path = folder / "results" / name
+    data = json.loads(path.read_text())
+    change(data)
+    path.write_text(json.dumps(data))
+
+
+def findings(html: str) -> dict[str, str]:
+    """Method -> verdict of the first box."""
+    box = html[html.index('<div class="box">') : html.index("<h3>Controls")]
+    return dict(re.findall(r"<li><strong>(\w+)</strong> against sft_v2: <span class=\"([^\"]+)\">", box))
+
+
+def test_known_effects_are_better_and_an_equal_method_cannot_be_told(html):
+    assert findings(html) == {"dpo": "better", "kto": "better", "ppo": "cannot tell", "grpo": "better", "rloo": "better"}
+    assert "null: passed" in html and "negative: passed" in html and "positive: passed" in html
+    assert "Do not trust" not in html and "Something is wrong" not in html and "One seed" not in html
+
+
+def test_a_method_that_did_not_move_its_own_objective_is_marked(html):
+    table = html[html.index('id="trained"') : html.index("Every run, with the interval")]
+    rows = re.findall(r"<tr><td>(\w+)</td>(.*?)</tr>", table, flags=re.S)
+    assert len(rows) == 13
+    assert [name for name, row in rows if "did not train with these settings" in row] == ["dpo_ipo"]
+
+
+def test_the_table_has_a_row_for_each_comparison_with_the_page_s_numbers(made, html):
+    rows = list(csv.DictReader(io.StringIO((made[0] / "results/report/comparison.csv").read_text())))
+    assert [row["family"] for row in rows].count("primary") == 5 and [row["family"] for row in rows].count("methods") == 10
+    (dpo,) = [row for row in rows if (row["family"], row["after"]) == ("primary", "dpo")]
+    score = [json.loads((made[0] / f"results/ifeval_dpo{seed}.json").read_text()) for seed in ("", ".seed2", ".seed3")]
+    assert float(dpo["mean_after"]) == pytest.approx(sum(one["prompt_level_strict_acc"] for one in score) / 3)
+    assert f"{100 * float(dpo['difference']):+.1f}" in html and dpo["verdict"] == "better"
+
+
+def test_the_line_of_links_names_each_section_in_the_page_s_order(html):
+    links = re.findall(r'href="#(\w+)"', html[html.index("<nav") : html.index("</nav>")])
+    assert links == re.findall(r'<h2 id="(\w+)"', html) and {"trained", "budget", "how"} < set(links)
+
+
+def test_the_same_results_give_the_same_bytes(copy, html):
+    assert report_world.report(*copy) == html
+
+
+def test_a_failed_control_says_in_red_that_the_comparison_is_not_to_be_trusted(tmp_path):
+    plan = report_world.make(tmp_path, report_world.write_config(tmp_path), accuracy={"dpo_flipped": 0.6})
+    html = report_world.report(tmp_path, plan)
+    assert 'class="box alarm"><strong>Do not trust this comparison:' in html and "negative: FAILED" in html
+
+
+def test_costs_are_gpu_hours_and_money_where_there_is_a_gpu_and_a_price(tmp_path):
+    """A DPO run trains 33 s and answers two tasks in 12.5 s each: 58 s for each of three seeds."""
+    overlay = {"device": "cuda", "precision": "bf16", "report": {"price": 36.0, "currency": "EUR"}}
+    html = report_world.report(tmp_path, report_world.make(tmp_path, report_world.write_config(tmp_path, overlay=overlay)))
+    costs = html[html.index('id="cost"') : html.index('id="graph"')]
+    row = re.search(r"<tr><td>dpo</td>(.*?)</tr>", costs, flags=re.S)[1]
+    assert re.findall(r"<td>(.*?)</td>", row) == ["3", "99 s", "75 s", "", "3.00", "0.05", "1.74 EUR"]
+
+
+def test_budgets_are_means_over_seeds_of_what_each_training_was_given(html):
+    budgets = html[html.index('id="budget"') : html.index('id="cost"')]
+    rows = dict(re.findall(r"<tr><td>(\w+)</td>(.*?)</tr>", budgets, flags=re.S))
+    assert re.findall(r">([^<]+)</td>", rows["dpo"]) == ["dpo", "pairs", "300", "19", "12,600", "33"]
+    assert "base" not in rows and "rm" in rows and "<th>seconds</th>" in budgets
+
+
+def test_one_seed_is_said_loudly(tmp_path):
+    html = report_world.report(tmp_path, report_world.make(tmp_path, report_world.write_config(tmp_path, seeds=1)))
+    assert (
+        'class="box alarm"><strong>One seed.</strong>' in html and "one seed, so what another seed would give is unknown" in html
+    )
+
+
+@pytest.mark.parametrize("other", ["kto", "dpo.seed2"])
+def test_two_runs_with_the_same_verdicts_are_a_warning(copy, other):
+    folder, plan = copy
+    dpo = json.loads((folder / "results/ifeval_dpo.json").read_text())
+    copied = {key: dpo[key] for key in ("per_prompt", "prompt_level_strict_acc")}
+    alter(folder, f"ifeval_{other}.json", lambda data: data.update(copied))
+    html = report_world.report(folder, plan)
+    assert "Something is wrong with the data." in html
+    assert re.search(rf"(dpo and {other}|{other} and dpo) have the same verdict on each of 200 prompts", html)
+
+
+def test_a_seed_that_is_a_copy_of_another_is_refused(copy):
+    folder, plan = copy
+    shutil.copy(folder / "results/ifeval_dpo.json", folder / "results/ifeval_dpo.seed2.json")
+    with pytest.raises(InputError, match=r"ifeval_dpo\.seed2\.json: not the scores that the report was planned with"):
+        report_world.report(folder, plan)
+
+
+def drop(data: dict) -> None:
+    del data["per_prompt"][5:8]
+    data["n_prompts"] -= 3
+    passed = [all(row["follow_instruction_list_strict"]) for row in data["per_prompt"]]
+    data["prompt_level_strict_acc"] = sum(passed) / len(passed)
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (
+            drop,
+            r"ifeval_kto\.json: other prompts than .*ifeval_base\.json: it lacks 3 of them, such as 5\. Scores over different",
+        ),
+        (lambda data: data["per_prompt"].pop(), r"says 200 prompts and has 199"),
+        (lambda data: data["per_prompt"].__setitem__(1, data["per_prompt"][0]), r"prompt 0 has two verdicts"),
+        (lambda data: data.update(prompt_level_strict_acc=0.9), r"prompt_level_strict_acc is 0\.900000, and its verdicts make"),
+        (lambda data: data.update(fingerprint="0" * 32), r"not the scores that the report was planned with"),
+    ],
+)
+def test_what_can_t_be_compared_is_refused(copy, change, message):
+    folder, plan = copy
+    alter(folder, "ifeval_kto.json", change)
+    before = sorted(path.stat().st_mtime_ns for path in folder.glob("results/report/*"))
+    with pytest.raises(InputError, match=message):
+        report_world.report(folder, plan)
+    assert sorted(path.stat().st_mtime_ns for path in folder.glob("results/report/*")) == before
+
+
+def test_answers_and_curves_may_be_gone(copy, html):
+    folder, plan = copy
+    for path in [*folder.glob("results/*/adapter/metrics.csv"), *folder.glob("results/*/ifeval_responses.jsonl")]:
+        path.unlink()
+    assert findings(report_world.report(folder, plan)) == findings(html)
+
+
+@pytest.mark.parametrize("value", ["=1+1", "+1", "-1", "@SUM(A1)", "\t=1"])
+def test_a_cell_that_a_spreadsheet_would_run_is_text(value):
+    assert pages.cell(value) == "'" + value and pages.cell(-1.5) == -1.5
+
+
+@pytest.mark.parametrize(
+    "overlay, message",
+    [
+        (
+            {"families": {"primary": {"runs": ["dbo"]}}},
+            r"report\.families\.primary\.runs: found 'dbo', expected one of base, dpo",
+        ),
+        ({"families": {"primary": {"runs": ["rm"]}}}, r"found 'rm', expected one of"),
+        (
+            {"families": {"primary": {"task": "mmlu"}}},
+            r"report\.families\.primary\.task: found 'mmlu', expected what `eval:` has",
+        ),
+        ({"families": {"primary": {"reference": "dpo"}}}, r"dpo is the reference: it can't be compared with itself"),
+        (
+            {"controls": {"null": {"run": "sft_v2", "seeds_from": 1, "alpha": 0.01}}},
+            r"report\.controls\.null\.seeds_from: 1 added to seeds",
+        ),
+    ],
+)
+def test_a_report_of_what_the_config_lacks_is_refused(tmp_path, overlay, message):
+    from workflow_scripts.plan.plan import Plan
+
+    config = report_world.write_config(tmp_path, overlay={"report": overlay})
+    with pytest.raises(InputError, match=message):
+        Plan(configs.load(config)).check()
+
+
+def test_only_score_files_are_inputs_so_no_curve_or_time_makes_a_report_stale(made):
+    assert all(re.fullmatch(r"results/((ifeval|gsm8k)_[\w.]+|rm[\w.]*/rm_eval)\.json", file) for file in made[1].report_inputs())
+
+
+def test_snakemake_plans_the_report_from_the_scores_of_every_run(tmp_path):
+    clone = make_clone(tmp_path / "clone")
+    planned = clone.plan("results/report/comparison.html", configs=["config/config.yaml"])
+    runs = len(configs.load(clone.folder / "config/config.yaml").experiments)  # one seed: each but rm, the base, the null control
+    assert planned["report"] == 1 and planned["score"] == 2 * (runs + 1) and planned["eval_rm"] == 1
+    assert planned["train_sft"] == 3

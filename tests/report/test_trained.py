@@ -1,0 +1,122 @@
+"""Did it train? The verdict on one adapter's manifest, by hand-made numbers and by real trainings with and without a rate."""
+
+import pytest
+
+from tests.support import small_steps
+from tests.training.test_methods_broken import HELDOUT, SETTINGS
+from workflow_scripts.plumbing.messages import InputError
+from workflow_scripts.report.trained import NOT_TRAINED, TRAINED, UNKNOWN, interval_of, trained
+from workflow_scripts.tiny import world
+
+
+def manifest(method, **values):
+    """values: name -> (before, after, standard error, n)."""
+    objective = {
+        "before": {name: value[0] for name, value in values.items()},
+        "after": {name: value[1] for name, value in values.items()},
+        "change": {
+            name: {"mean": after - before, "stderr": stderr, "n": n}
+            for name, (before, after, stderr, n) in values.items()
+            if before is not None
+        },
+    }
+    return {"kind": "adapter", "step": {"config": {"method": method}}, "objective": objective}
+
+
+def test_the_interval_is_students_with_n_minus_1():
+    assert interval_of(2.0, 0.5, 3) == pytest.approx((2 - 4.302653 * 0.5, 2 + 4.302653 * 0.5))
+    assert interval_of(2.0, 0.5, 10) == pytest.approx((2 - 2.262157 * 0.5, 2 + 2.262157 * 0.5))
+    assert interval_of(2.0, None, 1) is None
+
+
+@pytest.mark.parametrize(
+    ("method", "values", "verdict"),
+    [
+        ("sft", {"loss": (2.0, 1.0, 0.4, 10)}, TRAINED),  # -1 +- 0.905
+        ("sft", {"loss": (2.0, 1.0, 0.5, 10)}, NOT_TRAINED),  # -1 +- 1.13
+        ("sft", {"loss": (2.0, 1.0, 0.4, 3)}, NOT_TRAINED),  # -1 +- 1.72
+        ("sft", {"loss": (1.0, 2.0, 0.1, 10)}, NOT_TRAINED),  # the wrong way
+        ("sft", {"loss": (1.0, 1.0, 0.0, 10)}, NOT_TRAINED),
+        ("sft", {"loss": (2.0, 1.0, None, 1)}, UNKNOWN),
+        ("dpo", {"accuracy": (0.0, 0.9, 0.1, 20), "margin": (0.0, 0.5, 0.1, 20)}, TRAINED),
+        ("dpo", {"accuracy": (0.0, 0.5, 0.1, 20), "margin": (0.0, 0.0, 0.0, 20)}, NOT_TRAINED),  # ties that rounding broke
+        ("rm", {"accuracy": (0.5, 0.6, 0.1, 20), "margin": (0.0, 0.5, 0.1, 20)}, NOT_TRAINED),
+        ("kto", {"accuracy": (None, None, None, 0), "margin": (0.0, 0.5, 0.1, 20)}, TRAINED),  # no prompt with both answers
+        ("kto", {"accuracy": (0.0, 0.9, None, 1), "margin": (0.0, 0.0, 0.0, 20)}, NOT_TRAINED),  # one that failed is enough
+        ("grpo", {"reward": (0.2, 0.4, 0.05, 20), "tokens": (9, 1, 0.1, 20)}, TRAINED),
+        ("ppo", {"reward": (0.4, 0.2, 0.05, 20)}, NOT_TRAINED),
+        ("rloo", {"reward": (0.2, 0.2, 0.05, 20)}, NOT_TRAINED),
+    ],
+)
+def test_the_verdict(method, values, verdict):
+    found = trained(manifest(method, **values))
+    assert found["verdict"] == verdict
+    assert found["trained"] is {TRAINED: True, NOT_TRAINED: False, UNKNOWN: None}[verdict]
+
+
+def test_what_a_value_says():
+    (loss,) = trained(manifest("sft", loss=(2.0, 1.0, 0.4, 10), token_accuracy=(0.1, 0.2, 0.3, 10)))["values"]
+    low, high = loss.pop("interval")
+    assert (low, high) == pytest.approx((-1.904863, -0.095137), abs=1e-6)
+    assert loss == {"name": "loss", "good": "down", "before": 2.0, "after": 1.0, "change": -1.0, "moved": True}
+
+
+def test_a_manifest_without_a_change_gives_no_interval():
+    old = manifest("dpo", accuracy=(0.0, 0.9, 0.1, 20), margin=(0.0, 0.5, 0.1, 20))
+    del old["objective"]["change"]
+    found = trained(old)
+    assert found["trained"] is None and found["verdict"] == UNKNOWN
+    assert [(one["change"], one["interval"], one["moved"]) for one in found["values"]] == [(None, None, None)] * 2
+    assert found["values"][1]["after"] == 0.5
+
+
+@pytest.mark.parametrize("other", [{"kind": "base", "step": {"config": {}}}, {"kind": "slice"}])
+def test_a_manifest_that_is_no_adapters_is_refused(other):
+    with pytest.raises(InputError, match=f"^a manifest of kind '{other['kind']}': expected an adapter's.*; give results/"):
+        trained(other)
+
+
+# -- real trainings ---------------------------------------------------------------------------------------------------
+
+BATCH = {"per_device_eval_batch_size": 5}
+RATES = {"sft_v2": BATCH | {"learning_rate": 3.0e-3}} | {name: more | BATCH for name, more in SETTINGS.items()}
+for name in ("ppo_ifeval", "grpo", "rloo"):
+    RATES[name] = SETTINGS[name]  # its units are prompts, whatever the batch
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("trained")
+
+
+@pytest.fixture(scope="module")
+def base(speaking_base):
+    return speaking_base
+
+
+@pytest.fixture(scope="module")
+def rows(folder):
+    made = {
+        "sft": world.sft_rows(400 + HELDOUT, seed=1, follow=0.9, numeric=0.1),
+        "pairs": world.preference_rows(200 + HELDOUT, seed=1),
+        "instructions": world.eval_rows(160, seed=1, split="pairs"),
+    }
+    kinds = {"sft_v2": "sft", "dpo": "pairs", "kto": "pairs", "rm": "pairs"}
+    written = {name: small_steps.write_slice(folder / "data", name, data, HELDOUT) for name, data in made.items()}
+    return lambda method: written[kinds.get(method, "instructions")]
+
+
+@pytest.mark.parametrize("method", RATES)
+def test_a_learning_rate_of_next_to_nothing_is_told_from_a_real_one(folder, base, rows, method):
+    real, none = (
+        small_steps.train(folder / f"{method} {name}", method, base, rows(method), **RATES[method] | more).data
+        for name, more in (("real", {}), ("none", {"learning_rate": 1.0e-12}))
+    )
+    assert real["objective"]["before"] == none["objective"]["before"]
+    for data in (real, none):
+        assert all(one["n"] >= 10 and one["stderr"] is not None for one in data["objective"]["change"].values())
+        for name, one in data["objective"]["change"].items():
+            gained = data["objective"]["after"][name] - data["objective"]["before"][name]
+            assert one["mean"] == pytest.approx(gained, abs=5e-6)
+    assert trained(real)["verdict"] == TRAINED, trained(real)
+    assert trained(none)["verdict"] == NOT_TRAINED, trained(none)

@@ -1,0 +1,415 @@
+"""By hand, what an edit makes stale: for random_edits.py, which makes the edits, and test_random_edits.py.
+
+The oracle asks nothing of the code that it judges. It is these tables: who starts from whom (`RUNS`, `parents`), which key
+stands in which steps (`KEYS`, `METHOD_KEYS`), which file is code of which steps (`CODE`), which library (`PACKAGES`), and
+which rows a slice takes (`selection`). An edit names the phases that depend on it directly; what starts from those follows.
+A phase is (kind, name): ("slice", "sft"), ("base", ""), ("train", "dpo"), ("merge", "sft_v2"), ("generate_ifeval", "dpo"), ...
+"""
+
+import json
+import random
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+Phase = tuple[str, str]
+
+
+class Run(NamedTuple):
+    method: str
+    start: str
+    slice: str
+    rewards: tuple[str, ...] = ()
+
+
+# Config files: config.yaml, micro.yaml and random_edits.yaml. Seed 2 of dpo brings its own sft_v2.
+RUNS = {
+    "sft_v1": Run("sft", "base", "sft"),
+    "sft_v2": Run("sft", "base", "sft"),
+    "sft_v2.seed2": Run("sft", "base", "sft"),
+    "dpo": Run("dpo", "sft_v2", "mine"),
+    "dpo.seed2": Run("dpo", "sft_v2.seed2", "mine"),
+    "dpo_ipo": Run("dpo", "sft_v2", "mine"),
+    "dpo_4bit": Run("dpo", "sft_v2", "mine"),
+    "dpo_base": Run("dpo", "base", "mine"),
+    "kto": Run("kto", "sft_v2", "pairs"),
+    "rm": Run("rm", "sft_v2", "mixed"),
+    "ppo": Run("ppo", "sft_v2", "instructions", ("rm",)),
+    "ppo_ifeval": Run("ppo", "sft_v2", "instructions"),
+    "grpo": Run("grpo", "sft_v2", "instructions"),
+    "grpo_numeric": Run("grpo", "sft_v2", "sums"),
+    "grpo_rm": Run("grpo", "sft_v2", "instructions", ("rm",)),
+    "rloo": Run("rloo", "sft_v2", "instructions"),
+}
+PROMPTS = {"ifeval": "ifeval", "gsm8k": "sums_eval"}
+TRAINED_ON = ("sft", "pairs", "mine", "mixed", "instructions", "sums")
+FROM_FILES = ("mine", "mixed")
+NEEDS_GRADE = [run for run in ("base", *RUNS) if run not in ("rm", "sft_v2.seed2")]  # what the targets score
+MERGED = ("sft_v2", "sft_v2.seed2", "dpo_base")  # the last one on demand
+
+
+def parents(runs: dict[str, Run]) -> dict[Phase, set[Phase]]:
+    """Phase -> the phases that it starts from, of all phases that these runs can have."""
+    prompts: set[Phase] = {("slice", name) for name in PROMPTS.values()}
+    graph: dict[Phase, set[Phase]] = {phase: set() for phase in prompts}
+    graph["base", ""] = {("slice", "ifeval")}
+    for name in TRAINED_ON:
+        graph["slice", name] = prompts | {("base", "")}
+
+    def start(run: str) -> Phase:
+        return ("base", "") if runs[run].start == "base" else ("merge", runs[run].start)
+
+    for run, (method, _, rows, rewards) in runs.items():
+        graph["train", run] = {start(run), ("slice", rows)}
+        for model in rewards:
+            graph["train", run] |= {("train", model), start(model)}
+        model_and_start = {start(run), ("train", run)}
+        if method == "rm":
+            graph["eval_rm", run] = model_and_start | {("slice", rows)}
+        else:
+            graph["merge", run] = model_and_start
+            for task in PROMPTS:
+                graph[f"generate_{task}", run] = model_and_start | {("slice", PROMPTS[task])}
+    for task in PROMPTS:
+        graph[f"generate_{task}", "base"] = {("base", ""), ("slice", PROMPTS[task])}
+        for run in ("base", *runs):
+            if run == "base" or runs[run].method != "rm":
+                graph[f"score_{task}", run] = {(f"generate_{task}", run), ("slice", PROMPTS[task])}
+    return graph
+
+
+def above(phases: Iterable[Phase], graph: dict[Phase, set[Phase]]) -> set[Phase]:
+    """The phases and all that they start from."""
+    found: set[Phase] = set()
+    todo = list(phases)
+    while todo:
+        if (phase := todo.pop()) not in found:
+            found.add(phase)
+            todo += graph[phase]
+    return found
+
+
+GRAPH = parents(RUNS)
+TARGETS: list[Phase] = [(f"score_{task}", run) for task in PROMPTS for run in NEEDS_GRADE]
+TARGETS += [("eval_rm", "rm"), ("merge", "dpo_base")]
+FINISHED = above(TARGETS, GRAPH)
+
+
+def expected(direct: set[Phase], targets: list[Phase], runs: dict[str, Run] | None = None) -> set[Phase]:
+    """What must be planned for these targets: of all that they start from, what depends on an edit or was never made."""
+    graph = parents(runs or RUNS)
+    needed = above(targets, graph)
+    return {phase for phase in needed if (above([phase], graph) & needed) & (direct | (needed - FINISHED))}
+
+
+def phase_of(output: str) -> Phase:
+    """The phase that makes a file: its rule's first output."""
+    parts = output.removeprefix("results/").split("/")
+    if parts[0] == "data":
+        return "slice", parts[1].removesuffix(".manifest.json")
+    if parts[0] == "base" and parts[1] == "manifest.json":
+        return "base", ""
+    if len(parts) == 1:
+        task, run = parts[0].removesuffix(".json").split("_", 1)
+        return f"score_{task}", run
+    if parts[1] == "rm_eval.json":
+        return "eval_rm", parts[0]
+    if parts[1] in ("adapter", "merged"):
+        return {"adapter": "train", "merged": "merge"}[parts[1]], parts[0]
+    return f"generate_{parts[1].removesuffix('_responses.manifest.json')}", parts[0]
+
+
+def file_of(phase: Phase) -> str:
+    """The target's file of a phase that is asked for: `phase_of` the other way round."""
+    kind, name = phase
+    return {"eval_rm": f"results/{name}/rm_eval.json", "merge": f"results/{name}/merged/manifest.json"}.get(
+        kind, f"results/{kind.removeprefix('score_')}_{name}.json"
+    )
+
+
+# -- the config -------------------------------------------------------------------------------------------------------------
+
+
+def of(*kinds: str) -> set[Phase]:
+    return {phase for phase in FINISHED if phase[0] in kinds}
+
+
+def trained(*runs: str) -> set[Phase]:
+    return {("train", run) for run in runs}
+
+
+def slices(*names: str) -> set[Phase]:
+    return {("slice", name) for name in names}
+
+
+BASE: set[Phase] = {("base", "")}
+ANSWERS = of("generate_ifeval", "generate_gsm8k")
+MACHINE = BASE | of("train", "merge", "eval_rm") | ANSWERS
+IN_4_BIT = trained(*(run for run in RUNS if RUNS[run].method != "dpo"), "dpo_4bit") | {("eval_rm", "rm")}
+NOTHING: set[Phase] = set()
+SAME = "the value that it has"
+
+# Key -> (values that it does not have, the phases in whose step it stands).
+KEYS: dict[str, tuple[list, set[Phase]]] = {
+    "lora.r": ([8, 32], of("train")),
+    "lora.alpha": ([16, 64], of("train")),
+    "lora.dropout": ([0.0, 0.1], of("train")),
+    "lora.target_modules": ([["q_proj", "v_proj"]], of("train")),
+    "quant.double": ([False], IN_4_BIT | of("merge")),  # a merge is measured against its 4-bit start
+    "threads": ([2, 3], MACHINE),
+    "precision": (["bf16"], MACHINE - BASE - ANSWERS),  # answers have eval.precision
+    "device": (["cuda"], MACHINE - BASE),
+    "eval.precision": (["bf16"], ANSWERS),
+    "eval.batch_size": ([7, 31], ANSWERS),
+    "eval.ifeval.max_new_tokens": ([9, 33], of("generate_ifeval")),
+    "eval.gsm8k.max_new_tokens": ([9, 33], of("generate_gsm8k")),
+    "eval.ifeval.strip_think": ([True], of("score_ifeval")),
+    "eval.gsm8k.strip_think": ([True], of("score_gsm8k")),
+    "data.max_drop": ([0.5, 0.07], slices(*TRAINED_ON)),
+    "data.max_prompt_tokens": ([91], slices(*TRAINED_ON)),
+    "data.decontaminate.rule": (["ngram"], slices(*TRAINED_ON)),
+    "data.decontaminate.share": ([0.6], slices(*TRAINED_ON)),
+    "data.slices.sft.source.tiny.follow": ([0.4], slices("sft")),
+    "data.slices.mine.max_prompt_tokens": ([91], slices("mine")),
+    "data.slices.mine.group_by": (["topic"], slices("mine")),
+    "data.slices.mine.format": (["pairs"], slices("mine")),
+    "data.slices.mixed.source.paths": ([["mine/pairs.jsonl", "mine/more.json"]], slices("mixed")),
+    "data.slices.rm_pairs.rows": ([60], NOTHING),  # nobody trains on it here
+    "base.scratch.seed": ([2], BASE),
+    "base.scratch.documents.n": ([1400], BASE),
+    "base.scratch.documents.follow": ([0.2], BASE),
+    "base.scratch.tokenizer.vocab_size": ([900], BASE),
+    "base.scratch.model.hidden_size": ([64], BASE),
+    "base.scratch.train.steps": ([29], BASE),
+    "base.scratch.train.warmup_steps": ([3], BASE),
+    "base.scratch.train.muon_learning_rate": ([4.0e-3], BASE),
+    "allow_package_mismatch": ([True], FINISHED),
+    "methods.kto.class_weights": ([{"desirable": 1.0, "undesirable": 2.0}], trained("kto")),
+    "methods.rm.max_left_out": ([0.2], trained("rm")),
+    "methods.grpo.require_reward_above_chance": ([False], trained("grpo", "grpo_numeric")),  # grpo_rm has its own
+    "methods.ppo.ppo.kl_coef": ([0.07], trained("ppo", "ppo_ifeval")),
+    "methods.ppo.ppo.kl_target": ([4.0], trained("ppo", "ppo_ifeval")),
+    "experiments.ppo.ppo.gamma": ([0.99], trained("ppo", "ppo_ifeval")),
+    "experiments.ppo_ifeval.ppo.whiten_rewards": ([True], trained("ppo_ifeval")),
+    "methods.sft.quantise": (["none"], trained("sft_v1", "sft_v2", "sft_v2.seed2")),
+    "experiments.dpo.quantise": (["nf4"], trained("dpo", "dpo.seed2", "dpo_ipo", "dpo_base")),  # dpo_4bit has it
+    "experiments.grpo.reward": ([{"ifeval": 2.0}], trained("grpo")),  # the other two have their own
+    "experiments.grpo_rm.reward": ([{"rm": 0.25, "ifeval": 0.75}, "rm"], trained("grpo_rm")),
+    "experiments.rloo.reward": ([{"ifeval": 0.5}], trained("rloo")),
+    # Decide nothing, or not in this config
+    "track": (["tensorboard"], NOTHING),
+    "seeds": ([[1, 2, 3], [2]], NOTHING),
+    "checkpoint_minutes": ([3, 0.5], NOTHING),
+    **dict.fromkeys(("pathvars.logs", "pathvars.benchmarks"), (["elsewhere"], NOTHING)),
+    "allow_unpinned": ([True], NOTHING),
+    "sweep_ranks": ([[4, 64]], NOTHING),
+    "experiments.kto.sweep": (["none"], NOTHING),
+    "base.dtype": (["bf16"], NOTHING),
+    "base.end_of_turn": (["<end>"], NOTHING),
+    "base.path": (["nowhere"], NOTHING),
+    "experiments.more": ([{"extends": "dpo", "train": {"beta": 0.5}}], NOTHING),
+    "data.slices.more": ([{"kind": "ifeval", "rows": 5, "seed": 1, "source": {"tiny": {"split": "dev"}}}], NOTHING),
+    # The same, said in another way
+    f"methods.dpo.train.weight_decay {SAME}": ([0], NOTHING),
+    f"methods.sft.train.num_train_epochs {SAME}": ([1.0], NOTHING),
+    f"methods.sft.train.learning_rate {SAME}": ([0.002], NOTHING),
+    f"experiments.dpo_ipo.train.beta {SAME}": ([0.1], NOTHING),
+    f"experiments.grpo.reward {SAME}": ([{"ifeval": 1}], NOTHING),
+    f"data.slices.mine.max_prompt_tokens {SAME}": ([96], NOTHING),
+    f"data.slices.mine.source.path {SAME}": (["./mine/pairs.jsonl", "mine/../mine/pairs.jsonl"], NOTHING),
+    f"experiments.kto.quantise {SAME}": (["nf4"], NOTHING),
+    f"allow_package_mismatch {SAME}": ([False], NOTHING),
+}
+for _name in (*TRAINED_ON, *PROMPTS.values()):
+    KEYS[f"data.slices.{_name}.seed"] = ([5, 6], slices(_name))
+    KEYS[f"data.slices.{_name}.rows"] = ([19, 23], slices(_name))
+    if _name in TRAINED_ON:
+        KEYS[f"data.slices.{_name}.heldout"] = ([4, 5], slices(_name))
+
+# Edits that change who starts from whom: key -> (value, runs as they are then, phases whose step changes itself).
+REWIRINGS: list[tuple[str, Any, dict[str, Run], set[Phase]]] = [
+    (
+        "experiments.dpo.start_from",
+        "sft_v1",
+        {run: RUNS[run]._replace(start="sft_v1") for run in ("dpo", "dpo_ipo", "dpo_4bit")}
+        | {"dpo.seed2": Run("dpo", "sft_v1.seed2", "mine"), "sft_v1.seed2": RUNS["sft_v1"]},
+        trained("dpo", "dpo.seed2", "dpo_ipo", "dpo_4bit"),
+    ),
+    ("experiments.dpo_ipo.start_from", "dpo_4bit", {"dpo_ipo": Run("dpo", "dpo_4bit", "mine")}, trained("dpo_ipo")),
+    ("experiments.kto.start_from", "base", {"kto": Run("kto", "base", "pairs")}, trained("kto")),
+    ("methods.kto.slice", "mine", {"kto": Run("kto", "sft_v2", "mine")}, trained("kto")),
+    ("experiments.dpo_4bit.slice", "mixed", {"dpo_4bit": Run("dpo", "sft_v2", "mixed")}, trained("dpo_4bit")),
+    ("experiments.grpo.reward", "rm", {"grpo": Run("grpo", "sft_v2", "instructions", ("rm",))}, trained("grpo")),
+    ("experiments.ppo.reward", "ifeval", {"ppo": RUNS["ppo_ifeval"]}, trained("ppo")),
+    ("experiments.grpo_rm.reward", "ifeval", {"grpo_rm": RUNS["grpo"]}, trained("grpo_rm")),
+    ("experiments.rloo", {"slice": "sums", "reward": "numeric"}, {"rloo": Run("rloo", "sft_v2", "sums")}, trained("rloo")),
+]
+
+# Keys under `train:` -> values that no run has.
+_ALL = {
+    "learning_rate": [1.3e-4, 2.7e-3], "lr_scheduler_type": ["linear", "constant_with_warmup"], "warmup_steps": [0.07, 5],
+    "weight_decay": [0.01], "max_grad_norm": [0.5], "num_train_epochs": [2, 1.5], "per_device_train_batch_size": [12],
+    "per_device_eval_batch_size": [20], "gradient_accumulation_steps": [2], "gradient_checkpointing": [True],
+    "logging_steps": [3], "adam_beta1": [0.8], "adam_beta2": [0.99], "adam_epsilon": [1.0e-7], "max_steps": [5],
+}  # fmt: skip
+_ROLLOUTS = {
+    "num_generations": [2], "num_generations_eval": [5], "max_completion_length": [11], "num_iterations": [2],
+    "temperature": [0.9], "top_p": [0.9], "top_k": [50], "beta": [0.27], "epsilon": [0.1],
+    "mask_truncated_completions": [True],
+}  # fmt: skip
+METHOD_KEYS: dict[str, dict[str, list]] = {
+    "sft": _ALL | {"max_length": [99], "assistant_only_loss": [False], "loss_type": ["dft"], "neftune_noise_alpha": [5]},
+    "dpo": _ALL | {"max_length": [99], "beta": [0.27], "loss_type": ["hinge"], "truncation_mode": ["keep_end"]},
+    "kto": _ALL | {"max_length": [99], "beta": [0.27], "loss_type": ["apo_zero_unpaired"]},
+    "rm": _ALL | {"max_length": [99], "center_rewards_coefficient": [0.01]},
+    "ppo": _ALL
+    | {"max_completion_length": [11], "steps_per_generation": [4], "num_iterations": [3], "temperature": [0.9]}
+    | {"top_p": [0.9], "top_k": [50], "epsilon": [0.1]},
+    "grpo": _ALL | _ROLLOUTS | {"loss_type": ["dapo"], "scale_rewards": ["none"]},
+    "rloo": _ALL | _ROLLOUTS | {"normalize_advantages": [True]},
+}  # fmt: skip
+EXTENDS = {"dpo_ipo": "dpo", "dpo_4bit": "dpo", "dpo_base": "dpo", "grpo_numeric": "grpo", "grpo_rm": "grpo"}
+EXTENDS["ppo_ifeval"] = "ppo"
+OWN = {"sft_v1": {"assistant_only_loss"}, "dpo_ipo": {"loss_type"}, "grpo_numeric": {"max_completion_length"}}
+
+# Keys of methods.yaml that config.yaml or micro.yaml say again: there an edit of methods.yaml decides nothing.
+_AGAIN = {"learning_rate", "per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"}
+_AGAIN |= {"gradient_checkpointing"}
+_AGAIN_ROLLOUTS = _AGAIN | {"lr_scheduler_type", "warmup_steps", "num_generations", "max_completion_length", "beta"}
+SAID_AGAIN = {method: _AGAIN | {"max_length"} for method in ("sft", "dpo", "kto", "rm")} | {
+    "ppo": _AGAIN | {"lr_scheduler_type", "warmup_steps", "steps_per_generation", "num_iterations", "max_completion_length"},
+    "grpo": _AGAIN_ROLLOUTS,
+    "rloo": _AGAIN_ROLLOUTS,
+}
+# And of config.yaml, that micro.yaml says again.
+_IN_MICRO = {"max_steps", "per_device_train_batch_size", "max_completion_length"}
+IN_MICRO = dict.fromkeys(("grpo", "rloo"), _IN_MICRO | {"num_generations"})
+IN_MICRO["ppo"] = _IN_MICRO | {"steps_per_generation", "num_iterations"}
+
+
+def who_has(method: str, key: str, experiment: str | None = None) -> set[Phase]:
+    """The trainings that an edit of `train: key` reaches, in the method's block or in an experiment's."""
+    runs = [run for run in RUNS if RUNS[run].method == method]
+    if experiment:
+        runs = [run for run in runs if experiment in (run.split(".")[0], EXTENDS.get(run.split(".")[0]))]
+    return trained(*(run for run in runs if key not in OWN.get(run, ()) or run == experiment))
+
+
+# -- code and libraries -----------------------------------------------------------------------------------------------------
+
+TRAIN = [f"train_{method}" for method in METHOD_KEYS]
+SLICE = ["slice tiny", "slice file"]
+SCORE = ["score_ifeval", "score_gsm8k"]
+MODELS = ["merge", "generate", "eval_rm", *TRAIN]
+ROLLOUTS = ["train_ppo", "train_grpo", "train_rloo"]
+EVERY = [*SLICE, "make_base", *MODELS, *SCORE]
+# Plumbing; what plans; what only models from elsewhere need.
+NO_STEP = """steps/cli plumbing/gpus plumbing/progress plumbing/messages plumbing/signals artifacts/runinfo artifacts/work
+artifacts/fingerprint data/hub config/__init__ config/config config/schema_errors config/yaml_files config/bases config/comparison
+config/choices config/judged config/names config/sweep plan/__init__ plan/plan plan/records plan/estimate plan/gpu_memory
+plan/patterns models/sources models/templates""".split()
+# The report, which is no target here, and multiple choice, which this config has not
+REPORT = """report/__init__ report/capacity report/collect report/figures report/judge report/page report/sections report/trained
+report/winning steps/report evaluation/lm_tasks steps/lm_eval_task steps/judge_answers stats/__init__ stats/accuracy
+stats/components stats/family stats/power""".split()
+PAGE = [f"report/templates/report.{ending}" for ending in ("html.jinja", "css", "js")]
+# File of the package -> the steps that can run it.
+CODE: dict[str, list[str]] = {
+    **dict.fromkeys(
+        (
+            "__init__.py",
+            "steps/__init__.py",
+            "artifacts/__init__.py",
+            "artifacts/manifests.py",
+            "plumbing/__init__.py",
+            "plumbing/jsonl.py",
+        ),
+        EVERY,
+    ),
+    **dict.fromkeys(
+        ("tiny/__init__.py", "tiny/world.py", "tiny/answers.py", "tiny/instructions.py"), ["slice tiny", "make_base"]
+    ),
+    **dict.fromkeys(("tiny/pretrain.py", "tiny/chat_template.jinja"), ["make_base"]),
+    **dict.fromkeys(("models/__init__.py", "models/chat.py"), [*SLICE, "make_base", *MODELS]),
+    "models/device.py": ["make_base", *MODELS],
+    "models/loading.py": MODELS,
+    **dict.fromkeys(
+        tuple(f"training/{name}.py" for name in "__init__ trainers checkpoints units change".split()), ["eval_rm", *TRAIN]
+    ),
+    "data/__init__.py": [*SLICE, "make_base", "generate", "train_kto", "score_gsm8k"],
+    "data/slicing.py": [*SLICE, "generate"],
+    "data/formats.py": [*SLICE, "generate", "score_gsm8k"],
+    **dict.fromkeys(("evaluation/__init__.py", "evaluation/scores.py"), [*SCORE, *ROLLOUTS]),
+    "steps/scoring.py": SCORE,
+    "evaluation/gsm8k.py": ["score_gsm8k"],
+    "data/unpaired.py": ["train_kto"],
+    "evaluation/ifeval.py": ["score_ifeval", *ROLLOUTS],
+    "evaluation/nltk_data/tokenizers/punkt_tab/english/abbrev_types.txt": ["score_ifeval", *ROLLOUTS],
+    "rl/__init__.py": ["eval_rm", "train_rm", *ROLLOUTS],
+    "evaluation/numerals.py": ["score_gsm8k", *ROLLOUTS],
+    **dict.fromkeys(("rl/verifiers.py", "rl/rewards.py"), ROLLOUTS),
+    **dict.fromkeys(("rl/ppo_trainer.py", "rl/advantages.py"), ["train_ppo"]),
+    "rl/reward_model.py": ["eval_rm", "train_rm", *ROLLOUTS],
+    "steps/slice_data.py": SLICE,
+    **{f"steps/{step}.py": [step] for step in ("make_base", "merge", "generate", "eval_rm", *SCORE, *TRAIN)},
+    **dict.fromkeys((f"{name}.py" for name in NO_STEP), []),
+    **dict.fromkeys((f"tools/{name}.py" for name in "__init__ compare status card push pin runs chat".split()), []),
+    **dict.fromkeys([*(f"{name}.py" for name in REPORT), *PAGE], []),
+    **dict.fromkeys(("models/chat_templates/chatml_text.jinja", "models/chat_templates/smollm2.jinja"), []),
+}
+# Modules that run when Snakemake plans: there a statement may be added, and nothing changed.
+PLANNING = (set(NO_STEP) - {"models/templates"}) | {"data/slicing", "data/formats", "artifacts/manifests", "plumbing/jsonl"}
+
+TORCH = [*SLICE, "make_base", *MODELS]
+IFEVAL = ["score_ifeval", *ROLLOUTS]
+PACKAGES: dict[str, list[str]] = {
+    **dict.fromkeys(("torch", "transformers", "tokenizers", "safetensors", "numpy", "Jinja2"), TORCH),
+    "datasets": ["make_base", *MODELS],  # device.py quietens it; the trainers take rows through it
+    **dict.fromkeys(("peft", "accelerate", "bitsandbytes"), MODELS),
+    "pandas": ["eval_rm", *TRAIN],
+    "trl": TRAIN,
+    "scipy": ["eval_rm", *ROLLOUTS],
+    **dict.fromkeys(("lm_eval", "nltk", "langdetect"), IFEVAL),
+    **dict.fromkeys(("pytest", "ruff", "snakemake", "tqdm", "PyYAML", "jsonschema", "statsmodels", "gguf", "tensorboard"), []),
+}
+
+# Files of the repository that no step reads.
+UNUSED = ["README.md", "CHANGELOG.md", "docs/methods.md", "docs/staleness.md", "Makefile", "pyproject.toml", "tests/conftest.py"]
+UNUSED += ["config/schema.yaml", "config/qwen05b.yaml", "config/smollm2.yaml", "profiles/default/profile.yaml", "envs/cpu.yaml"]
+UNUSED += ["LICENSE", "Snakefile", *(f"rules/{name}.smk" for name in ("base", "common", "data", "eval", "merge", "train"))]
+
+
+def step_of(phase: Phase) -> str:
+    """The step, as `CODE` and `PACKAGES` name it, that makes a phase."""
+    kind, name = phase
+    if kind == "slice":
+        return "slice file" if name in FROM_FILES else "slice tiny"
+    if kind == "train":
+        return f"train_{RUNS[name].method}"
+    return {"base": "make_base"}.get(kind, "generate" if kind.startswith("generate") else kind)
+
+
+def running(steps: list[str]) -> set[Phase]:
+    return {phase for phase in FINISHED if step_of(phase) in steps}
+
+
+# -- rows -------------------------------------------------------------------------------------------------------------------
+
+# Slice -> (files, rows, seed), as random_edits.yaml has them.
+LOCAL = {"mine": (("mine/pairs.jsonl",), 64, 1), "mixed": (("mine/more.json", "mine/pairs.jsonl"), 64, 2)}
+
+
+def selection(folder: Path, name: str) -> list[tuple[str, int, Any]]:
+    """(file, number, row) of the rows that a slice takes: so many of all rows of its files, drawn by its seed.
+
+    A row of JSONL is its line without what ends it, its number that of the line; blank lines count for the number alone.
+    """
+    files, rows, seed = LOCAL[name]
+    there: list[tuple[str, int, Any]] = []
+    for file in files:
+        text = (folder / file).read_text(encoding="utf-8-sig")
+        if file.endswith(".json"):
+            there += [(file, number, json.dumps(row)) for number, row in enumerate(json.loads(text), 1)]
+        else:
+            there += [(file, number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
+    return [there[i] for i in sorted(random.Random(seed).sample(range(len(there)), rows))]

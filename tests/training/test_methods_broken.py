@@ -1,0 +1,233 @@
+"""A method that is broken on purpose must be seen: the right way moves its own held-out objective, the broken one does not.
+
+Real trainings of a small pretrained model. Held-out rows are always the right ones: only what is trained on is broken.
+"""
+
+import math
+
+import pytest
+import torch
+
+from tests.models.test_chat import END_OUTSIDE
+from tests.support import small_steps
+from workflow_scripts.models import chat, loading
+from workflow_scripts.plumbing.messages import InputError
+from workflow_scripts.rl import rewards
+from workflow_scripts.tiny import world
+
+HELDOUT = 50
+ROLLOUTS = ("ppo_ifeval", "grpo", "rloo")
+# What a model of this size needs to move in 20 steps or so; the constant block is as it always is.
+SETTINGS = {
+    "dpo": {"learning_rate": 1.0e-3},
+    "kto": {"learning_rate": 1.0e-3},
+    "rm": {"learning_rate": 3.0e-3, "num_train_epochs": 2},
+    # As many updates as GRPO's on smaller rollouts
+    "ppo_ifeval": {"learning_rate": 2.0e-3, "max_steps": 64, "max_completion_length": 36},
+    "grpo": {"learning_rate": 3.0e-3, "max_steps": 8, "max_completion_length": 36},
+    "rloo": {"learning_rate": 3.0e-3, "max_steps": 8, "max_completion_length": 36},
+}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("broken")
+
+
+@pytest.fixture(scope="module")
+def base(speaking_base):
+    return speaking_base
+
+
+def rows_for(method, folder):
+    made = {"sft_v2": small_steps.sft_slice} | dict.fromkeys(ROLLOUTS, small_steps.instructions_slice)
+    return made.get(method, small_steps.pairs_slice)(folder / "data")
+
+
+def swapped(row):
+    return row | {"chosen": row["rejected"], "rejected": row["chosen"]}
+
+
+@pytest.fixture(scope="module")
+def pairs(folder):
+    """(a slice of pairs, the same slice with the labels of its training rows flipped)."""
+    rows = world.preference_rows(200 + HELDOUT, seed=1)
+    flipped = [swapped(row) for row in rows[:200]] + rows[200:]
+    return tuple(
+        small_steps.write_slice(folder / "data", name, data, HELDOUT) for name, data in (("right", rows), ("flipped", flipped))
+    )
+
+
+@pytest.fixture(scope="module")
+def instructions(folder):
+    return small_steps.write_slice(folder / "data", "instructions", world.eval_rows(160, seed=1, split="pairs"), HELDOUT)
+
+
+# -- labels flipped ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", ["dpo", "kto", "rm"])
+def test_flipped_labels_move_the_objective_the_other_way(folder, base, pairs, method):
+    right, flipped = (
+        small_steps.train(folder / f"{method} {rows.name}", method, base, rows, **SETTINGS[method]).data["objective"]
+        for rows in pairs
+    )
+    assert right["before"] == flipped["before"]
+    start = right["before"]["loss"]
+    assert start == pytest.approx({"dpo": math.log(2), "kto": 0.5, "rm": math.log(2)}[method], abs=0.03)
+    # By a twentieth of the loss and more, each its own way; the margin turns its sign.
+    assert right["after"]["loss"] < 0.95 * start < 1.05 * start < flipped["after"]["loss"]
+    assert right["after"]["margin"] > 0.1 and flipped["after"]["margin"] < -0.1
+    assert right["after"]["accuracy"] > 0.65 and flipped["after"]["accuracy"] < 0.35
+
+
+# -- reward negated ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", ROLLOUTS)
+def test_a_negated_reward_is_seen_in_the_held_out_reward(folder, base, instructions, method, monkeypatch):
+    real = rewards.functions
+
+    def gained(sign):
+        """How much of the true reward the training wins on held-out prompts."""
+
+        def functions(job, parents, on_backbone=None):
+            true = real(job, parents)["ifeval"]
+
+            def ifeval(*args, **columns):
+                return [sign * reward for reward in true(*args, **columns)]
+
+            return {"ifeval": ifeval}
+
+        monkeypatch.setattr(rewards, "functions", functions)
+        made = small_steps.train(folder / f"{method} {sign}", method, base, instructions, **SETTINGS[method])
+        before, after = (made.data["objective"][when] for when in ("before", "after"))
+        assert before["reward"] == before["ifeval"] and after["reward"] == after["ifeval"]
+        return sign * before["reward"], sign * after["reward"]
+
+    before, after = gained(1)
+    assert after > before + 0.1
+    same, worse = gained(-1)
+    assert same == before and before > 0.05  # there is something to lose
+    assert worse < before - 0.03
+
+
+def test_a_constant_reward_moves_nothing_but_the_kl_in_ppo(folder, base, instructions, monkeypatch):
+    """What is left is noise: the whitened error of a value function that has nothing to learn, and the pull to the reference."""
+    from workflow_scripts.rl.ppo_trainer import PPOTrainer
+
+    right = small_steps.train(folder / "ppo true", "ppo_ifeval", base, instructions, **SETTINGS["ppo_ifeval"])
+    real = PPOTrainer._calculate_rewards
+
+    def constant(self, *args):
+        found = real(self, *args)
+        if self.model.training:  # held-out answers are judged as ever
+            self.scores = torch.ones_like(self.scores)
+        return found
+
+    monkeypatch.setattr(PPOTrainer, "_calculate_rewards", constant)
+    made = small_steps.train(folder / "ppo constant", "ppo_ifeval", base, instructions, **SETTINGS["ppo_ifeval"])
+    before, after = (made.data["objective"][when]["reward"] for when in ("before", "after"))
+    assert right.data["objective"]["before"]["reward"] == before
+    assert right.data["objective"]["after"]["reward"] > before + 0.1
+    assert after == pytest.approx(before, abs=0.06)
+
+
+# -- mask off ---------------------------------------------------------------------------------------------------------
+
+
+def test_sft_on_a_template_whose_mask_leaves_out_the_end_of_turn_stops(base, folder, tmp_path):
+    rows = rows_for("sft_v2", tmp_path)
+    assert small_steps.train(tmp_path / "right", "sft_v2", base, rows).data["adapter_moved"] == 1
+    broken = small_steps.copy_base(base, tmp_path / "broken", END_OUTSIDE)
+    with pytest.raises(InputError, match=r"does not train the end-of-turn token .*close its generation span after"):
+        small_steps.train(tmp_path / "run", "sft_v2", broken, rows)
+
+
+@pytest.mark.parametrize("method", ["sft_v2", "dpo", "kto", "rm", *ROLLOUTS])
+def test_a_template_without_an_end_of_turn_stops_every_method(base, tmp_path, method):
+    rows = rows_for(method, tmp_path)
+    closed = END_OUTSIDE[0]
+    broken = small_steps.copy_base(base, tmp_path / "broken", (closed, closed.replace(" + '<|im_end|>'", "")))
+    with pytest.raises(InputError, match=r"the end-of-sequence token is '<\|im_end\|>'; generation would not stop there"):
+        small_steps.train(tmp_path / "run", method, broken, rows)
+
+
+@pytest.mark.parametrize("off, says", [("all", "no token with a loss"), ("end", "does not train the end-of-turn token")])
+@pytest.mark.parametrize("method", ["sft_v2", "dpo", "kto"])
+def test_a_mask_that_is_off_stops_the_training(base, tmp_path, monkeypatch, method, off, says):
+    """Whatever spoils the collator's mask, the first batch does not pass."""
+
+    class Spoilt(chat.MaskCheck):
+        def __init__(self, collator, end_id, max_length):
+            super().__init__(lambda rows: self.spoil(collator(rows)), end_id, max_length)
+
+        def spoil(self, batch):
+            name, empty = ("completion_mask", 0) if "completion_mask" in batch else ("labels", chat.IGNORE)
+            where = batch[name] != empty if off == "all" else batch["input_ids"] == self.end_id
+            batch[name] = batch[name].masked_fill(where, empty)
+            return batch
+
+    monkeypatch.setattr(chat, "MaskCheck", Spoilt)
+    with pytest.raises(InputError, match=says):
+        small_steps.train(tmp_path / "run", method, base, rows_for(method, tmp_path))
+
+
+# -- adapter frozen ---------------------------------------------------------------------------------------------------
+
+
+def short(method):
+    """Two steps, from 32 rows or prompts."""
+    more = {"max_completion_length": 24} if method in ROLLOUTS else {}
+    more |= {"steps_per_generation": 2} if method == "ppo_ifeval" else {}
+    return {"max_steps": 2, "per_device_train_batch_size": 16} | more
+
+
+def settle_then(monkeypatch, spoil):
+    """Let the steps settle their adapter as always, and then `spoil` the trainer's model."""
+    right = loading.settle_adapter
+
+    def settle(trainer, seed):
+        right(trainer, seed)
+        spoil(trainer.model)
+
+    monkeypatch.setattr(loading, "settle_adapter", settle)
+
+
+@pytest.mark.parametrize("method", ["kto", "rm", *ROLLOUTS])
+def test_an_adapter_that_gets_no_gradient_is_seen_in_the_manifest(base, tmp_path, monkeypatch, method):
+    rows = rows_for(method, tmp_path)
+    more = short(method)
+    right = small_steps.train(tmp_path / "right", method, base, rows, **more)
+    assert right.data["adapter_moved"] == 1
+
+    def stop_gradients(model):
+        for name, parameter in model.named_parameters():
+            if "lora_" in name and parameter.requires_grad:
+                parameter.register_hook(torch.zeros_like)  # still said to be trainable
+
+    settle_then(monkeypatch, stop_gradients)
+    frozen = small_steps.train(tmp_path / "frozen", method, base, rows, **more)
+    assert frozen.data["adapter_moved"] == 0
+    if method == "kto":
+        assert frozen.data["objective"]["after"] == frozen.data["objective"]["before"] != right.data["objective"]["after"]
+
+
+@pytest.mark.parametrize("method", ["kto", "rm", *ROLLOUTS])
+def test_an_adapter_that_is_switched_off_stops_before_training(base, tmp_path, monkeypatch, method):
+    settle_then(monkeypatch, lambda model: model.requires_grad_(False))
+    with pytest.raises(AssertionError, match="nothing is trainable"):
+        small_steps.train(tmp_path / "run", method, base, rows_for(method, tmp_path), **short(method))
+
+
+@pytest.mark.parametrize("method, dropout", [("kto", 0.0), ("rm", 0.0), *((one, 0.05) for one in ROLLOUTS)])
+def test_dropout_that_is_not_the_declared_one_stops_before_training(base, tmp_path, monkeypatch, method, dropout):
+    def turn(model):
+        for name, module in model.named_modules():
+            if "lora_dropout" in name and hasattr(module, "p"):
+                module.p = dropout
+
+    rows = rows_for(method, tmp_path)
+    settle_then(monkeypatch, turn)
+    with pytest.raises(AssertionError, match="LoRA dropout"):
+        small_steps.train(tmp_path / "run", method, base, rows, **short(method))

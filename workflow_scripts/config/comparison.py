@@ -1,0 +1,77 @@
+"""What a report compares: the config's `report:` block, checked, and the runs that it needs. Plans; reads no result."""
+
+from itertools import combinations, product
+
+from workflow_scripts.config import sweep
+from workflow_scripts.config.config import Config
+from workflow_scripts.config.names import JUDGED, run_name
+
+
+def answering(config: Config) -> list[str]:
+    """What has answers: the models that are not trained here, and every experiment that is no reward model."""
+    return [*config.models, *(name for name, body in config.experiments.items() if body["method"] != "rm")]
+
+
+def check(config: Config) -> None:
+    """InputError if the `report:` block names what the config does not have."""
+    if "report" not in config.data:
+        return
+    report, known = config.data["report"], answering(config)
+
+    def named(path: list, *names: str) -> None:
+        for name in names:
+            if name not in known:
+                raise config.fail(["report", *path], f"found {name!r}, expected one of {', '.join(known)}")
+
+    for name, family in report["families"].items():
+        path = ["families", name]
+        judged = [task for task in config.evaluations if task != JUDGED]  # rewards are no verdicts
+        if family["task"] not in judged:
+            tasks = ", ".join(judged)
+            raise config.fail(["report", *path, "task"], f"found {family['task']!r}, expected what `eval:` has: {tasks}")
+        for key in ("runs", "pairs"):
+            named([*path, key], *family.get(key, []))
+        named([*path, "reference"], *([family["reference"]] if "reference" in family else []))
+        if family.get("reference") in family.get("runs", []):
+            raise config.fail(
+                ["report", *path, "runs"], f"{family['reference']} is the reference: it can't be compared with itself"
+            )
+        against = [family["reference"]] if "reference" in family else []
+        _check_capacity(config, path, [*combinations(family.get("pairs", []), 2), *product(family.get("runs", []), against)])
+    for name, control in report["controls"].items():
+        named(["controls", name], control["run"], *([control["against"]] if "against" in control else []))
+        _check_capacity(config, ["controls", name], [(control["run"], control.get("against", control["run"]))])
+    null, seeds = report["controls"].get("null"), config.data["seeds"]
+    if null and null["run"] in config.models:
+        problem = f"found {null['run']!r}, which is not trained here and has no seeds; name an experiment"
+        raise config.fail(["report", "controls", "null", "run"], problem)
+    if null and {seed + null["seeds_from"] for seed in seeds} & set(seeds):
+        problem = f"{null['seeds_from']} added to seeds {seeds} gives some of them again; take a larger number"
+        raise config.fail(["report", "controls", "null", "seeds_from"], problem)
+
+
+def _check_capacity(config: Config, path: list[str], pairs: list[tuple[str, str]]) -> None:
+    """InputError where a family or a control compares methods whose adapters have different ranks."""
+    for one, other in pairs:
+        if not sweep.comparable(config, one, other):
+            found = " and ".join(f"{name} (r {sweep.lora(config, name)['r']})" for name in (one, other))
+            problem = f"found {found}: methods are compared at equal adapter capacity; name both at one rank, or one experiment "
+            raise config.fail(["report", *path], problem + "at several")
+
+
+def null_runs(config: Config) -> list[str]:
+    """The runs of the null control: one experiment again, with seeds of its own."""
+    null = config.data["report"]["controls"].get("null")
+    return [run_name(null["run"], seed + null["seeds_from"]) for seed in config.data["seeds"]] if null else []
+
+
+def runs(config: Config) -> list[str]:
+    """Every run whose answers the report reads."""
+    trained = [name for name in answering(config) if name not in config.models]
+    seeded = [run_name(name, seed) for name in trained for seed in config.data["seeds"]]
+    return list(dict.fromkeys([*config.models, *seeded, *null_runs(config)]))
+
+
+def reward_models(config: Config) -> list[str]:
+    names = [name for name, body in config.experiments.items() if body["method"] == "rm"]
+    return [run_name(name, seed) for name in names for seed in config.data["seeds"]]

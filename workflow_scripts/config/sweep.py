@@ -1,0 +1,110 @@
+"""A rank sweep: experiments again with adapters of other ranks, the one declared exception from the constant LoRA block.
+
+`sweep: rank` on an experiment declares a copy for each of the config's `sweep_ranks`, of it and of every experiment that is
+made from it by `start_from` or `reward`: `dpo_r8` is `dpo` with an adapter of rank 8, on the `sft_v2_r8` of its own rank.
+`sweep: none` leaves an experiment out, and what is made from it. Only the rank differs: alpha/r, the scale of an adapter's update
+(Hu et al. 2021, arXiv:2106.09685, section 4.1), dropout, bias and target modules are those of the global block. The experiments
+themselves have its rank, and nothing of a sweep stands in their steps.
+"""
+
+import copy
+import re
+from functools import cache
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from workflow_scripts.config.config import Config
+
+
+def expand(config: "Config", name_rule: re.Pattern) -> tuple[dict[str, dict], dict[str, str]]:
+    """(every resolved experiment, copies last, without the key `sweep`; copy -> the experiment that it is a copy of).
+
+    InputError where a rank or a name can't be used, or PPO would meet a reward model of another rank.
+    """
+    swept = _swept(config.experiments)
+    experiments = {name: {key: body[key] for key in body if key != "sweep"} for name, body in config.experiments.items()}
+    originals: dict[str, str] = {}
+    for rank, block in _blocks(config).items() if swept else ():
+        names = {name: f"{name}_r{rank}" for name in swept}
+        for name, made in names.items():
+            if made in config.experiments:
+                problem = f"`sweep: rank` gives this name to the copy of {name} with rank {rank}; rename this experiment, or "
+                raise config.fail(["experiments", made], f"{problem}leave {name} out with `sweep: none`")
+            if not name_rule.fullmatch(made):
+                problem = f"its copy with rank {rank} would be called {made}, and a name has at most 41 characters; take a "
+                raise config.fail(["experiments", name], problem + "shorter one, or leave it out with `sweep: none`")
+            _check_reward_models(config, name, swept)
+            body = copy.deepcopy(experiments[name])
+            body |= {"lora": block, "start_from": names.get(body["start_from"], body["start_from"])}
+            if "reward" in body:
+                body["reward"] = _renamed(body["reward"], names)
+            experiments[made], originals[made] = body, name
+    return experiments, originals
+
+
+def lora(config: "Config", experiment: str) -> dict:
+    """The LoRA block of an experiment: the global one, or that of a copy's rank."""
+    return config.experiments[experiment].get("lora", config.data["lora"])
+
+
+def ranks(config: "Config") -> dict[str, dict]:
+    """Of each experiment that a sweep copies, and of each copy: `of`, the experiment itself, and `r`. {} without a sweep."""
+    originals = {name: name for name in config.copies.values()} | config.copies
+    return {name: {"of": original, "r": lora(config, name)["r"]} for name, original in originals.items()}
+
+
+def comparable(config: "Config", one: str, other: str) -> bool:
+    """False for two experiments of different ranks, unless both are one experiment: there capacity is what is compared."""
+    if {one, other} & set(config.models) or lora(config, one)["r"] == lora(config, other)["r"]:
+        return True
+    return config.copies.get(one, one) == config.copies.get(other, other)
+
+
+def _swept(experiments: dict[str, dict]) -> list[str]:
+    """What is copied: by their own word, else where something that they are made from is, and nothing is left out."""
+
+    @cache
+    def told(name: str) -> bool | None:
+        body = experiments[name]
+        if "sweep" in body:
+            return body["sweep"] == "rank"
+        above = [told(parent) for parent in (body["start_from"], *_names(body.get("reward", {}))) if parent in experiments]
+        return False if False in above else True if True in above else None
+
+    return [name for name in experiments if told(name)]
+
+
+def _blocks(config: "Config") -> dict[int, dict]:
+    """Rank -> the LoRA block of the copies."""
+    block, found = config.data["lora"], {}
+    for rank in config.data["sweep_ranks"]:
+        if rank == block["r"]:
+            problem = f"found {rank}, which is lora.r, the rank of the experiments themselves; leave it out"
+            raise config.fail(["sweep_ranks"], problem)
+        alpha, rest = divmod(block["alpha"] * rank, block["r"])
+        if rest:
+            problem = f"found {rank}: alpha/r stays {block['alpha']}/{block['r']} in a sweep, and alpha would be no whole "
+            raise config.fail(["sweep_ranks"], problem + "number; take another rank")
+        found[rank] = block | {"r": rank, "alpha": alpha}
+    return found
+
+
+def _check_reward_models(config: "Config", name: str, swept: list[str]) -> None:
+    """PPO's adapters lie on one backbone, all with the rank of the policy's: its reward models are copied too."""
+    body = config.experiments[name]
+    for reward in _names(body["reward"]) if body["method"] == "ppo" else ():
+        if reward in config.experiments and reward not in swept:
+            problem = f"found {reward!r}, which the rank sweep leaves out, and PPO's policy and reward model have adapters of "
+            problem += f"one rank; sweep it too, or leave {name} out with `sweep: none`"
+            raise config.fail(config._place(name, ["reward"]), problem)
+
+
+def _names(reward: str | dict) -> list[str]:
+    return [reward] if isinstance(reward, str) else list(reward)
+
+
+def _renamed(reward: str | dict, names: dict[str, str]) -> str | dict:
+    """A reward or a mixture with the reward models of the same rank; a verifier, and what has no copy, stays."""
+    if isinstance(reward, str):
+        return names.get(reward, reward)
+    return {names.get(name, name): weight for name, weight in reward.items()}

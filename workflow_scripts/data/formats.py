@@ -1,0 +1,353 @@
+"""Data formats: what a row of a public data set looks like, and how it becomes a row of a slice's kind.
+
+Each kind has one canonical form: sft `{messages}`; preference `{prompt, chosen, rejected}`; unpaired `{prompt, completion,
+label}`; numeric `{prompt, answer, final}`, where all but label, answer and final are lists of `{role, content}` turns; choice
+`{question, choices, answer, subject}`; truthfulqa `{question, mc1_targets, mc2_targets}`, both `{choices, labels}`; prompts
+`{prompt}`, to be answered and judged.
+
+A row is recognised by its keys (a null counts as missing): of FORMATS, in their order, the first whose keys are all there,
+whose condition holds, and which gives the slice's kind. So a row with `messages`, `chosen` and `rejected` is a conversation
+for a slice of kind sft and a pair for one of kind preference. `format:` in the slice names one instead.
+
+Text is passed on as it is, but for what a format's own markup demands: an HH transcript loses its speaker labels with the
+one space after each, an alpaca instruction and its input are joined by a blank line. Keys that no format reads are left
+out. InputError, with file and line, on a row that is malformed; `Unusable` on one that is well formed and no use.
+"""
+
+import json
+import re
+from collections.abc import Callable, Iterable
+from typing import NamedTuple
+
+from workflow_scripts.plumbing.messages import InputError
+
+ROLES = ("system", "user", "assistant")
+SPEAKERS = {"system": "system", "human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant"}
+RESERVED = ("id", "heldout", "messages", "prompt", "chosen", "rejected", "completion", "label", "answer", "final")
+HH_SPEAKERS = {"Human": "user", "Assistant": "assistant"}
+HH_LABEL = re.compile(r"\n\n(Human|Assistant):")
+GSM8K_FINAL = re.compile(r"####\s*(-?[\d,]*\.?\d+)\s*$")
+
+
+class Unusable(Exception):
+    """A well-formed row that can't be trained on. Its text is the reason under which such rows are counted."""
+
+
+class Format(NamedTuple):
+    name: str
+    needs: tuple[str, ...]
+    kinds: tuple[str, ...]
+    convert: Callable[[dict, str, str], dict]  # (row, kind, place) -> canonical row
+    reads: tuple[str, ...] = ()  # keys that it reads where they are there
+    fits: Callable[[dict], bool] = lambda row: True  # beyond the keys, to tell formats of the same keys apart
+
+    def __str__(self) -> str:
+        return f"{self.name} ({', '.join(self.needs)})"
+
+
+def convert(row: dict, kind: str, place: str, named: str | None = None) -> tuple[str, dict]:
+    """(name of the format, the row in the canonical form of `kind`). `named`: the format to take instead of recognising one.
+
+    InputError, beginning with `place`, on a row that no format or another one fits. Unusable as the docstring on top says.
+    """
+    given = {key: value for key, value in row.items() if value is not None}
+    if named is None:
+        form = _recognise(given, kind, place, row)
+    else:
+        form = next(form for form in FORMATS if form.name == named)
+        if missing := [key for key in form.needs if key not in given]:
+            has = f"a row of the format {named} has {', '.join(form.needs)}"
+            raise InputError(f"{place}: {missing[0]} is missing; {has}, found {_keys(row)}")
+    return form.name, form.convert(given, kind, place)
+
+
+def _recognise(given: dict, kind: str, place: str, row: dict) -> Format:
+    forms = [form for form in FORMATS if kind in form.kinds or form.kinds != ("prompts",)]  # any row may have a prompt
+    found = [form for form in forms if set(form.needs) <= set(given) and form.fits(given)]
+    for form in found:
+        if kind in form.kinds:
+            return form
+    if not found:
+        raise unknown(place, row, kind)
+    gives = " or ".join(dict.fromkeys(kind for form in found for kind in form.kinds))
+    raise InputError(
+        f"{place}: a row of the format {found[0]} can't give kind {kind}, only {gives}; formats for {kind}: {known(kind)}"
+    )
+
+
+def unknown(place: str, keys: dict | Iterable[str], kind: str) -> InputError:
+    """The one error for rows that are in no format."""
+    return InputError(
+        f"{place}: found the keys {_keys(keys)}, which is none of the formats for kind {kind}: {known(kind)}; rename the keys"
+    )
+
+
+def _keys(row: dict | Iterable[str]) -> str:
+    nulls = {key for key in row if isinstance(row, dict) and row[key] is None}
+    return ", ".join(f"{key} (null)" if key in nulls else key for key in sorted(row)) or "nothing"
+
+
+def known(kind: str) -> str:
+    return ", ".join(str(form) for form in FORMATS if kind in form.kinds)
+
+
+def names(kind: str) -> list[str]:
+    return [form.name for form in FORMATS if kind in form.kinds]
+
+
+def columns(kind: str, present: Iterable[str], place: str) -> list[str]:
+    """Of the columns of a table, those that a format of `kind` may read. InputError where no format has all that it needs."""
+    present = list(present)
+    forms = [form for form in FORMATS if kind in form.kinds]
+    if not any(set(form.needs) <= set(present) for form in forms):
+        raise unknown(place, present, kind)
+    wanted = {key for form in forms for key in (*form.needs, *form.reads)}
+    return [name for name in present if name in wanted]
+
+
+# -- parts of rows --------------------------------------------------------------------------------------------------------
+
+
+def _show(value: object) -> str:
+    return json.dumps(value, ensure_ascii=False, default=str)[:80]
+
+
+def _text(row: dict, key: str, place: str) -> str:
+    if not isinstance(row[key], str):
+        raise InputError(f"{place}: expected a text under {key}, found {_show(row[key])}")
+    return row[key]
+
+
+def _label(row: dict, place: str) -> bool:
+    if not isinstance(row["label"], bool):
+        raise InputError(f"{place}: expected true or false under label, found {_show(row['label'])}")
+    return row["label"]
+
+
+def _turn(role: str, content: str) -> dict:
+    return {"role": role, "content": content}
+
+
+def turns(messages: object, place: str) -> list[dict]:
+    """Messages with role and content only. InputError if they are not a conversation."""
+    if not isinstance(messages, list) or not messages:
+        raise InputError(f"{place}: expected a list of messages, found {type(messages).__name__}")
+    for message in messages:
+        if (
+            not isinstance(message, dict)
+            or not isinstance(message.get("role"), str)
+            or not isinstance(message.get("content"), str)
+        ):
+            raise InputError(f"{place}: a message needs the strings role and content, found {_show(message)}")
+        if message["role"] not in ROLES:
+            raise InputError(f"{place}: found the role {message['role']!r}, expected system, user or assistant")
+    return [_turn(message["role"], message["content"]) for message in messages]
+
+
+def _text_or_turns(row: dict, key: str, role: str, place: str) -> list[dict]:
+    return [_turn(role, row[key])] if isinstance(row[key], str) else turns(row[key], f"{place}: {key}")
+
+
+def _spoken(value: object, place: str) -> list[dict]:
+    """ShareGPT's turns, `{from, value}`."""
+    if not isinstance(value, list) or not value:
+        raise InputError(f"{place}: expected a list of turns with from and value, found {type(value).__name__}")
+    made = []
+    for turn in value:
+        if not isinstance(turn, dict) or not isinstance(turn.get("from"), str) or not isinstance(turn.get("value"), str):
+            raise InputError(f"{place}: a turn needs the strings from and value, found {_show(turn)}")
+        if turn["from"] not in SPEAKERS:
+            raise InputError(f"{place}: found the speaker {turn['from']!r}, expected one of {', '.join(SPEAKERS)}")
+        made.append(_turn(SPEAKERS[turn["from"]], turn["value"]))
+    return made
+
+
+def _system(row: dict, before: list[dict], place: str) -> list[dict]:
+    """The turns with the text of the row's `system` key, if it has one, in front."""
+    if not row.get("system"):
+        return before
+    if before and before[0]["role"] == "system":
+        raise InputError(f"{place}: has a system text under system and another in its first turn; leave one")
+    return [_turn("system", _text(row, "system", place)), *before]
+
+
+# -- formats --------------------------------------------------------------------------------------------------------------
+
+
+def _from_messages(row: dict, kind: str, place: str) -> dict:
+    return {"messages": turns(row["messages"], place)}
+
+
+def _from_kto_messages(row: dict, kind: str, place: str) -> dict:
+    talk = turns(row["messages"], place)
+    return {"prompt": talk[:-1], "completion": talk[-1:], "label": _label(row, place)}
+
+
+def _from_sharegpt(row: dict, kind: str, place: str) -> dict:
+    if row.get("tools"):
+        raise Unusable("with tools")
+    return {"messages": _system(row, _spoken(row["conversations"], place), place)}
+
+
+def _from_sharegpt_pairs(row: dict, kind: str, place: str) -> dict:
+    """LLaMA-Factory's form: chosen and rejected are one turn each."""
+    prompt = _from_sharegpt(row, kind, place)["messages"]
+    chosen, rejected = (
+        _spoken([row[key]] if isinstance(row[key], dict) else row[key], f"{place}: {key}") for key in ("chosen", "rejected")
+    )
+    return {"prompt": prompt, "chosen": chosen, "rejected": rejected}
+
+
+def _from_alpaca(row: dict, kind: str, place: str) -> dict:
+    history = row.get("history") or []
+    if not isinstance(history, list) or not all(
+        isinstance(pair, list) and len(pair) == 2 and all(isinstance(text, str) for text in pair) for pair in history
+    ):
+        raise InputError(f"{place}: expected pairs of texts, question and answer, under history, found {_show(history)}")
+    before = [turn for question, answer in history for turn in (_turn("user", question), _turn("assistant", answer))]
+    question = [_text(row, key, place) for key in ("instruction", "input") if row.get(key) is not None]
+    talk = [*before, _turn("user", "\n\n".join(text for text in question if text))]
+    return {"messages": [*_system(row, talk, place), _turn("assistant", _text(row, "output", place))]}
+
+
+def _are_conversations(row: dict) -> bool:
+    """Whether chosen and rejected hold whole conversations, question and all, not only the answer."""
+    first = [row[key][0] for key in ("chosen", "rejected") if isinstance(row[key], list) and row[key]]
+    return len(first) == 2 and all(isinstance(turn, dict) and turn.get("role") in ("system", "user") for turn in first)
+
+
+def _from_ultrafeedback(row: dict, kind: str, place: str) -> dict:
+    """chosen and rejected repeat the prompt: it is taken off there, or the trainer would ask the question twice."""
+    chosen, rejected = (turns(row[key], f"{place}: {key}") for key in ("chosen", "rejected"))
+    prompt = chosen[:-1]
+    if prompt != rejected[:-1]:
+        raise Unusable("whose chosen and rejected differ before the last turn")
+    if "prompt" in row:
+        given = row["prompt"] if isinstance(row["prompt"], str) else turns(row["prompt"], f"{place}: prompt")
+        asked = [turn["content"] for turn in prompt if turn["role"] == "user"]
+        if given not in (asked if isinstance(given, str) else [prompt]):
+            raise Unusable("whose prompt is not the one in chosen and rejected")
+    return {"prompt": prompt, "chosen": chosen[-1:], "rejected": rejected[-1:]}
+
+
+def _from_pairs(row: dict, kind: str, place: str) -> dict:
+    parts = (("prompt", "user"), ("chosen", "assistant"), ("rejected", "assistant"))
+    return {key: _text_or_turns(row, key, role, place) for key, role in parts}
+
+
+def _transcript(row: dict, key: str, place: str) -> list[dict]:
+    """The turns of an HH transcript. A label inside a turn's own text can't be told from a turn."""
+    text = row[key]
+    if not isinstance(text, str) or not HH_LABEL.match(text):
+        raise InputError(f"{place}: expected a transcript under {key} that begins with '\\n\\nHuman: ', found {_show(text)}")
+    parts = HH_LABEL.split(text)[1:]
+    talk = [_turn(HH_SPEAKERS[speaker], said.removeprefix(" ")) for speaker, said in zip(parts[::2], parts[1::2], strict=True)]
+    if [turn["role"] for turn in talk] != ["user", "assistant"] * (len(talk) // 2):
+        raise Unusable("with turns out of order")
+    return talk
+
+
+def _from_hh(row: dict, kind: str, place: str) -> dict:
+    """Bai et al. 2022 (arXiv:2204.05862): two transcripts that differ in the last answer."""
+    chosen, rejected = _transcript(row, "chosen", place), _transcript(row, "rejected", place)
+    if chosen[:-1] != rejected[:-1]:
+        raise Unusable("whose chosen and rejected differ before the last turn")
+    if any(not turn["content"].strip() for turn in chosen[:-1]):
+        raise Unusable("with an empty turn")
+    return {"prompt": chosen[:-1], "chosen": chosen[-1:], "rejected": rejected[-1:]}
+
+
+def _from_kto(row: dict, kind: str, place: str) -> dict:
+    prompt, completion = (
+        _text_or_turns(row, key, role, place) for key, role in (("prompt", "user"), ("completion", "assistant"))
+    )
+    return {"prompt": prompt, "completion": completion, "label": _label(row, place)}
+
+
+def _from_gsm8k(row: dict, kind: str, place: str) -> dict:
+    """Cobbe et al. 2021 (arXiv:2110.14168): the answer ends with `#### ` and the number, here without thousands' commas.
+
+    The calculator's marks (`<<2*3=6>>`) are part of the text and stay.
+    """
+    question, answer = _text(row, "question", place), _text(row, "answer", place)
+    if not (final := GSM8K_FINAL.search(answer)):
+        raise InputError(f"{place}: expected an answer that ends with '#### ' and a number, found {_show(answer[-40:])}")
+    prompt = [_turn("user", question)]
+    if kind == "sft":
+        return {"messages": [*prompt, _turn("assistant", answer)]}
+    return {"prompt": prompt, "answer": answer, "final": final[1].replace(",", "")}
+
+
+def _from_numeric(row: dict, kind: str, place: str) -> dict:
+    final = row["final"]
+    if isinstance(final, bool) or not GSM8K_FINAL.fullmatch(f"#### {final}"):
+        raise InputError(f"{place}: expected a number under final, found {_show(final)}")
+    prompt = _text_or_turns(row, "prompt", "user", place)
+    return {"prompt": prompt, "answer": _text(row, "answer", place), "final": str(final).replace(",", "")}
+
+
+def _from_prompt(row: dict, kind: str, place: str) -> dict:
+    """The prompt of any row that has one; what answers it has is not read."""
+    return {"prompt": _text_or_turns(row, "prompt", "user", place)}
+
+
+def _texts(value: object, place: str) -> list[str]:
+    if not isinstance(value, list) or not all(isinstance(text, str) for text in value):
+        raise InputError(f"{place}: expected a list of texts, found {_show(value)}")
+    return value
+
+
+def _from_mmlu(row: dict, kind: str, place: str) -> dict:
+    """Hendrycks et al. 2021 (arXiv:2009.03300): four options, the index of the right one, the subject."""
+    options, answer = _texts(row["choices"], f"{place}: choices"), row["answer"]
+    if len(options) != 4:
+        raise InputError(f"{place}: expected four texts under choices, found {len(options)}")
+    if isinstance(answer, bool) or not isinstance(answer, int) or not 0 <= answer < 4:
+        raise InputError(f"{place}: expected 0, 1, 2 or 3 under answer, the index of the right choice, found {_show(answer)}")
+    question, subject = _text(row, "question", place), _text(row, "subject", place)
+    return {"question": question, "choices": options, "answer": answer, "subject": subject}
+
+
+def _from_truthfulqa(row: dict, kind: str, place: str) -> dict:
+    """Lin et al. 2022 (arXiv:2109.07958): of mc1 one choice is true, and lm-eval takes the first for it; of mc2 any number."""
+    made: dict = {"question": _text(row, "question", place)}
+    for key in ("mc1_targets", "mc2_targets"):
+        targets = row[key] if isinstance(row[key], dict) else {}
+        options, labels = _texts(targets.get("choices"), f"{place}: {key}.choices"), targets.get("labels")
+        if not options or not all(text.strip() for text in options):
+            raise InputError(f"{place}: expected texts that are not empty under {key}.choices, found {_show(options)}")
+        if not isinstance(labels, list) or len(labels) != len(options) or any(label not in (0, 1) for label in labels):
+            raise InputError(
+                f"{place}: expected a 0 or 1 for each of {len(options)} choices under {key}.labels, {_found(labels)}"
+            )
+        if key == "mc1_targets" and (labels[0] != 1 or sum(labels) != 1):
+            raise InputError(
+                f"{place}: expected 1, 0, 0, ... under {key}.labels: the first choice counts as the right one, {_found(labels)}"
+            )
+        if not 0 < sum(labels) < len(labels):
+            raise InputError(f"{place}: expected a true and a false choice at least under {key}.labels, {_found(labels)}")
+        made[key] = {"choices": options, "labels": [int(label) for label in labels]}
+    return made
+
+
+def _found(value: object) -> str:
+    return f"found {_show(value)}"
+
+
+PAIR = ("chosen", "rejected")
+FORMATS = (
+    Format("messages", ("messages",), ("sft",), _from_messages),
+    Format("kto_messages", ("messages", "label"), ("unpaired",), _from_kto_messages),
+    Format("sharegpt", ("conversations",), ("sft",), _from_sharegpt, ("system", "tools")),
+    Format("sharegpt_pairs", ("conversations", *PAIR), ("preference",), _from_sharegpt_pairs, ("system", "tools")),
+    Format("alpaca", ("instruction", "output"), ("sft",), _from_alpaca, ("input", "system", "history")),
+    Format("ultrafeedback_binarized", PAIR, ("preference",), _from_ultrafeedback, ("prompt",), _are_conversations),
+    Format("pairs", ("prompt", *PAIR), ("preference",), _from_pairs),
+    Format("hh", PAIR, ("preference",), _from_hh),
+    Format("kto", ("prompt", "completion", "label"), ("unpaired",), _from_kto),
+    Format("gsm8k", ("question", "answer"), ("numeric", "sft"), _from_gsm8k),
+    Format("numeric", ("prompt", "answer", "final"), ("numeric",), _from_numeric),
+    Format("prompt", ("prompt",), ("prompts",), _from_prompt),
+    Format("mmlu", ("question", "subject", "choices", "answer"), ("choice",), _from_mmlu),
+    Format("truthfulqa", ("question", "mc1_targets", "mc2_targets"), ("truthfulqa",), _from_truthfulqa),
+)

@@ -1,0 +1,267 @@
+"""Which rows of a source a slice takes, and which of them can't be used. Light: the plan calls it at parse time.
+
+A slice's *candidate rows* are those that seed and row limit pick from its source, before any row is dropped. Their hash
+stands in the slice's fingerprint: a changed row inside the selection makes the slice stale; a touched file, or a change
+outside the selection, does not. Several files count as one, in the order in which they are named.
+
+A file is read by its name's ending: `.parquet` as Parquet, `.json` as a list of objects where it begins with `[`, anything
+else as JSONL. JSONL is read twice (count, then take) and Parquet by row groups and only in the columns that a format reads,
+so that a few rows of a large file never hold it in memory; a JSON list has to be read whole.
+"""
+
+import hashlib
+import json
+import os
+import random
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+from workflow_scripts.data import formats
+from workflow_scripts.plumbing.messages import InputError
+
+
+class Candidate(NamedTuple):
+    """A row that was picked: its file, its number there from 1 (of the line in JSONL, else of the row), and its JSON text."""
+
+    file: str
+    number: int
+    text: str
+
+    @property
+    def id(self) -> str:
+        return f"{os.path.basename(self.file)}:{self.number}"
+
+    @property
+    def place(self) -> str:
+        return f"{self.file}: {'line' if _form(self.file) == 'jsonl' else 'row'} {self.number}"
+
+
+def candidates(files: list[str], rows: int, seed: int, kind: str, group_by: str | None = None) -> list[Candidate]:
+    """The rows picked from the files: `rows` of their rows (non-blank lines in JSONL), drawn by `seed`, in the files' order.
+
+    All of them where there are no more. `kind` and `group_by` of the slice say which columns of a Parquet file are read.
+    InputError where there is no row, or where a file can't be read.
+    """
+    counts = [_count(file) for file in files]
+    if 0 in counts:
+        raise InputError(f"{files[counts.index(0)]}: no rows in this file")
+    total = sum(counts)
+    drawn = sorted(random.Random(seed).sample(range(total), rows)) if total > rows else range(total)
+    picked, first = [], 0
+    for file, count in zip(files, counts, strict=True):
+        wanted = [index - first for index in drawn if first <= index < first + count]
+        picked += [Candidate(file, number, text) for number, text in _take(file, wanted, kind, group_by)] if wanted else []
+        first += count
+    return picked
+
+
+def _form(file: str) -> str:
+    """jsonl, json or parquet."""
+    ending = os.path.splitext(file)[1].lower()
+    if ending == ".parquet":
+        return "parquet"
+    if ending == ".json":
+        with open(file, encoding="utf-8-sig", errors="replace") as opened:
+            while (start := opened.read(64)) and not start.strip():
+                pass
+        return "json" if start.lstrip().startswith("[") else "jsonl"
+    return "jsonl"
+
+
+def _unreadable(file: str, error: Exception) -> InputError:
+    reason = getattr(error, "strerror", None) or str(error)
+    return InputError(f"{file}: cannot be read as UTF-8 text: {reason}")
+
+
+def _lines(file: str) -> Iterator[tuple[int, str]]:
+    """(number from 1, text) of the lines that are not blank; a byte order mark is passed over."""
+    try:
+        with open(file, encoding="utf-8-sig") as opened:
+            for number, line in enumerate(opened, 1):
+                if line.strip():
+                    yield number, line.rstrip("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        raise _unreadable(file, error) from None
+
+
+def _objects(file: str) -> list:
+    try:
+        with open(file, encoding="utf-8-sig") as opened:
+            return json.load(opened)
+    except (OSError, UnicodeDecodeError) as error:
+        raise _unreadable(file, error) from None
+    except ValueError as error:
+        raise InputError(f"{file}: not valid JSON: {error}") from None
+
+
+def _count(file: str) -> int:
+    try:
+        form = _form(file)
+    except OSError as error:
+        raise _unreadable(file, error) from None
+    if form == "parquet":
+        with _parquet(file) as table:
+            return table.metadata.num_rows
+    return len(_objects(file)) if form == "json" else sum(1 for _ in _lines(file))
+
+
+def _take(file: str, wanted: list[int], kind: str, group_by: str | None) -> Iterator[tuple[int, str]]:
+    """(number, JSON text) of the rows at the indices `wanted`, which rise from 0."""
+    form = _form(file)
+    if form == "parquet":
+        yield from _take_parquet(file, wanted, kind, group_by)
+    elif form == "json":
+        objects = _objects(file)
+        yield from ((index + 1, json.dumps(objects[index], ensure_ascii=False)) for index in wanted)
+    else:
+        chosen = set(wanted)
+        yield from (numbered for index, numbered in enumerate(_lines(file)) if index in chosen)
+
+
+def _parquet(file: str):
+    """A ParquetFile. What it reads stands in the hash of the candidate rows, so the version of pyarrow decides nothing more."""
+    from importlib import import_module  # and so pyarrow is no package of slices that read other sources
+
+    try:
+        return import_module("pyarrow.parquet").ParquetFile(file)
+    except (OSError, ValueError) as error:
+        raise InputError(f"{file}: cannot be read as Parquet: {' '.join(str(error).split())}") from None
+
+
+def _take_parquet(file: str, wanted: list[int], kind: str, group_by: str | None) -> Iterator[tuple[int, str]]:
+    with _parquet(file) as table:
+        present = table.schema_arrow.names
+        read = present if kind == "ifeval" else formats.columns(kind, present, file)
+        read = read + [group_by] if group_by in present and group_by not in read else read
+        first = 0
+        for group in range(table.num_row_groups):
+            count = table.metadata.row_group(group).num_rows
+            here = [index - first for index in wanted if first <= index < first + count]
+            if here:
+                try:
+                    rows = table.read_row_group(group, columns=read).take(here).to_pylist()
+                except (OSError, ValueError) as error:
+                    raise InputError(f"{file}: cannot be read as Parquet: {' '.join(str(error).split())}") from None
+                for index, row in zip(here, rows, strict=True):
+                    yield first + index + 1, _row_text(row, f"{file}: row {first + index + 1}")
+            first += count
+
+
+def _row_text(row: dict, place: str) -> str:
+    try:
+        return json.dumps(row, ensure_ascii=False, sort_keys=True)
+    except TypeError as error:  # bytes, times
+        raise InputError(f"{place}: holds a value that JSON has no form for: {error}") from None
+
+
+def rows_hash(picked: list[Candidate]) -> str:
+    """SHA-256 of candidate rows with their numbers and, where there are several files, their files' names."""
+    several = len({row.file for row in picked}) > 1
+    lines = (f"{row.id if several else row.number} {row.text}" for row in picked)
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+
+
+def candidates_hash(files: list[str], rows: int, seed: int, kind: str, group_by: str | None, cache_file: str) -> str:
+    """`rows_hash` of the candidate rows, cached by path, size, times and inode of each file.
+
+    The time of the last change of the inode counts too: a copy can restore the other one (`cp -p`).
+    """
+    key_parts: list = []
+    for file in files:
+        try:
+            stat = os.stat(file)
+        except OSError as error:
+            raise InputError(f"{file}: cannot be read: {error.strerror}") from None
+        key_parts += [file, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino]
+    key = json.dumps([*key_parts, rows, seed, kind, group_by])
+    cache: dict[str, str] = {}
+    try:
+        found = json.loads(Path(cache_file).read_text())
+        cache = found if isinstance(found, dict) else {}
+    except (OSError, ValueError):
+        cache = {}  # a cache only: without it the files are read again
+    if key not in cache:
+        cache[key] = rows_hash(candidates(files, rows, seed, kind, group_by))
+        try:
+            os.makedirs(os.path.dirname(cache_file), exist_ok=True)
+            part = f"{cache_file}.{os.getpid()}"
+            Path(part).write_text(json.dumps(cache))
+            os.replace(part, cache_file)
+        except OSError:
+            return cache[key]  # a read-only folder costs the reading, never the plan
+    return cache[key]
+
+
+def prompt_turns(row: dict) -> list[dict]:
+    """The turns before a row's last answer. The prompts of IFEval's format, and questions with options, are texts: one turn."""
+    if "messages" in row:
+        return row["messages"][:-1]
+    if "question" in row:
+        return [{"role": "user", "content": row["question"]}]
+    return [{"role": "user", "content": row["prompt"]}] if isinstance(row["prompt"], str) else row["prompt"]
+
+
+def answer_texts(row: dict) -> list[str]:
+    """The texts of a row's answers: the last turn of a conversation, both sides of a pair."""
+    if "answer" in row:
+        return [row["answer"]]
+    answers = (
+        row["messages"][-1:]
+        if "messages" in row
+        else [turn for key in ("chosen", "rejected", "completion") for turn in row.get(key, [])]
+    )
+    return [turn["content"] for turn in answers]
+
+
+def prompt_of(row: dict) -> str:
+    """The text that identifies a row's prompt: all turns before the last answer."""
+    return "\n".join(turn["content"] for turn in prompt_turns(row))
+
+
+def avoided(row: dict, rule: str, ngram: int) -> str:
+    """The text of an evaluation prompt that no training row may cover.
+
+    A question of MMLU may have fewer words than an n-gram and say nothing by itself ("Which of the following is true?"): whatever
+    has that phrase would be dropped. By n-grams such a question counts with its choices, lettered as it is asked.
+    """
+    text = prompt_of(row)
+    if "choices" in row and rule == "ngram" and len(text.split()) < ngram:
+        return "\n".join([text, *(f"{letter}. {choice}" for letter, choice in zip("ABCD", row["choices"], strict=True))])
+    return text
+
+
+def _ngrams(text: str, n: int) -> set[tuple[str, ...]]:
+    words = text.lower().split()
+    return {tuple(words[i : i + n]) for i in range(len(words) - n + 1)}
+
+
+class Decontaminator:
+    """Says whether a training row covers an evaluation prompt.
+
+    `ngram`: the row's text holds at least `share` of the n-grams (words, lower case) of an evaluation prompt, the rule of
+    Tulu 3 (Lambert et al. 2024, arXiv:2411.15124, section 3.2: 8-grams, 50 %). A prompt shorter than n words counts as
+    one n-gram of its own length. `whole_prompt`: one of the row's user turns *is* an evaluation prompt, up to case and
+    spaces; for worlds whose prompts share their phrases.
+    """
+
+    def __init__(self, prompts: Iterable[str], rule: str, ngram: int, share: float):
+        self.rule, self.n, self.share = rule, ngram, share
+        self.whole = {" ".join(prompt.lower().split()) for prompt in prompts} - {""}
+        self.grams = [grams for prompt in sorted(self.whole) if (grams := _ngrams(prompt, min(ngram, len(prompt.split()))))]
+        self.index: dict[tuple[str, ...], list[int]] = {}
+        for i, grams in enumerate(self.grams):
+            for gram in grams:
+                self.index.setdefault(gram, []).append(i)
+        self.lengths = sorted({len(gram) for gram in self.index})
+
+    def covers(self, questions: Iterable[str], text: str) -> bool:
+        """questions: the row's user turns. text: the whole row, system turns and answers included."""
+        if self.rule == "whole_prompt":
+            return any(" ".join(question.lower().split()) in self.whole for question in questions)
+        hits: dict[int, int] = {}
+        for length in self.lengths:
+            for gram in _ngrams(text, length):
+                for i in self.index.get(gram, ()):
+                    hits[i] = hits.get(i, 0) + 1
+        return any(count >= self.share * len(self.grams[i]) for i, count in hits.items())

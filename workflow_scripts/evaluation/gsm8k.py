@@ -1,0 +1,106 @@
+"""GSM8K scores of responses that were generated before (Cobbe et al. 2021, arXiv:2110.14168), and of any numeric slice.
+
+Two verdicts on each response:
+- `correct`: its final number equals the right one, by the verifier that is the reward of numeric training
+  (`evaluation/numerals.py` says how a number is read). `exact_match` is their mean.
+- `strict`: what lm-eval 0.4.13 calls exact_match of the filter strict-match in its task gsm8k, rule for rule: the text after
+  the first `#### `, without commas and one full stop, is the text of the right number. Only a model that was shown the mark,
+  in its prompt or in training, can score here.
+lm-eval asks with five solved examples in front and stops at "Question:"; here each question stands alone in a chat turn.
+"""
+
+import re
+from typing import Any
+
+from workflow_scripts.data import formats
+from workflow_scripts.evaluation.numerals import final_number, gold
+from workflow_scripts.evaluation.scores import answer, check_rows, join, mean_stderr, optional
+from workflow_scripts.plumbing.messages import InputError
+
+_STRICT = re.compile(r"#### (-?[0-9.,]+)")
+
+
+def strict_match(response: str, final: str) -> bool:
+    """lm-eval's strict-match of gsm8k, with the `regexes_to_ignore` of that task. `final`: the right number without commas."""
+    found = _STRICT.search(response)
+    return found is not None and found[1].replace(",", "").removesuffix(".") == final
+
+
+def score(
+    rows: list[dict],
+    responses: list[dict],
+    strip_think: bool,
+    rows_name: str = "prompts",
+    responses_name: str = "responses",
+) -> dict:
+    """Scores of one response for each row.
+
+    rows: the canonical rows of kind numeric (data/formats.py: prompt and final, the right number; normally with a key), or
+    GSM8K's own (question and answer). A prompt is a text or a list of turns. responses: rows with prompt and response
+    (text; "" fails) and optionally key, finish_reason and tokens (a count), the last two in all rows or in none.
+    strip_think: judge what follows the last `</think>`. Rows are joined by key where every row of both has one, else by
+    the prompt's text. Order means nothing.
+
+    Returns exact_match and strict_match (shares, 0 to 1), each with `<metric>_stderr` (None for a single row);
+    no_answer_share: responses without a number; n_prompts; truncated_share (finish_reason "length") and
+    mean_response_tokens, None where not given; strip_think; reworded_keys: keys whose response row has another prompt text;
+    per_prompt, in the order of `rows`: key, correct, strict, extracted (the number that was read, as a text, or None).
+    Raises InputError; the names say in it which file is meant.
+    """
+    asked = [_asked(row, f"{rows_name}, row {number}") for number, row in enumerate(rows, start=1)]
+    given = [_with_text(row, f"{responses_name}, row {number}") for number, row in enumerate(responses, start=1)]
+    check_rows(asked, rows_name, ("prompt",))
+    check_rows(given, responses_name, ("prompt", "response"))
+    joined = join(asked, given, rows_name, responses_name)
+    reasons = optional(joined, "finish_reason", str, responses_name)
+    tokens = optional(joined, "tokens", int, responses_name)
+
+    per_prompt: list[dict] = []
+    for row, response in zip(asked, joined, strict=True):
+        text = answer(response["response"]) if strip_think else response["response"]
+        number = final_number(text)
+        per_prompt.append(
+            {
+                "key": row.get("key"),
+                "correct": number == row["gold"],
+                "strict": strict_match(text, row["final"]),
+                "extracted": None if number is None else format(number, "f"),
+            }
+        )
+    scores: dict[str, Any] = {
+        "n_prompts": len(asked),
+        "no_answer_share": sum(entry["extracted"] is None for entry in per_prompt) / len(asked),
+        "truncated_share": None if reasons is None else sum(reason == "length" for reason in reasons) / len(reasons),
+        "mean_response_tokens": None if tokens is None else sum(tokens) / len(tokens),
+        "strip_think": strip_think,
+        "reworded_keys": [a["key"] for a, b in zip(asked, joined, strict=True) if a["prompt"] != b["prompt"]],
+        "per_prompt": per_prompt,
+    }
+    for metric, verdict in (("exact_match", "correct"), ("strict_match", "strict")):
+        scores[metric], scores[f"{metric}_stderr"] = mean_stderr([[entry[verdict]] for entry in per_prompt])
+    return scores
+
+
+def _asked(row: dict, place: str) -> dict:
+    """The row with its prompt as one text, `final` as the text of the right number, and `gold`, the number itself."""
+    if "final" not in row:
+        if not {"question", "answer"} <= set(row):
+            raise InputError(
+                f"{place}: found the keys {', '.join(sorted(row)) or 'nothing'}, expected prompt and final (a row of a numeric "
+                "slice) or question and answer (a row of GSM8K)"
+            )
+        _, made = formats.convert(row, "numeric", place, "gsm8k")
+        row = made | {"key": row.get("key")}
+    try:
+        number = gold(row["final"])
+    except InputError as error:
+        raise InputError(f"{place}: {error}") from None
+    return _with_text(row, place) | {"final": str(row["final"]).replace(",", ""), "gold": number}
+
+
+def _with_text(row: dict, place: str) -> dict:
+    """The row with its prompt as one text: the contents of its turns, one below the other."""
+    if not isinstance(row.get("prompt"), list):
+        return row
+    turns = formats.turns(row["prompt"], f"{place}: prompt")
+    return row | {"prompt": "\n".join(turn["content"] for turn in turns)}

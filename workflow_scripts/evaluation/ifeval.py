@@ -1,0 +1,172 @@
+"""IFEval scores of responses that were generated before (Zhou et al. 2023, arXiv:2311.07911), offline and reproducible.
+
+The verdicts are lm-eval's own (`lm_eval.tasks.ifeval`). What is ours around them:
+- NLTK's Punkt tables are shipped. lm-eval looks for them at import and downloads them where they are missing.
+- Python's `random` is seeded from the prompt's key before each verdict. The reference replaces a letter that is not a-z
+  by a random one (in IFEval: keys 1122 and 1129), and draws whatever a prompt leaves open, so its verdicts on such rows
+  change from run to run. Strict and loose see the same draw; in the reference they may see two, and loose can fail
+  where strict passes.
+- `langdetect`, random by default, is seeded with 0.
+- NLTK's wall-clock limit of 5 s on each regular expression is off: a busy machine must not decide a verdict.
+- Standard errors at the instruction level, which lm-eval does not give.
+"""
+
+import logging
+import random
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from workflow_scripts.evaluation.scores import answer, check_rows, join, label, mean_stderr, optional
+from workflow_scripts.plumbing.messages import InputError
+
+_TOKENIZERS = Path(__file__).parent / "nltk_data/tokenizers"
+_KINDS = ("strict", "loose")
+
+
+@contextmanager
+def reference() -> Iterator[Any]:
+    """lm-eval's module `lm_eval.tasks.ifeval.utils`, for as long as the block lasts under the conditions above.
+
+    All that is changed is global to the process, so it is put back at the end: NLTK's search path (not NLTK_DATA, which
+    NLTK reads only once, at import), the state of `random`, langdetect's seed, NLTK's time limit, and the checkers'
+    logger, which is silenced because it prints each response whose language it cannot tell.
+    The first call in a process imports lm-eval's task package and NLTK: 1.5 to 2 s, no torch, no network.
+    """
+    if not (_TOKENIZERS / "punkt_tab" / "english").is_dir():
+        raise InputError(f"{_TOKENIZERS}/punkt_tab/english: not found; it belongs to this package, install it again")
+    import langdetect
+    import nltk.data
+    import nltk.redos
+
+    logger = logging.getLogger("lm_eval.tasks.ifeval.instructions")
+    factory, limits = langdetect.DetectorFactory, nltk.redos
+    before = (random.getstate(), list(nltk.data.path), factory.seed, limits.DEFAULT_TIMEOUT, logger.disabled)
+    try:
+        nltk.data.path.insert(0, str(_TOKENIZERS.parent))
+        factory.seed, limits.DEFAULT_TIMEOUT, logger.disabled = 0, None, True
+        from lm_eval.tasks.ifeval import utils
+
+        yield utils
+    finally:
+        state, nltk.data.path[:], factory.seed, limits.DEFAULT_TIMEOUT, logger.disabled = before
+        random.setstate(state)
+
+
+def verdicts(utils: Any, prompt: dict, response: str, kinds: tuple[str, ...] = _KINDS) -> dict[str, list[bool]]:
+    """{"strict": [...], "loose": [...]}: one verdict for each instruction of a prompt. Call it inside `reference()`.
+
+    kinds: the verdicts to give; strict alone takes an eighth of the time of both, since loose tries eight variants.
+
+    Instructions are judged one at a time, because one checker can raise: `json` gives up on a response that opens
+    thousands of brackets (a degenerate model's "[[[[..."), and lm-eval with it. Such a response is no valid JSON: not
+    followed.
+    """
+    key = prompt.get("key")
+    seed = prompt["prompt"] if key is None else key
+    checks = {"strict": utils.test_instruction_following_strict, "loose": utils.test_instruction_following_loose}
+    found: dict[str, list[bool]] = {kind: [] for kind in kinds}
+    for identifier, kwargs in zip(prompt["instruction_id_list"], prompt["kwargs"], strict=True):
+        example = utils.InputExample(key, [identifier], prompt["prompt"], [kwargs])
+        for kind in kinds:
+            random.seed(seed)  # an int, or a str, which `random` hashes with SHA-512: the same in every process
+            try:
+                found[kind].append(checks[kind](example, response).follow_all_instructions)
+            except RecursionError:
+                found[kind].append(False)
+    return found
+
+
+def score(
+    prompts: list[dict],
+    responses: list[dict],
+    strip_think: bool,
+    prompts_name: str = "prompts",
+    responses_name: str = "responses",
+) -> dict:
+    """Scores of one response for each prompt.
+
+    prompts: rows of IFEval's `input_data.jsonl`: prompt, instruction_id_list, kwargs (one dict for each instruction)
+    and, normally, key. responses: rows with prompt and response (text; "" fails everything) and optionally key,
+    finish_reason and tokens (a count), the last two in all rows or in none. strip_think: judge `answer(response)`.
+    Rows are joined by key where every row of both has one, else by the prompt's text. Order means nothing.
+
+    Returns the four accuracies (shares, 0 to 1), each with `<metric>_stderr` (None for a single prompt);
+    by_instruction: {id: n, strict_acc, loose_acc, strict_acc_stderr, loose_acc_stderr}; n_prompts; n_instructions;
+    truncated_share (finish_reason "length") and mean_response_tokens, None where not given; strip_think; reworded_keys:
+    keys whose response row has another prompt text than the prompts (joined by key all the same; IFEval's key 2785 has
+    two wordings); per_prompt, in the order of `prompts`. Raises InputError; the names say in it which file is meant.
+    """
+    check_rows(prompts, prompts_name, ("prompt",))
+    check_rows(responses, responses_name, ("prompt", "response"))
+    joined = join(prompts, responses, prompts_name, responses_name)
+    reasons = optional(joined, "finish_reason", str, responses_name)
+    tokens = optional(joined, "tokens", int, responses_name)
+
+    with reference() as utils:
+        for number, prompt in enumerate(prompts, start=1):
+            _check_instructions(utils, prompt, f"{prompts_name}, row {number} ({label(prompt)})")
+        texts = [answer(row["response"]) if strip_think else row["response"] for row in joined]
+        found = []
+        for prompt, text in zip(prompts, texts, strict=True):
+            try:
+                found.append(verdicts(utils, prompt, text))
+            except re.error as error:  # keywords and section marks go into a pattern as they are
+                place = f"{prompts_name}, {label(prompt)}"
+                raise InputError(f"{place}: a text in 'kwargs' is no valid regular expression ({error})") from error
+
+    scores: dict[str, Any] = {
+        "n_prompts": len(prompts),
+        "n_instructions": sum(len(prompt["instruction_id_list"]) for prompt in prompts),
+        "truncated_share": None if reasons is None else sum(reason == "length" for reason in reasons) / len(reasons),
+        "mean_response_tokens": None if tokens is None else sum(tokens) / len(tokens),
+        "strip_think": strip_think,
+        "reworded_keys": [a["key"] for a, b in zip(prompts, joined, strict=True) if a["prompt"] != b["prompt"]],
+        "per_prompt": [
+            {"key": prompt.get("key")} | {f"follow_instruction_list_{kind}": verdict[kind] for kind in _KINDS}
+            for prompt, verdict in zip(prompts, found, strict=True)
+        ],
+        "by_instruction": {},
+    }
+    for kind in _KINDS:
+        lists = [verdict[kind] for verdict in found]
+        for level, clusters in (("prompt", [[all(flags)] for flags in lists]), ("inst", lists)):
+            metric = f"{level}_level_{kind}_acc"
+            scores[metric], scores[f"{metric}_stderr"] = mean_stderr(clusters)
+        for identifier, clusters in _by_instruction(prompts, lists).items():
+            entry = scores["by_instruction"].setdefault(identifier, {"n": sum(map(len, clusters))})
+            entry[f"{kind}_acc"], entry[f"{kind}_acc_stderr"] = mean_stderr(clusters)
+    return scores
+
+
+def _by_instruction(prompts: list[dict], lists: list[list[bool]]) -> dict[str, list[list[bool]]]:
+    """Verdicts by instruction id, those of one prompt in one cluster: some prompts of IFEval use an id twice."""
+    found: dict[str, list[list[bool]]] = {}
+    for prompt, flags in zip(prompts, lists, strict=True):
+        own: dict[str, list[bool]] = {}
+        for identifier, flag in zip(prompt["instruction_id_list"], flags, strict=True):
+            own.setdefault(identifier, []).append(flag)
+        for identifier, cluster in own.items():
+            found.setdefault(identifier, []).append(cluster)
+    return found
+
+
+def _check_instructions(utils: Any, prompt: dict, place: str) -> None:
+    """Build each instruction once, so that what lm-eval would trip over is told with its place."""
+    known = utils.instructions_registry.INSTRUCTION_DICT
+    identifiers, kwargs = prompt.get("instruction_id_list"), prompt.get("kwargs")
+    if not isinstance(identifiers, list) or not identifiers:
+        raise InputError(f"{place}: 'instruction_id_list' is {identifiers!r}, expected a list with at least one id")
+    for identifier in identifiers:
+        if not isinstance(identifier, str) or identifier not in known:
+            names = ", ".join(sorted(known))
+            raise InputError(f"{place}: lm-eval does not know the instruction {identifier!r}, only {names}")
+    if not isinstance(kwargs, list) or len(kwargs) != len(identifiers) or not all(isinstance(k, dict) for k in kwargs):
+        raise InputError(f"{place}: 'kwargs' is {kwargs!r}, expected {len(identifiers)} objects, one an instruction")
+    for identifier, arguments in zip(identifiers, kwargs, strict=True):
+        try:  # as lm-eval does: an empty value counts as not given
+            known[identifier](identifier).build_description(**{k: v for k, v in arguments.items() if v})
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise InputError(f"{place}: {identifier} refuses the kwargs {arguments!r} ({error!r})") from error

@@ -1,0 +1,160 @@
+"""Where a base model comes from when it is not made here: a local folder, a GGUF file, or a hub at a revision.
+
+Whatever the source, the weights come from safetensors (or from the tensors of a GGUF file), never from a pickle, and no code
+that came with a model is run. The plan calls `folder_files` at parse time, so heavy imports stay inside the functions.
+"""
+
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from workflow_scripts.artifacts.fingerprint import file_sha256
+from workflow_scripts.plumbing.messages import InputError
+
+CONTENT = (".safetensors", ".json", ".jinja", ".model")  # with the two below: what transformers reads of a model's folder
+VOCABULARIES = ("merges.txt", "vocab.txt")
+OURS = ("manifest.json", "run.json")  # a run's merged/ folder is a model's folder too
+PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+
+
+def folder_files(folder: Path | str) -> list[Path]:
+    """The files of a Hugging Face folder that decide what the model is, by name.
+
+    InputError where the folder is none, has no config.json or tokenizer, or no weights as safetensors.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise InputError(f"{folder}: no such folder; give the path of a Hugging Face model folder")
+    found = sorted(path for path in folder.iterdir() if path.is_file())
+    files = [path for path in found if (path.suffix in CONTENT or path.name in VOCABULARIES) and path.name not in OURS]
+    names = {path.name for path in files}
+    if "config.json" not in names:
+        raise InputError(f"{folder}: has no config.json, expected a Hugging Face model folder")
+    if not any(name.endswith(".safetensors") for name in names):
+        pickles = [path.name for path in found if path.suffix in PICKLES]
+        problem = (
+            f"its weights are pickled ({', '.join(pickles)}), and reading a pickle can run any code" if pickles else "no weights"
+        )
+        raise InputError(f"{folder}: {problem}; expected *.safetensors, which save_pretrained of transformers writes")
+    if not any(name.startswith("tokenizer") or name in VOCABULARIES for name in names):
+        raise InputError(f"{folder}: has no tokenizer files (tokenizer.json or tokenizer.model)")
+    return files
+
+
+def folder_hashes(folder: Path | str, cache_file: str | None = None) -> dict[str, str]:
+    """Name -> sha256 of `folder_files`, cached by path, size, both times and inode: gigabytes are not read at each planning."""
+    cache: dict[str, str] = {}
+    if cache_file:
+        try:
+            read = json.loads(Path(cache_file).read_text())
+            cache = read if isinstance(read, dict) else {}
+        except (OSError, ValueError):
+            cache = {}  # a cache only: without it the files are read again
+    known, hashes = len(cache), {}
+    for path in folder_files(folder):
+        try:
+            stat = path.stat()
+            key = json.dumps([str(path), stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino])
+            if key not in cache:
+                cache[key] = file_sha256(path)
+        except OSError as error:
+            raise InputError(f"{path}: cannot be read: {error.strerror}") from None
+        hashes[path.name] = cache[key]
+    if cache_file and len(cache) > known:
+        try:
+            os.makedirs(os.path.dirname(cache_file), exist_ok=True)
+            part = f"{cache_file}.{os.getpid()}"
+            Path(part).write_text(json.dumps(cache))
+            os.replace(part, cache_file)
+        except OSError:
+            return hashes  # a read-only folder costs the reading, never the plan
+    return hashes
+
+
+def content_sha256(hashes: dict[str, str]) -> str:
+    """One hash of a folder's files by name."""
+    return hashlib.sha256(json.dumps(hashes, sort_keys=True).encode()).hexdigest()
+
+
+def check_gguf(file: Path, sha256: str) -> None:
+    """InputError unless the file is there with the sha256 that the config names."""
+    if not file.is_file():
+        raise InputError(f"{file}: base.gguf.file is missing; fetch it (`make smollm2` fetches the file of config/smollm2.yaml)")
+    if (found := file_sha256(file)) != sha256:
+        raise InputError(
+            f"{file}: sha256 is {found}, but base.gguf.sha256 says {sha256}; fetch the file again, or name the sha256 of the one "
+            "that you mean"
+        )
+
+
+def from_gguf(file: Path) -> tuple[Any, Any]:
+    """(model, tokenizer) of a GGUF file, dequantised to fp32.
+
+    transformers refuses to save a model that it has dequantised: the tensors are copied into a fresh model of the same config
+    without its `quantization_config`.
+    """
+    import gguf  # noqa: F401, transformers reads the file with it: its version counts for what comes out
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    where: dict[str, Any] = {"gguf_file": file.name, "local_files_only": True, "trust_remote_code": False}
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(file.parent, **where)
+        read = AutoModelForCausalLM.from_pretrained(file.parent, dtype=torch.float32, **where)
+    except (ValueError, OSError, NotImplementedError, KeyError) as error:
+        raise InputError(f"{file}: transformers cannot read this GGUF file: {' '.join(str(error).split())[:300]}") from None
+    plain = {key: value for key, value in read.config.to_dict().items() if key not in ("quantization_config", "_name_or_path")}
+    model = AutoModelForCausalLM.from_config(type(read.config).from_dict(plain), dtype=torch.float32)
+    model.load_state_dict(read.state_dict())  # strict: a tensor that is missing or left over is an error
+    model.generation_config = read.generation_config
+    return model, tokenizer
+
+
+def from_folder(folder: Path) -> tuple[Any, Any]:
+    """(model, tokenizer) of a Hugging Face folder, in the dtype in which the weights are stored."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    folder_files(folder)
+    where: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, **where)
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            folder, dtype="auto", use_safetensors=True, output_loading_info=True, **where
+        )
+    except (ValueError, OSError, KeyError, ImportError) as error:
+        raise InputError(f"{folder}: transformers cannot load this model: {' '.join(str(error).split())[:300]}") from None
+    model, report = loaded
+    if missing := sorted(report["missing_keys"]):
+        raise InputError(
+            f"{folder}: has no weights for {', '.join(missing[:3])} ({len(missing)} tensors); it is not a causal LM as saved"
+        )
+    if getattr(model.config, "quantization_config", None):
+        raise InputError(f"{folder}: holds quantised weights, expected full precision; a merge needs them")
+    return model, tokenizer
+
+
+def from_hub(model_id: str, revision: str | None) -> tuple[Path, str]:
+    """(folder of the snapshot in the hub's cache, its commit). InputError, with the remedies, where it cannot be had."""
+    import huggingface_hub
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled, RepositoryNotFoundError
+
+    from workflow_scripts.data import hub
+
+    patterns = [f"*{suffix}" for suffix in CONTENT] + list(VOCABULARIES)
+    try:
+        folder = huggingface_hub.snapshot_download(model_id, revision=revision, allow_patterns=patterns)
+    except (RepositoryNotFoundError, HfHubHTTPError) as error:
+        if isinstance(error, LocalEntryNotFoundError):
+            raise InputError(hub.unreachable("hub", "model", model_id, revision, "it is not in the local cache")) from None
+        raise InputError(
+            f"hub: {model_id} at revision {revision or 'main'}: the hub answers: {' '.join(str(error).split())[:300]}"
+        ) from None
+    except (OfflineModeIsEnabled, LocalEntryNotFoundError, OSError) as error:
+        reason = " ".join(str(error).split())[:120]
+        raise InputError(hub.unreachable("hub", "model", model_id, revision, reason)) from None
+    commit = Path(folder).name  # the cache names a snapshot by its commit
+    if revision is not None and commit != revision:
+        raise InputError(f"hub: asked for {model_id} at revision {revision}, the hub gave {commit}")
+    return Path(folder), commit

@@ -1,0 +1,156 @@
+"""The command line of every step. Plumbing: decides no number.
+
+    python -m workflow_scripts.steps.NAME --step STEP --inputs FILE... --out MANIFEST [--work DIR] [--log FILE]
+
+STEP is the step's JSON, or a file that holds it: a finished manifest.json will do, so that any phase can be run again by
+hand. An InputError is one line on standard error and exit status 1.
+"""
+
+import argparse
+import json
+import os
+import shutil
+import signal
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+
+from workflow_scripts.artifacts import runinfo, work
+from workflow_scripts.artifacts.fingerprint import fingerprint
+from workflow_scripts.artifacts.manifests import Job
+from workflow_scripts.plumbing import gpus, progress
+from workflow_scripts.plumbing.messages import InputError, Interrupted
+
+
+def parser(doc: str) -> argparse.ArgumentParser:
+    made = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    made.add_argument("--step", required=True, help="the step's JSON, or a file with it (a manifest.json will do)")
+    made.add_argument("--inputs", nargs="*", default=[], type=Path, help="manifests of the parents, and their files")
+    made.add_argument("--out", required=True, type=Path, help="where the manifest goes; the other files go beside it")
+    made.add_argument("--work", type=Path, default=Path("results/.work"), help="locks and unfinished work")
+    made.add_argument("--gpus", type=int, default=1, help="GPUs that the job was given: with 0 the step takes none")
+    made.add_argument("--log", type=Path, help="write all messages here instead of to the terminal")
+    made.add_argument("--track", default="none", choices=["none", "tensorboard", "wandb"], help="live training curves")
+    made.add_argument("--checkpoint-minutes", type=float, default=10.0, help="how often a training saves where it is")
+    return made
+
+
+def read_step(text: str) -> dict:
+    """The step's JSON from the argument itself, or from the file that it names. InputError if it is none."""
+    place = "--step"
+    if not text.lstrip().startswith("{"):
+        try:
+            place, text = f"--step {text}", Path(text).read_text(encoding="utf-8")
+        except (OSError, ValueError) as error:
+            reason = getattr(error, "strerror", None) or error
+            raise InputError(f"--step {text[:200]}: neither JSON nor a file that can be read: {reason}") from None
+    try:
+        data = json.loads(text)
+    except ValueError as error:
+        raise InputError(f"{place}: not JSON: {error}") from None
+    if isinstance(data, dict) and isinstance(data.get("step"), dict):
+        data = data["step"]
+    if not isinstance(data, dict) or (missing := sorted({"step", "config", "parents", "packages"} - set(data))):
+        found = f"a mapping without {', '.join(missing)}" if isinstance(data, dict) else f"a {type(data).__name__}"
+        raise InputError(f"{place}: found {found}, expected the JSON of a step, or a manifest.json that holds it")
+    return data
+
+
+def _needs_hub(step: dict) -> bool:
+    """True if the step takes its model or its rows from a hub."""
+    source = step["config"].get("source")
+    return source == "hub" or (isinstance(source, dict) and "hub" in source)
+
+
+def _environment(threads: int, online: bool) -> None:
+    """Before any heavy import: quiet, as many threads as the step was planned with, and offline unless its source is a hub
+    (the user's own HF_HUB_OFFLINE stays)."""
+    for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
+        os.environ[name] = str(threads)
+    quiet = {
+        "TOKENIZERS_PARALLELISM": "false",
+        "HF_HUB_DISABLE_TELEMETRY": "1",
+    }
+    if not online:
+        quiet |= {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
+    os.environ.update(quiet)
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+
+
+def _redirect(log: Path | None) -> int:
+    """Send standard output and error, C libraries' included, into the log. Returns a descriptor of the real error stream."""
+    real = os.dup(2)
+    if log is not None:
+        log.parent.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)  # emptied once the step has its lock
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os.dup2(descriptor, 1)
+        os.dup2(descriptor, 2)
+        os.close(descriptor)
+        terminal = os.fdopen(os.dup(real), "w")
+        progress.set_terminal(terminal if terminal.isatty() else None)
+    return real
+
+
+def _full(work: Path) -> str:
+    """What libraries that write files do not always say: torch's own error is "unexpected pos"."""
+    try:
+        free = shutil.disk_usage(work).free
+    except OSError:
+        return ""
+    return f"no space left where {work} is; free some and run snakemake again. " if free < 1_000_000 else ""
+
+
+def run(main: Callable[[Job], None], doc: str | None, describe: Callable[[Path], None] | None = None) -> None:
+    """Run a step: read the arguments, take its lock, take over a finished copy if there is one, else call `main`.
+
+    describe: called with the folder of the artifact once that is there, to lay something beside it that decorates it. What goes
+    wrong there is said, and fails nothing.
+    """
+    args = parser(doc or "").parse_args()
+    real = _redirect(args.log)
+
+    def say(text: str) -> None:
+        """One line for people on the terminal, and in the log where there is one."""
+        if args.log is not None:
+            print(text, file=sys.stderr, flush=True)
+        os.write(real, f"{args.out}: {' '.join(text.split())}\n".encode())
+
+    try:
+        step = read_step(args.step)
+        _environment(step.get("threads", 1), _needs_hub(step))
+        if args.log is not None:
+            os.environ.setdefault("TENSORBOARD_LOGGING_DIR", str(args.log.parent / "tensorboard"))
+        runinfo.check_packages(step)
+        job = Job(step, args.inputs, args.out, args.work, args.track, args.checkpoint_minutes)
+        with work.exclusive(args.work, work.place(args.out), say), work.exclusive(args.work, fingerprint(step), say):
+            if args.log is not None:
+                os.truncate(args.log, 0)  # the lines before are of an earlier run, or of who held the lock
+            if work.republish(args.work, fingerprint(step), args.out):
+                say("already made with this fingerprint: taken over")
+            else:
+                work.claim(args.work, fingerprint(step), args.out, step)
+                _gpu = gpus.take(say) if step.get("device") == "cuda" and args.gpus else None  # held until the process ends
+                job.started = time.time()
+                main(job)
+            if describe is not None:
+                try:
+                    describe(args.out.parent)
+                except Exception as error:
+                    say(f"made, but not described: {type(error).__name__}: {error}")
+    except InputError as error:
+        say(f"error: {error}")
+        sys.exit(1)
+    except Interrupted as where:
+        say(str(where))
+        sys.exit(128 + signal.SIGTERM)
+    except Exception as error:
+        traceback.print_exc()
+        say(
+            f"error: {_full(args.work)}{type(error).__name__}: {' '.join(str(error).split())[:500]}"
+            + (f" (details: {args.log})" if args.log else "")
+        )
+        sys.exit(1)
