@@ -91,6 +91,7 @@ lint: setup
 	$(BIN)/snakefmt --check Snakefile rules
 	$(BIN)/snakemake --lint
 	$(BIN)/mypy
+	$(BIN)/lint-imports
 
 # The comparison of all methods:  make report [CONFIG="config/config.yaml config/three_seeds.yaml"] [RESULTS=results/smollm2]
 report: setup

@@ -49,7 +49,8 @@ TINY = {
 
 def configured(shape: str, tiny: bool, length: int):
     """The study, with rows and prompts of this length, as the steps and the estimator are given it."""
-    from workflow_scripts.config.config import Config, load, merge
+    from workflow_scripts.config.config import Config, load
+    from workflow_scripts.config.written import merge
 
     files = ["config/qwen05b.yaml", *(["config/qwen7b.yaml"] if shape == "7b" else [])]
     rows = {"train": {"max_length": length, "max_steps": STEPS}}
@@ -210,7 +211,7 @@ def measure(name: str, config, folder: Path, card: float | None) -> dict:
 
     from tests.support import small_steps
     from workflow_scripts.config import choices
-    from workflow_scripts.config.config import rewards
+    from workflow_scripts.config.experiments import rewards
     from workflow_scripts.config.names import CHOICE
     from workflow_scripts.plan.gpu_memory import CONTEXT, Memory
     from workflow_scripts.rl.ppo_trainer import PPOTrainer

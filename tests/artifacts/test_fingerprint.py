@@ -105,7 +105,7 @@ CODE_EDITS = [
     ("data/formats.py", '"gpt": "assistant"', '"gpt": "user"', EVERYTHING),
     ("artifacts/manifests.py", '"format": 1', '"format": 2', EVERYTHING),
     ("artifacts/__init__.py", "", "X = 1\n", EVERYTHING),
-    ("tiny/chat_template.jinja", "<|im_start|>", "<|im_start|> ", {("base", "")} | SLICES | ALL_RUNS | EVALS),
+    ("tiny/chat_template.jinja", "<|im_start|>", "<|im_start|> ", {("base", "base")} | SLICES | ALL_RUNS | EVALS),
     ("tiny/answers.py", "\n\n\n", "\n\nX = 1\n\n\n", EVERYTHING),
     ("artifacts/work.py", "left.unlink()", "left.unlink(True)", set()),
     ("plumbing/progress.py", "10.0", "20.0", set()),
@@ -126,7 +126,8 @@ def test_the_tiny_worlds_modules_count_only_where_the_source_is_the_tiny_world(t
     tree("workflow_scripts/tiny/world.py", "import hashlib\n", "import hashlib\n\nX = 1\n")
     plan = Plan(Config(user))
     assert fingerprints(user) != before  # prompts and base are tiny
-    for kind, name, tiny in (("slice", "ifeval", True), ("slice", "pairs", False), ("base", "", True), ("train", "dpo", False)):
+    tiny_steps = {("slice", "ifeval"): True, ("slice", "pairs"): False, ("base", "base"): True, ("train", "dpo"): False}
+    for (kind, name), tiny in tiny_steps.items():
         assert any(module.startswith("tiny") for module in plan.step(kind, name)["code"]) == tiny, (kind, name)
 
 

@@ -9,9 +9,11 @@ from types import SimpleNamespace
 import pytest
 import yaml
 
-from workflow_scripts.config import config as configs
-from workflow_scripts.config.config import Config, load, merge
+from workflow_scripts.config.config import Config, load
+from workflow_scripts.config.experiments import rewards
 from workflow_scripts.config.names import run_name
+from workflow_scripts.config.schema import SCHEMA
+from workflow_scripts.config.written import METHODS_FILE, merge
 from workflow_scripts.config.yaml_files import read_yaml
 from workflow_scripts.plan.plan import Plan
 from workflow_scripts.plumbing.messages import InputError
@@ -249,7 +251,7 @@ def test_an_experiment_lies_over_what_it_extends_and_that_over_its_method(tmp_pa
         "  three: {extends: two, train: {loss_type: hinge}, start_from: sft_v1}\n"
     )
     made = load(DEFAULT, tmp_path / "over.yaml").experiments
-    methods, own = read_yaml(configs.METHODS_FILE)["methods"]["dpo"], yaml.safe_load(DEFAULT.read_text())["methods"]["dpo"]
+    methods, own = read_yaml(METHODS_FILE)["methods"]["dpo"], yaml.safe_load(DEFAULT.read_text())["methods"]["dpo"]
     train = {**methods["train"], **own["train"], "beta": 0.4, "ld_alpha": 0.8, "loss_type": "hinge"}
     assert made["three"] == {"method": "dpo", "slice": "pairs", "quantise": "nf4", "start_from": "sft_v1", "train": train}
     assert made["dpo"]["train"]["beta"] == 0.1 and "ld_alpha" not in made["dpo"]["train"]
@@ -312,12 +314,12 @@ def test_every_key_of_the_schema_is_a_field_of_the_trl_config_that_it_goes_to():
     parts = {method: [f"train_{method}", "train_rollouts"][: 2 if method in ("grpo", "rloo") else 1] for method in TRL_CONFIGS}
     for method, name in TRL_CONFIGS.items():
         fields = {field.name for field in dataclasses.fields(getattr(trl, name))}
-        keys = {key for part in ("train", *parts[method]) for key in configs.SCHEMA["$defs"][part]["properties"]}
+        keys = {key for part in ("train", *parts[method]) for key in SCHEMA["$defs"][part]["properties"]}
         assert keys <= fields, sorted(keys - fields)
         assert "learning_rate" in keys
-        required = configs.SCHEMA["$defs"][f"method_{method}"]["properties"]["train"]["allOf"]
+        required = SCHEMA["$defs"][f"method_{method}"]["properties"]["train"]["allOf"]
         assert {one["$ref"].rsplit("/", 1)[-1] for one in required} == {"train", *parts[method]}
-    assert set(TRL_CONFIGS) == set(configs.SCHEMA["properties"]["methods"]["properties"])
+    assert set(TRL_CONFIGS) == set(SCHEMA["properties"]["methods"]["properties"])
 
 
 @shipped
@@ -346,9 +348,9 @@ def test_a_reward_replaces_the_one_that_it_is_laid_over_as_a_whole(tmp_path):
         "experiments: {mixed: {extends: grpo, reward: {rm: 0.5, ifeval: 0.5}}, one: {extends: mixed, reward: {rm: 1.0}}}"
     )
     made = load(DEFAULT, tmp_path / "over.yaml")
-    assert configs.rewards(made.experiments["mixed"]) == {"ifeval": 0.5, "rm": 0.5}
-    assert configs.rewards(made.experiments["one"]) == {"rm": 1.0}
-    assert configs.rewards(made.experiments["grpo"]) == {"ifeval": 1.0}
+    assert rewards(made.experiments["mixed"]) == {"ifeval": 0.5, "rm": 0.5}
+    assert rewards(made.experiments["one"]) == {"rm": 1.0}
+    assert rewards(made.experiments["grpo"]) == {"ifeval": 1.0}
 
 
 def test_a_config_that_names_an_object_of_python_is_refused_and_runs_nothing(tmp_path):

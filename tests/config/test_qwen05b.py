@@ -123,7 +123,9 @@ def test_a_moved_revision_makes_what_comes_from_it_stale(study, tmp_path):
     moved = Plan(load(other))
     changed = {
         step
-        for step in [("base", ""), ("slice", "sft"), ("slice", "pairs"), *(("train", name) for name in ("sft_v2", "dpo", "ppo"))]
+        for step in [
+            ("base", "base"), ("slice", "sft"), ("slice", "pairs"), ("train", "sft_v2"), ("train", "dpo"), ("train", "ppo"),
+        ]
         if study.fingerprint(*step) != moved.fingerprint(*step)
     }  # fmt: skip
     assert changed == {("slice", "pairs"), ("train", "dpo"), ("train", "ppo")}

@@ -8,7 +8,9 @@ import yaml
 
 from tests.conftest import ROOT, make_clone
 from tests.support import report_world, small_steps
-from workflow_scripts.config.config import Config, load, merge, rewards
+from workflow_scripts.config.config import Config, load
+from workflow_scripts.config.experiments import rewards
+from workflow_scripts.config.written import merge
 from workflow_scripts.config.yaml_files import read_yaml
 from workflow_scripts.plan.plan import Plan
 from workflow_scripts.plumbing.messages import InputError
@@ -103,7 +105,7 @@ def test_only_the_copies_and_the_report_have_other_steps():
     }
     plain, marked, swept = Plan(Config(bare)), Plan(Config(user)), Plan(load(DEFAULT, SWEEP))
     kinds = [f"{verb}_{task}" for verb in ("generate", "score") for task in plain.config.evaluations]
-    steps = [("base", "")] + [("slice", name) for name in plain.config.data["data"]["slices"]]
+    steps = [("base", "base")] + [("slice", name) for name in plain.config.data["data"]["slices"]]
     for name in plain.config.experiments:
         steps += [(kind, name) for kind in (["train", "eval_rm"] if name == "rm" else ["train", "merge", *kinds])]
     assert len(steps) > 60

@@ -8,7 +8,7 @@ import pytest
 from tests.data.test_slice_data import Slicer, turn
 from tests.support import small_steps
 from workflow_scripts.artifacts import manifests
-from workflow_scripts.config.config import SCHEMA
+from workflow_scripts.config.schema import SCHEMA
 from workflow_scripts.data import formats
 from workflow_scripts.models import chat
 

@@ -41,7 +41,7 @@ def test_a_model_of_a_hub_is_taken_at_its_revision(tmp_path, fake_hub):
 def test_an_unpinned_model_is_taken_on_request_and_says_so(tmp_path, fake_hub):
     user = user_config(tmp_path, source="hub", hub={"id": "org/stories"}) | {"allow_unpinned": True}
     planned = Plan(config.Config(user))
-    assert planned.step("base")["allow_unpinned"] is True
+    assert planned.step("base", "base")["allow_unpinned"] is True
     made = make(tmp_path, planned)
     assert made.data["pinned"] is False and made.data["revision"] == COMMIT and made.data["step"]["allow_unpinned"] is True
 

@@ -12,7 +12,7 @@ import torch
 from tests.support import small_steps
 from workflow_scripts.artifacts import manifests
 from workflow_scripts.artifacts.fingerprint import file_sha256
-from workflow_scripts.models import loading
+from workflow_scripts.models import loading, lora
 from workflow_scripts.plumbing.messages import InputError
 
 ADAPTER = "adapter_model.safetensors"
@@ -76,7 +76,7 @@ def test_every_matrix_of_the_adapter_moves_in_each_method(sft, dpo):
 
 
 def test_a_part_of_the_adapter_that_does_not_train_is_noticed(base, slices, tmp_path, monkeypatch):
-    right = loading.settle_adapter
+    right = lora.settle
 
     def freeze_a_layer(trainer, seed):
         right(trainer, seed)
@@ -84,7 +84,7 @@ def test_a_part_of_the_adapter_that_does_not_train_is_noticed(base, slices, tmp_
             if ".layers.0." in name and "lora_" in name:
                 p.register_hook(torch.zeros_like)  # still trainable, but no gradient arrives
 
-    monkeypatch.setattr(loading, "settle_adapter", freeze_a_layer)
+    monkeypatch.setattr(lora, "settle", freeze_a_layer)
     made = small_steps.train(tmp_path / "run", "sft_v2", base, slices["sft"])
     assert made.data["adapter_moved"] == 0.5
 
@@ -137,7 +137,7 @@ def test_plain_peft_loads_the_adapters_on_the_base_that_their_manifest_names(bas
         assert json.loads((adapter.folder / "adapter_config.json").read_text())["base_model_name_or_path"] == str(start.folder)
         bare = loading.load(start, tmp_path, "cpu", "fp32")
         without = logits(bare)[:1].abs().sum().item()
-        assert found == pytest.approx(logits(loading.attach(bare, start, adapter))[:1].abs().sum().item(), rel=1e-6)
+        assert found == pytest.approx(logits(lora.attach(bare, start, adapter))[:1].abs().sum().item(), rel=1e-6)
         assert found != pytest.approx(without, rel=1e-6)
 
 
@@ -150,7 +150,7 @@ def test_the_merged_model_is_base_and_adapter_in_fp32(base, sft, merged, tmp_pat
     name = "model.layers.1.mlp.down_proj"
     before = bare.get_submodule(name).weight.detach().clone()
     plain = logits(bare)
-    apart = logits(loading.attach(bare, start, sft))
+    apart = logits(lora.attach(bare, start, sft))
     fused = loading.load(merged, tmp_path, "cpu", "fp32")
     assert (logits(fused) - apart).abs().max() < 1e-5
     assert (apart - plain).abs().max() > 1e-2
@@ -171,7 +171,7 @@ def test_an_adapter_on_another_base_is_refused_by_name(other_base, base, sft, fo
     start = manifests.read(other_base)
     model = loading.load(start, tmp_path, "cpu", "fp32")
     with pytest.raises(InputError, match=both):
-        loading.attach(model, start, sft)
+        lora.attach(model, start, sft)
     with pytest.raises(InputError, match=both):
         small_steps.merge(tmp_path / "run", other_base, sft.path)
     prompts = small_steps.write_slice(tmp_path, "ifeval", small_steps.world.eval_rows(2, 1), heldout=0)

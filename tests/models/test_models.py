@@ -5,7 +5,7 @@ import torch
 
 from tests.support import small_steps
 from workflow_scripts.artifacts import manifests
-from workflow_scripts.models import loading
+from workflow_scripts.models import loading, lora
 from workflow_scripts.plumbing.messages import InputError
 
 
@@ -32,7 +32,7 @@ def test_target_modules_that_the_model_lacks_are_an_error_that_lists_its_linear_
     block = small_steps.LORA | {"target_modules": ["q_proj", "query_key_value"]}
     layers = "down_proj, gate_proj, k_proj, o_proj, q_proj, up_proj, v_proj"
     with pytest.raises(InputError, match=f"no layers named query_key_value; its linear layers are {layers}. Set"):
-        loading.lora(block, model)
+        lora.adapter_config(block, model)
 
 
 def test_adapters_are_fp32_and_start_alike_for_nf4_and_full_precision_and_for_each_method(base, slices, tmp_path):
@@ -63,7 +63,7 @@ def trainer(request, base, slices, tmp_path):
 
 
 def check(trainer):
-    return loading.check_trainer(trainer, small_steps.LORA, "adamw_torch")
+    return lora.check_trainer(trainer, small_steps.LORA, "adamw_torch")
 
 
 def test_the_steps_build_trainers_that_pass(trainer):

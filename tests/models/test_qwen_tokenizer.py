@@ -10,8 +10,11 @@ from tests.support import qwen_vocabulary, small_steps
 from tests.support.qwen_vocabulary import ROWS, SPECIAL, TOKENS, WORDS
 from workflow_scripts.artifacts import manifests
 from workflow_scripts.config import config as configs
+from workflow_scripts.config.written import merge
+from workflow_scripts.config.yaml_files import read_yaml
 from workflow_scripts.models import chat, sources
 from workflow_scripts.plan.plan import Plan
+from workflow_scripts.plumbing.messages import InputError
 
 
 @pytest.fixture(scope="module")
@@ -39,11 +42,11 @@ def model(tmp_path_factory) -> Path:
 def made(model) -> manifests.Artifact:
     """The base that make_base makes of it, with what config/qwen05b.yaml says of the base but its source."""
     study = configs.load(ROOT / "config/qwen05b.yaml").data
-    user = configs.merge(configs.read_yaml(ROOT / "config/qwen05b.yaml"), {"device": "cpu", "precision": "fp32"})
+    user = merge(read_yaml(ROOT / "config/qwen05b.yaml"), {"device": "cpu", "precision": "fp32"})
     user["base"] = {key: study["base"][key] for key in ("dtype", "end_of_turn")} | {"source": "path", "path": str(model)}
     plan = Plan(configs.Config(user))
     out = model.parent / "base/manifest.json"
-    return small_steps.run(manifests.Job(plan.step("base"), [model], out, model.parent / ".work"))
+    return small_steps.run(manifests.Job(plan.step("base", "base"), [model], out, model.parent / ".work"))
 
 
 def test_turns_end_with_a_token_of_the_vocabulary_and_documents_with_another(made):
@@ -93,8 +96,9 @@ def test_a_tokenizer_with_more_tokens_than_rows_is_refused(model, tmp_path):
     small.resize_token_embeddings(TOKENS - 1)
     small.save_pretrained(tmp_path / "model")
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "model").config.vocab_size == len(tokenizer) - 1
-    user = configs.merge(configs.read_yaml(ROOT / "config/qwen05b.yaml"), {"device": "cpu", "precision": "fp32"})
+    user = merge(read_yaml(ROOT / "config/qwen05b.yaml"), {"device": "cpu", "precision": "fp32"})
     user["base"] = {"source": "path", "path": str(tmp_path / "model"), "dtype": "bf16", "end_of_turn": "<|im_end|>"}
-    job = manifests.Job(Plan(configs.Config(user)).step("base"), [tmp_path / "model"], tmp_path / "base/manifest.json", tmp_path)
-    with pytest.raises(configs.InputError, match="a token 151664, the model's embeddings have 151664 rows"):
+    step = Plan(configs.Config(user)).step("base", "base")
+    job = manifests.Job(step, [tmp_path / "model"], tmp_path / "base/manifest.json", tmp_path)
+    with pytest.raises(InputError, match="a token 151664, the model's embeddings have 151664 rows"):
         small_steps.run(job)

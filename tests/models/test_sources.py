@@ -12,6 +12,7 @@ from tests.support import small_steps
 from workflow_scripts.artifacts import manifests
 from workflow_scripts.artifacts.fingerprint import ROOT, file_sha256
 from workflow_scripts.config import bases, config, yaml_files
+from workflow_scripts.config.written import merge
 from workflow_scripts.data import slicing
 from workflow_scripts.models import chat, sources
 from workflow_scripts.plan.plan import Plan
@@ -25,7 +26,7 @@ END = "<|end_story|>"
 
 def user_config(tmp_path: Path, **base) -> dict:
     """The default config over another base model."""
-    made = config.merge(yaml_files.read_yaml(ROOT / "config/config.yaml"), {"pathvars": {"results": str(tmp_path / "results")}})
+    made = merge(yaml_files.read_yaml(ROOT / "config/config.yaml"), {"pathvars": {"results": str(tmp_path / "results")}})
     made["base"] = {"dtype": "fp32", "training_template": "chatml_text", **base}
     return made
 
@@ -38,7 +39,7 @@ def make(tmp_path: Path, planned: Plan, *inputs: Path) -> manifests.Artifact:
     """Run make_base as planned."""
     files = list(inputs) or [Path(file) for file in bases.files(planned.config.models["base"])]
     out = tmp_path / "base/manifest.json"
-    return small_steps.run(manifests.Job(copy.deepcopy(planned.step("base")), files, out, tmp_path / ".work"))
+    return small_steps.run(manifests.Job(copy.deepcopy(planned.step("base", "base")), files, out, tmp_path / ".work"))
 
 
 @pytest.fixture(scope="module")
@@ -151,7 +152,7 @@ def test_a_base_from_elsewhere_depends_on_its_files_and_not_on_prompts_machine_o
     user = user_config(tmp_path, source="path", path=str(copied))
 
     def mark(**over) -> str:
-        return Plan(config.Config(config.merge(user, over))).fingerprint("base", "")
+        return Plan(config.Config(merge(user, over))).fingerprint("base", "base")
 
     before = mark()
     assert mark(device="cuda", precision="bf16", threads=2, data={"slices": {"ifeval": {"rows": 7}}}) == before
@@ -174,15 +175,15 @@ def test_a_folder_that_changed_after_planning_is_refused(tmp_path):
     copied = tmp_path / "stories"
     shutil.copytree(STORIES, copied)
     planned = plan(tmp_path, source="path", path=str(copied))
-    planned.step("base")
+    planned.step("base", "base")
     (copied / "generation_config.json").write_text("{}")
     with pytest.raises(InputError, match="changed since this step was planned"):
         make(tmp_path, planned)
 
 
 def test_the_tiny_base_counts_nothing_of_the_other_sources_and_they_nothing_of_the_tiny_world(tmp_path):
-    tiny = Plan(config.load(ROOT / "config/config.yaml")).step("base")
-    other = plan(tmp_path, source="path", path=str(STORIES)).step("base")
+    tiny = Plan(config.load(ROOT / "config/config.yaml")).step("base", "base")
+    other = plan(tmp_path, source="path", path=str(STORIES)).step("base", "base")
     assert not {"models.sources", "models.templates"} & set(tiny["code"]) and not {"gguf", "trl"} & set(tiny["packages"])
     assert {"models.sources", "models.templates"} <= set(other["code"]) and {"gguf", "trl"} <= set(other["packages"])
     assert not [name for name in other["code"] if name.startswith("tiny")]
@@ -198,7 +199,7 @@ def test_pickled_weights_are_refused_at_planning(tmp_path):
         shutil.copy(STORIES / name, folder)
     (folder / "pytorch_model.bin").write_bytes(b"\x80\x04")
     with pytest.raises(InputError, match=r"base.path.*weights are pickled \(pytorch_model.bin\).*expected \*.safetensors"):
-        plan(tmp_path, source="path", path=str(folder)).step("base")
+        plan(tmp_path, source="path", path=str(folder)).step("base", "base")
 
 
 @pytest.mark.parametrize(
@@ -247,13 +248,13 @@ def test_a_base_that_says_too_little_is_refused_at_planning(tmp_path, case):
     user = user_config(tmp_path, **base)
     user["base"] = {key: value for key, value in user["base"].items() if value is not None}
     with pytest.raises(InputError, match=error):
-        Plan(config.Config(user)).step("base")
+        Plan(config.Config(user)).step("base", "base")
 
 
 def test_a_gguf_file_is_planned_without_it_and_checked_by_sha256(tmp_path):
     file = tmp_path / "model.gguf"
     planned = plan(tmp_path, source="gguf", gguf={"file": str(file), "sha256": "0" * 64})
-    assert planned.step("base")["config"]["gguf"] == {"file": "model.gguf", "sha256": "0" * 64}
+    assert planned.step("base", "base")["config"]["gguf"] == {"file": "model.gguf", "sha256": "0" * 64}
     with pytest.raises(InputError, match=r"model.gguf: base.gguf.file is missing; fetch it \(`make smollm2`"):
         make(tmp_path, planned)
     file.write_bytes(b"GGUF")

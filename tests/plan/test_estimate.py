@@ -6,8 +6,9 @@ from pathlib import Path
 import pytest
 
 from workflow_scripts.config import config
-from workflow_scripts.config.config import Config, load, merge
+from workflow_scripts.config.config import Config, load
 from workflow_scripts.config.names import CHOICE
+from workflow_scripts.config.written import merge
 from workflow_scripts.plan import estimate
 from workflow_scripts.plan.plan import Plan
 
@@ -88,7 +89,7 @@ def test_more_work_takes_longer(kind, name, overlay):
 def test_a_larger_model_takes_more_of_everything():
     shape = {"parameters": 7_600_000_000, "hidden_size": 3584, "num_hidden_layers": 28, "vocab_size": 152064}
     small, large = estimates(files=SMOLLM2), estimates({"base": {"shape": shape}}, files=SMOLLM2)
-    for kind, name in (("base", ""), ("merge", "sft_v2"), ("train", "dpo"), ("generate_ifeval", "dpo"), ("eval_rm", "rm")):
+    for kind, name in (("base", "base"), ("merge", "sft_v2"), ("train", "dpo"), ("generate_ifeval", "dpo"), ("eval_rm", "rm")):
         for key in ("memory_mb", "disk_mb"):
             assert large.of(kind, name)[key] >= small.of(kind, name)[key], (kind, key)
         assert large.of(kind, name)["memory_mb"] > 3 * small.of(kind, name)["memory_mb"], kind
@@ -123,7 +124,7 @@ def test_every_step_of_every_shipped_config_has_an_estimate():
         made = estimate.Estimates(Plan(config.load(*files)))
         slices = [("slice", name) for name in made.config.data["data"]["slices"]]
         runs = [(kind, name) for name, body in made.config.experiments.items() for kind in kinds(made, body)]
-        for kind, name in [("base", ""), ("generate_ifeval", "base"), *slices, *runs]:
+        for kind, name in [("base", "base"), ("generate_ifeval", "base"), *slices, *runs]:
             asked = made.ask(kind, name, 1)
             assert all(isinstance(value, int) and value > 0 for value in asked.values()), (kind, name, asked)
 

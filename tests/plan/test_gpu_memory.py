@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from workflow_scripts.config.config import Config, load, merge
+from workflow_scripts.config.config import Config, load
 from workflow_scripts.config.names import CHOICE
+from workflow_scripts.config.written import merge
 from workflow_scripts.plan import gpu_memory
 from workflow_scripts.plan.gpu_memory import GIB, Memory, Pass
 from workflow_scripts.plan.plan import Plan

@@ -19,7 +19,8 @@ from tests.support.planned import (
     runs,
     stale,
 )
-from workflow_scripts.config.config import Config, merge
+from workflow_scripts.config.config import Config
+from workflow_scripts.config.written import merge
 from workflow_scripts.config.yaml_files import read_yaml
 from workflow_scripts.plan.plan import Plan
 from workflow_scripts.plumbing.messages import InputError

@@ -15,6 +15,8 @@ from tests.conftest import MICRO, Clone, make_clone
 from workflow_scripts.artifacts import manifests
 from workflow_scripts.artifacts.fingerprint import canonical, file_sha256, fingerprint
 from workflow_scripts.config import config as configs
+from workflow_scripts.config.written import merge
+from workflow_scripts.config.yaml_files import read_yaml
 from workflow_scripts.plan import records
 from workflow_scripts.plan.plan import Plan
 from workflow_scripts.plan.records import place_of
@@ -27,7 +29,7 @@ def plan_of(clone: Clone, *overlays: str) -> Plan:
 
 def lay_out(clone: Clone, plan: Plan, *keys: tuple[str, str]) -> None:
     """Artifacts as the config plans them, and all that they are made from, with made-up files; and Snakemake's records."""
-    known = [("slice", name) for name in plan.config.data["data"]["slices"]] + [("base", "")]
+    known = [("slice", name) for name in plan.config.data["data"]["slices"]] + [("base", "base")]
     known += [(kind, run) for run in plan.runs() for kind in ("train", "merge")]
     known += [(f"generate_{task}", run) for run in ["base", *plan.runs()] for task in plan.config.evaluations]
     by_mark = {plan.fingerprint(*key): key for key in known}
@@ -141,9 +143,9 @@ def planned_by_snakemake(tmp_path_factory) -> dict[str, tuple[str, list[str]]]:
 
 
 def test_places_and_rules_are_those_of_the_rules(planned_by_snakemake):
-    config = configs.merge(configs.read_yaml(MICRO[0]), configs.merge(configs.read_yaml(MICRO[1]), {"seeds": [1, 2]}))
+    config = merge(read_yaml(MICRO[0]), merge(read_yaml(MICRO[1]), {"seeds": [1, 2]}))
     plan = Plan(configs.Config(config))
-    keys = [("slice", name) for name in plan.config.data["data"]["slices"]] + [("base", "")]
+    keys = [("slice", name) for name in plan.config.data["data"]["slices"]] + [("base", "base")]
     for run in ["base", *plan.runs()]:
         tasks = [*plan.config.evaluations, "rm", ""]
         for kind in [kind for kind in records.kinds_of(run) if kind.partition("_")[2] in tasks]:
@@ -165,7 +167,7 @@ def test_what_lies_in_a_results_folder_is_found_and_other_peoples_files_are_not(
     monkeypatch.chdir(made.folder)
     before = list(records.find("results"))
     assert {(place.kind, place.name) for place in before} == {
-        *(("slice", name) for name in ("ifeval", "sums_eval", "sft", "pairs")), ("base", ""),
+        *(("slice", name) for name in ("ifeval", "sums_eval", "sft", "pairs")), ("base", "base"),
         ("merge", "sft_v2"), ("train", "sft_v2"), ("train", "dpo"),
         *((f"{verb}_ifeval", run) for run in ("base", "sft_v2", "dpo") for verb in ("generate", "score")),
     }  # fmt: skip

@@ -7,7 +7,7 @@ from safetensors import safe_open
 
 from tests.support import small_steps
 from workflow_scripts.artifacts import manifests
-from workflow_scripts.models import loading
+from workflow_scripts.models import lora
 from workflow_scripts.rl import reward_model
 from workflow_scripts.steps import eval_rm
 
@@ -49,9 +49,9 @@ def test_the_head_stays_in_fp32_on_a_backbone_that_computes_in_bf16(rm, base, pa
     """As on a GPU: what was learnt in fp32 is not rounded, and the head multiplies fp32 by fp32."""
     start, held = manifests.read(base), manifests.read(pairs).rows(heldout=True)
     model, tokenizer = reward_model.load(start, rm, tmp_path, "cpu", "bf16", small_steps.QUANT)
-    head = next(p for name, p in model.named_parameters() if f"{loading.HEAD}.modules_to_save.default" in name)
+    head = next(p for name, p in model.named_parameters() if f"{lora.HEAD}.modules_to_save.default" in name)
     with safe_open(rm.file("adapter_model.safetensors"), framework="pt") as file:
-        assert torch.equal(head, file.get_tensor(f"base_model.model.{loading.HEAD}.weight"))
+        assert torch.equal(head, file.get_tensor(f"base_model.model.{lora.HEAD}.weight"))
     found = reward_model.objective(*reward_model.score_pairs(model, tokenizer, held, 50, 128))
     assert found["margin"] == pytest.approx(rm.data["objective"]["after"]["margin"], rel=0.1)
 

@@ -8,7 +8,8 @@ import pytest
 from tests.support import small_steps
 from workflow_scripts.artifacts import manifests
 from workflow_scripts.artifacts.fingerprint import fingerprint
-from workflow_scripts.config.config import Config, load, merge
+from workflow_scripts.config.config import Config, load
+from workflow_scripts.config.written import merge
 from workflow_scripts.plan import estimate
 from workflow_scripts.plan.plan import Plan
 from workflow_scripts.plumbing.messages import InputError

@@ -3,7 +3,8 @@
 import json
 from pathlib import Path
 
-from workflow_scripts.config.config import Config, merge
+from workflow_scripts.config.config import Config
+from workflow_scripts.config.written import merge
 from workflow_scripts.config.yaml_files import read_yaml
 from workflow_scripts.plan.plan import Plan
 
@@ -28,7 +29,7 @@ def fingerprints(user: dict) -> dict[tuple[str, str], str]:
     """Of each step of a config, with two seeds of the main chain. `grpo` is trained with the reward model."""
     user = merge(user, {"experiments": {"grpo": {"reward": {"rm": 0.5, "ifeval": 0.5}}}})
     plan = Plan(Config(user))
-    steps = [("slice", name) for name in plan.config.data["data"]["slices"]] + [("base", "")]
+    steps = [("slice", name) for name in plan.config.data["data"]["slices"]] + [("base", "base")]
     steps += [(kind, run) for kind in ("train", "merge", *EVALUATIONS) for run in SFT + DPO + OTHERS]
     steps += [(kind, "base") for kind in EVALUATIONS] + [("train", "rm"), ("eval_rm", "rm")]
     return {step: plan.fingerprint(*step) for step in steps}
@@ -50,5 +51,5 @@ RM = {("train", "rm"), ("eval_rm", "rm")}
 ALL_RUNS = runs(*SFT, *DPO, *OTHERS) | RM
 EVALS = evals(*EVALUATIONS)
 SLICES = {("slice", name) for name in ("sft", "pairs", "rm_pairs", "instructions", "sums")}
-BELOW_BASE = {("base", "")} | SLICES | ALL_RUNS | EVALS
+BELOW_BASE = {("base", "base")} | SLICES | ALL_RUNS | EVALS
 EVERYTHING = BELOW_BASE | {("slice", "ifeval"), ("slice", "sums_eval")}

@@ -3,7 +3,7 @@
 The oracle asks nothing of the code that it judges. It is these tables: who starts from whom (`RUNS`, `parents`), which key
 stands in which steps (`KEYS`, `METHOD_KEYS`), which file is code of which steps (`CODE`), which library (`PACKAGES`), and
 which rows a slice takes (`selection`). An edit names the phases that depend on it directly; what starts from those follows.
-A phase is (kind, name): ("slice", "sft"), ("base", ""), ("train", "dpo"), ("merge", "sft_v2"), ("generate_ifeval", "dpo"), ...
+A phase is (kind, name): ("slice", "sft"), ("base", "base"), ("train", "dpo"), ("merge", "sft_v2"), ("generate_ifeval", "dpo")...
 """
 
 import json
@@ -52,12 +52,12 @@ def parents(runs: dict[str, Run]) -> dict[Phase, set[Phase]]:
     """Phase -> the phases that it starts from, of all phases that these runs can have."""
     prompts: set[Phase] = {("slice", name) for name in PROMPTS.values()}
     graph: dict[Phase, set[Phase]] = {phase: set() for phase in prompts}
-    graph["base", ""] = {("slice", "ifeval")}
+    graph["base", "base"] = {("slice", "ifeval")}
     for name in TRAINED_ON:
-        graph["slice", name] = prompts | {("base", "")}
+        graph["slice", name] = prompts | {("base", "base")}
 
     def start(run: str) -> Phase:
-        return ("base", "") if runs[run].start == "base" else ("merge", runs[run].start)
+        return ("base", "base") if runs[run].start == "base" else ("merge", runs[run].start)
 
     for run, (method, _, rows, rewards) in runs.items():
         graph["train", run] = {start(run), ("slice", rows)}
@@ -71,7 +71,7 @@ def parents(runs: dict[str, Run]) -> dict[Phase, set[Phase]]:
             for task in PROMPTS:
                 graph[f"generate_{task}", run] = model_and_start | {("slice", PROMPTS[task])}
     for task in PROMPTS:
-        graph[f"generate_{task}", "base"] = {("base", ""), ("slice", PROMPTS[task])}
+        graph[f"generate_{task}", "base"] = {("base", "base"), ("slice", PROMPTS[task])}
         for run in ("base", *runs):
             if run == "base" or runs[run].method != "rm":
                 graph[f"score_{task}", run] = {(f"generate_{task}", run), ("slice", PROMPTS[task])}
@@ -108,7 +108,7 @@ def phase_of(output: str) -> Phase:
     if parts[0] == "data":
         return "slice", parts[1].removesuffix(".manifest.json")
     if parts[0] == "base" and parts[1] == "manifest.json":
-        return "base", ""
+        return "base", "base"
     if len(parts) == 1:
         task, run = parts[0].removesuffix(".json").split("_", 1)
         return f"score_{task}", run
@@ -142,7 +142,7 @@ def slices(*names: str) -> set[Phase]:
     return {("slice", name) for name in names}
 
 
-BASE: set[Phase] = {("base", "")}
+BASE: set[Phase] = {("base", "base")}
 ANSWERS = of("generate_ifeval", "generate_gsm8k")
 MACHINE = BASE | of("train", "merge", "eval_rm") | ANSWERS
 IN_4_BIT = trained(*(run for run in RUNS if RUNS[run].method != "dpo"), "dpo_4bit") | {("eval_rm", "rm")}
@@ -306,7 +306,8 @@ EVERY = [*SLICE, "make_base", *MODELS, *SCORE]
 # Plumbing; what plans; what only models from elsewhere need.
 NO_STEP = """steps/cli plumbing/gpus plumbing/progress plumbing/messages plumbing/signals artifacts/runinfo artifacts/work
 artifacts/fingerprint data/hub config/__init__ config/config config/schema_errors config/yaml_files config/bases config/comparison
-config/choices config/judged config/names config/sweep plan/__init__ plan/plan plan/records plan/estimate plan/gpu_memory
+config/choices config/judged config/names config/sweep config/written config/schema config/experiments config/references
+config/slices plan/__init__ plan/plan plan/places plan/graph plan/steps plan/records plan/estimate plan/gpu_memory
 plan/patterns models/sources models/templates""".split()
 # The report, which is no target here, and multiple choice, which this config has not
 REPORT = """report/__init__ report/capacity report/collect report/figures report/judge report/page report/sections report/trained
@@ -332,7 +333,7 @@ CODE: dict[str, list[str]] = {
     **dict.fromkeys(("tiny/pretrain.py", "tiny/chat_template.jinja"), ["make_base"]),
     **dict.fromkeys(("models/__init__.py", "models/chat.py"), [*SLICE, "make_base", *MODELS]),
     "models/device.py": ["make_base", *MODELS],
-    "models/loading.py": MODELS,
+    **dict.fromkeys(("models/loading.py", "models/lora.py"), MODELS),
     **dict.fromkeys(
         tuple(f"training/{name}.py" for name in "__init__ trainers checkpoints units change".split()), ["eval_rm", *TRAIN]
     ),

@@ -10,9 +10,10 @@ import yaml
 from tests.conftest import ROOT
 from workflow_scripts.artifacts import manifests
 from workflow_scripts.artifacts.manifests import Job
-from workflow_scripts.config import comparison, sweep
+from workflow_scripts.config import comparison
 from workflow_scripts.config import config as configs
 from workflow_scripts.config.names import CHOICE
+from workflow_scripts.config.written import merge
 from workflow_scripts.plan.plan import Plan
 from workflow_scripts.steps import cli
 
@@ -23,7 +24,7 @@ HOSTILE = "</script><img src=x onerror=\"document.title='owned'\"><b>=1+1</b>"
 
 def write_config(folder: Path, seeds: int = 3, more: int = 0, overlay: dict | None = None) -> Path:
     """The tiny world's config with these seeds and `more` experiments, as one file."""
-    data = configs.merge(yaml.safe_load((ROOT / "config/config.yaml").read_text()), overlay or {})
+    data = merge(yaml.safe_load((ROOT / "config/config.yaml").read_text()), overlay or {})
     data["seeds"] = list(range(1, seeds + 1))
     for i in range(more):
         data["experiments"][f"dpo_{i:03d}"] = {"extends": "dpo", "train": {"beta": round(0.1 + 0.001 * i, 4)}}
@@ -115,7 +116,7 @@ def _adapter(plan: Plan, run: str, rng: numpy.random.Generator, method: str, tra
         "change": {value: {"mean": change, "stderr": 0.02, "n": 20} for value, change in moved.items()},
     }
     manifest = {"fingerprint": plan.fingerprint("train", run), "files": {}, "objective": objective}
-    rank = sweep.lora(plan.config, run.partition(".")[0])["r"]
+    rank = plan.config.lora(run.partition(".")[0])["r"]
     manifest["constant"] = {"trainable_parameters": 9_728 * rank}  # inputs and outputs of all matrices of the tiny model
     _write(folder / "manifest.json", manifest | {"step": {"config": {"method": method}}})
     facts = {"seconds": 33.0, "rows": 300, "steps": 19, "tokens": 12_000 + 300 * plan.config.run(run)[1]}

@@ -77,7 +77,7 @@ def write_config(folder: Path, experiments: int, seeds: int) -> None:
 def steps_of(plan: Plan) -> list[tuple[str, str]]:
     """Every step of the default target, parents before children."""
     found: dict[str, tuple[str, str]] = {}
-    kinds = [("slice", name) for name in plan.config.data["data"]["slices"]] + [("base", "")]
+    kinds = [("slice", name) for name in plan.config.data["data"]["slices"]] + [("base", "base")]
     for run in ["base", *plan.runs()]:
         kinds += [(kind, run) for kind in ("train", "merge") if run != "base"]
         kinds += [(f"{verb}_{task}", run) for verb in ("generate", "score") for task in plan.config.evaluations]

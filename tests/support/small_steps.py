@@ -14,7 +14,7 @@ import pytest
 from workflow_scripts.artifacts import manifests
 from workflow_scripts.artifacts.fingerprint import file_sha256
 from workflow_scripts.config import config
-from workflow_scripts.config.config import rewards
+from workflow_scripts.config.experiments import rewards
 from workflow_scripts.tiny import world
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -134,7 +134,7 @@ class _Built(Exception):
 
 def built_trainer(out: Path, experiment: str, start: Path, rows: Path, seed: int = 1, **more) -> Any:
     """The trainer of a step as it stands before training: adapter settled, mask checked, not yet asserted on."""
-    from workflow_scripts.models import loading
+    from workflow_scripts.models import lora
 
     kept = []
 
@@ -143,7 +143,7 @@ def built_trainer(out: Path, experiment: str, start: Path, rows: Path, seed: int
         raise _Built
 
     with pytest.MonkeyPatch.context() as patch, pytest.raises(_Built):
-        patch.setattr(loading, "check_trainer", stop)
+        patch.setattr(lora, "check_trainer", stop)
         train(out, experiment, start, rows, seed, **more)
     return kept[0]
 

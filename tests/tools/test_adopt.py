@@ -308,7 +308,7 @@ from workflow_scripts.config import config
 from workflow_scripts.plan.plan import Plan
 plan = Plan(config.load(*sys.argv[1:]))
 plan.check()
-steps = [("slice", name) for name in plan.config.data["data"]["slices"]] + [("base", "")]
+steps = [("slice", name) for name in plan.config.data["data"]["slices"]] + [("base", "base")]
 steps += [(kind, run) for run in plan.runs() for kind in ("train", "merge")]
 steps += [(f"score_{task}", run) for run in ["base", *plan.runs()] for task in plan.config.evaluations]
 print(json.dumps({" ".join(step): plan.fingerprint(*step) for step in steps}))

@@ -7,6 +7,7 @@ import pytest
 from tests.conftest import MICRO
 from workflow_scripts.artifacts import fingerprint
 from workflow_scripts.config import config
+from workflow_scripts.config.written import merge_all
 from workflow_scripts.config.yaml_files import read_yaml
 from workflow_scripts.plan.plan import Plan
 from workflow_scripts.tools import explain, graph
@@ -16,7 +17,7 @@ from workflow_scripts.tools.graph import Phase
 
 def test_each_parent_has_the_fingerprint_that_the_step_names():
     mixture = {"experiments": {"grpo": {"reward": {"rm": 0.5, "ifeval": 0.5}}}}
-    plan = Plan(config.Config(config.merge_all([*map(read_yaml, MICRO), mixture])))
+    plan = Plan(config.Config(merge_all([*map(read_yaml, MICRO), mixture])))
     phases = set(graph.phases_by_file(plan, ["results/grpo.seed2/adapter/manifest.json"]).values())
     assert {Phase("train", "grpo.seed2"), Phase("eval_rm", "rm"), Phase("generate_gsm8k", "base")} <= phases
     for phase in phases:

@@ -10,7 +10,7 @@ import torch
 
 from tests.models.test_chat import END_OUTSIDE
 from tests.support import small_steps
-from workflow_scripts.models import chat, loading
+from workflow_scripts.models import chat, lora
 from workflow_scripts.plumbing.messages import InputError
 from workflow_scripts.rl import rewards
 from workflow_scripts.tiny import world
@@ -185,13 +185,13 @@ def short(method):
 
 def settle_then(monkeypatch, spoil):
     """Let the steps settle their adapter as always, and then `spoil` the trainer's model."""
-    right = loading.settle_adapter
+    right = lora.settle
 
     def settle(trainer, seed):
         right(trainer, seed)
         spoil(trainer.model)
 
-    monkeypatch.setattr(loading, "settle_adapter", settle)
+    monkeypatch.setattr(lora, "settle", settle)
 
 
 @pytest.mark.parametrize("method", ["kto", "rm", *ROLLOUTS])

@@ -5,12 +5,9 @@ is known to be better: a positive control. Each has a folder of its name in the 
 """
 
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from workflow_scripts.artifacts import fingerprint
-
-if TYPE_CHECKING:
-    from workflow_scripts.config.config import Config
+from workflow_scripts.config.written import Written
 
 CHATML_TEXT = fingerprint.ROOT / fingerprint.PACKAGE / "models" / "chat_templates" / "chatml_text.jinja"
 
@@ -20,7 +17,7 @@ def place(name: str) -> list[str]:
     return ["base"] if name == "base" else ["models", name]
 
 
-def check(config: "Config") -> None:
+def check(config: Written) -> None:
     """InputError where a model lacks a key that its source asks for, or has the name of an experiment."""
     for name, body in config.models.items():
         path, source = place(name), body["source"]
@@ -40,7 +37,7 @@ def check(config: "Config") -> None:
             )
 
 
-def training_template(config: "Config", name: str) -> str:
+def training_template(config: Written, name: str) -> str:
     """The text of the template that a model's `training_template` names: it counts, and not where the file lies."""
     value = config.models[name]["training_template"]
     path = CHATML_TEXT if value == "chatml_text" else Path(value)

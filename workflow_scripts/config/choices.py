@@ -1,16 +1,15 @@
 """Multiple choice in the config: what `eval.mmlu` and `eval.truthfulqa` ask for, and their steps' JSON. Plans; runs nothing."""
 
-from typing import Any
-
 from workflow_scripts.config.names import CHOICE
+from workflow_scripts.config.written import Written
 
 KINDS = ("choice", "truthfulqa")  # of slices whose rows are questions with options
 
 
-def check(config: Any) -> None:
+def check(config: Written) -> None:
     """InputError where the blocks of multiple choice, or the slices that they name, ask for what there is not.
 
-    config: a `Config` whose keys the schema has passed.
+    config: with keys that the schema has passed.
     """
     slices, evaluation = config.data["data"]["slices"], config.data["eval"]
     for name, body in slices.items():

@@ -2,7 +2,6 @@
 
 from itertools import combinations, product
 
-from workflow_scripts.config import sweep
 from workflow_scripts.config.config import Config
 from workflow_scripts.config.names import JUDGED, run_name
 
@@ -53,10 +52,23 @@ def check(config: Config) -> None:
 def _check_capacity(config: Config, path: list[str], pairs: list[tuple[str, str]]) -> None:
     """InputError where a family or a control compares methods whose adapters have different ranks."""
     for one, other in pairs:
-        if not sweep.comparable(config, one, other):
-            found = " and ".join(f"{name} (r {sweep.lora(config, name)['r']})" for name in (one, other))
+        if not _comparable(config, one, other):
+            found = " and ".join(f"{name} (r {config.lora(name)['r']})" for name in (one, other))
             problem = f"found {found}: methods are compared at equal adapter capacity; name both at one rank, or one experiment "
             raise config.fail(["report", *path], problem + "at several")
+
+
+def _comparable(config: Config, one: str, other: str) -> bool:
+    """False for two experiments of different ranks, unless both are one experiment: there capacity is what is compared."""
+    if {one, other} & set(config.models) or config.lora(one)["r"] == config.lora(other)["r"]:
+        return True
+    return config.copies.get(one, one) == config.copies.get(other, other)
+
+
+def ranks(config: Config) -> dict[str, dict]:
+    """Of each experiment that a sweep copies, and of each copy: `of`, the experiment itself, and `r`. {} without a sweep."""
+    originals = {name: name for name in config.copies.values()} | config.copies
+    return {name: {"of": original, "r": config.lora(name)["r"]} for name, original in originals.items()}
 
 
 def null_runs(config: Config) -> list[str]:

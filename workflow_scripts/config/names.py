@@ -1,7 +1,11 @@
 """Names of runs and of what is scored. Apart from the config, so that what reads results does not count the config's own code."""
 
+import re
 from collections.abc import Iterable
 
+RUN_NAME = re.compile(r"(?P<experiment>[a-z][a-z0-9_]{0,40})(\.seed(?P<seed>[0-9]+))?")
+# Task -> the kind of the slice that its prompts are.
+EVALUATED = {"ifeval": "ifeval", "gsm8k": "numeric", "mmlu": "choice", "truthfulqa": "truthfulqa", "judge": "prompts"}
 # Task -> the metric that stands for it.
 METRIC = {"ifeval": "prompt_level_strict_acc", "gsm8k": "exact_match", "mmlu": "acc", "truthfulqa": "acc", "judge": "mean_reward"}
 CHOICE = ("mmlu", "truthfulqa")  # tasks that nobody answers: multiple choice, by the log-likelihood of each option

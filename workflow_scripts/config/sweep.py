@@ -8,56 +8,36 @@ themselves have its rank, and nothing of a sweep stands in their steps.
 """
 
 import copy
-import re
 from functools import cache
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from workflow_scripts.config.config import Config
+from workflow_scripts.config.names import RUN_NAME
+from workflow_scripts.config.written import Written
 
 
-def expand(config: "Config", name_rule: re.Pattern) -> tuple[dict[str, dict], dict[str, str]]:
+def expand(config: Written, resolved: dict[str, dict]) -> tuple[dict[str, dict], dict[str, str]]:
     """(every resolved experiment, copies last, without the key `sweep`; copy -> the experiment that it is a copy of).
 
     InputError where a rank or a name can't be used, or PPO would meet a reward model of another rank.
     """
-    swept = _swept(config.experiments)
-    experiments = {name: {key: body[key] for key in body if key != "sweep"} for name, body in config.experiments.items()}
+    swept = _swept(resolved)
+    experiments = {name: {key: body[key] for key in body if key != "sweep"} for name, body in resolved.items()}
     originals: dict[str, str] = {}
     for rank, block in _blocks(config).items() if swept else ():
         names = {name: f"{name}_r{rank}" for name in swept}
         for name, made in names.items():
-            if made in config.experiments:
+            if made in resolved:
                 problem = f"`sweep: rank` gives this name to the copy of {name} with rank {rank}; rename this experiment, or "
                 raise config.fail(["experiments", made], f"{problem}leave {name} out with `sweep: none`")
-            if not name_rule.fullmatch(made):
+            if not RUN_NAME.fullmatch(made):
                 problem = f"its copy with rank {rank} would be called {made}, and a name has at most 41 characters; take a "
                 raise config.fail(["experiments", name], problem + "shorter one, or leave it out with `sweep: none`")
-            _check_reward_models(config, name, swept)
+            _check_reward_models(config, resolved, name, swept)
             body = copy.deepcopy(experiments[name])
             body |= {"lora": block, "start_from": names.get(body["start_from"], body["start_from"])}
             if "reward" in body:
                 body["reward"] = _renamed(body["reward"], names)
             experiments[made], originals[made] = body, name
     return experiments, originals
-
-
-def lora(config: "Config", experiment: str) -> dict:
-    """The LoRA block of an experiment: the global one, or that of a copy's rank."""
-    return config.experiments[experiment].get("lora", config.data["lora"])
-
-
-def ranks(config: "Config") -> dict[str, dict]:
-    """Of each experiment that a sweep copies, and of each copy: `of`, the experiment itself, and `r`. {} without a sweep."""
-    originals = {name: name for name in config.copies.values()} | config.copies
-    return {name: {"of": original, "r": lora(config, name)["r"]} for name, original in originals.items()}
-
-
-def comparable(config: "Config", one: str, other: str) -> bool:
-    """False for two experiments of different ranks, unless both are one experiment: there capacity is what is compared."""
-    if {one, other} & set(config.models) or lora(config, one)["r"] == lora(config, other)["r"]:
-        return True
-    return config.copies.get(one, one) == config.copies.get(other, other)
 
 
 def _swept(experiments: dict[str, dict]) -> list[str]:
@@ -74,7 +54,7 @@ def _swept(experiments: dict[str, dict]) -> list[str]:
     return [name for name in experiments if told(name)]
 
 
-def _blocks(config: "Config") -> dict[int, dict]:
+def _blocks(config: Written) -> dict[int, dict]:
     """Rank -> the LoRA block of the copies."""
     block, found = config.data["lora"], {}
     for rank in config.data["sweep_ranks"]:
@@ -89,14 +69,14 @@ def _blocks(config: "Config") -> dict[int, dict]:
     return found
 
 
-def _check_reward_models(config: "Config", name: str, swept: list[str]) -> None:
+def _check_reward_models(config: Written, resolved: dict[str, dict], name: str, swept: list[str]) -> None:
     """PPO's adapters lie on one backbone, all with the rank of the policy's: its reward models are copied too."""
-    body = config.experiments[name]
+    body = resolved[name]
     for reward in _names(body["reward"]) if body["method"] == "ppo" else ():
-        if reward in config.experiments and reward not in swept:
+        if reward in resolved and reward not in swept:
             problem = f"found {reward!r}, which the rank sweep leaves out, and PPO's policy and reward model have adapters of "
             problem += f"one rank; sweep it too, or leave {name} out with `sweep: none`"
-            raise config.fail(config._place(name, ["reward"]), problem)
+            raise config.fail(config.place(name, ["reward"]), problem)
 
 
 def _names(reward: str | dict) -> list[str]:

@@ -15,7 +15,6 @@ import math
 from functools import cache
 from pathlib import Path
 
-from workflow_scripts.config import sweep
 from workflow_scripts.plan.plan import Plan
 
 UNKNOWN = {
@@ -51,7 +50,7 @@ class Estimates:
 
     def _ask(self, kind: str, name: str, attempt: int) -> dict[str, int]:
         """mem_mb, runtime (minutes), disk_mb that a job asks for; name: a slice's, or a run's."""
-        name = name if kind == "slice" or name in ("", *self.config.models) else self.config.run(name)[0]
+        name = name if kind == "slice" or name in self.config.models else self.config.run(name)[0]
         found = self.of(kind, name)
         return {
             "mem_mb": _up(attempt * self.requests["memory"] * found["memory_mb"], 100),
@@ -59,7 +58,7 @@ class Estimates:
             "disk_mb": _up(self.requests["memory"] * found["disk_mb"], 100),
         }
 
-    def of(self, kind: str, name: str = "") -> dict[str, float]:
+    def of(self, kind: str, name: str) -> dict[str, float]:
         """memory_mb (of the host), seconds, disk_mb of a step; kind as plan/plan.py names it."""
         verb, _, task = kind.partition("_")
         if verb in ("generate", "score", "choice"):
@@ -98,7 +97,7 @@ class Estimates:
         return tokens * ((140 * width * layers if training else 8 * width) + (16 if training else 4) * vocabulary) / MB
 
     def _base(self, name: str) -> dict[str, float]:
-        base = self.config.models[name or "base"]
+        base = self.config.models[name]
         if base["source"] != "scratch":
             seconds = 15 + 1e-7 * self.parameters
             return {
@@ -229,7 +228,7 @@ class Estimates:
         if train.get("precompute_ref_log_probs"):
             seconds += (2 if body["method"] == "kto" else 1) * self._forward(copies * rows["rows"], judged, length)
         # An adapter is a few per cent of the base: on disk twice with the optimiser's state, in memory with its gradients too.
-        larger = max(0.0, sweep.lora(self.config, name)["r"] / RANK - 1) * self.parameters / MB
+        larger = max(0.0, self.config.lora(name)["r"] / RANK - 1) * self.parameters / MB
         widest = max(size * (2 if body["method"] in ("dpo", "rm") else 1), judged / 2)
         return {
             "memory_mb": self._libraries("train")

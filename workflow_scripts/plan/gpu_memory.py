@@ -33,7 +33,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from workflow_scripts.config.config import VERIFIERS, Config, rewards
+from workflow_scripts.config.config import Config
+from workflow_scripts.config.experiments import VERIFIERS, rewards
 from workflow_scripts.config.names import CHOICE
 from workflow_scripts.plumbing.messages import InputError
 

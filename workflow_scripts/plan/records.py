@@ -16,8 +16,7 @@ from functools import cache
 from pathlib import Path
 
 from workflow_scripts.artifacts.fingerprint import canonical, file_sha256
-from workflow_scripts.config.config import EVALUATED, RUN_NAME
-from workflow_scripts.config.names import CHOICE
+from workflow_scripts.config.names import CHOICE, EVALUATED, RUN_NAME
 
 METADATA = Path(".snakemake/metadata")
 INCOMPLETE = Path(".snakemake/incomplete")  # an entry here: the job was begun and not recorded; Snakemake runs it again
@@ -33,7 +32,7 @@ class Place:
     manifest: str
     outputs: tuple[str, ...]
     kind: str  # of the step, as plan/plan.py names them: slice, base, train, merge, generate_TASK, score_TASK, eval_rm, report
-    name: str  # of the slice, the run or the model; "" for the base and the report
+    name: str  # of the slice, the run or the model; "" for the report
 
 
 def _one(kind: str, name: str, folder: str, manifest: str, *others: str) -> Place:
@@ -46,7 +45,7 @@ def place_of(results: str, kind: str, name: str) -> Place:
     if kind == "slice":
         return _one(kind, name, f"{results}/data", f"{name}.manifest.json", f"{name}.jsonl")
     if kind == "base":
-        return _one(kind, name, f"{results}/{name or 'base'}", "manifest.json", "model.safetensors")
+        return _one(kind, name, f"{results}/{name}", "manifest.json", "model.safetensors")
     if kind == "train":
         return _one(kind, name, f"{results}/{name}/adapter", "manifest.json", "adapter_model.safetensors")
     if kind == "merge":
@@ -88,7 +87,7 @@ def find(results: str) -> Iterator[Place]:
         for kind in kinds_of(run):
             if kind == "base" != run and not (folder / run / "tokenizer_config.json").exists():
                 continue  # no model: some other file of this name
-            place = place_of(results, kind, "" if kind == run == "base" else run)
+            place = place_of(results, kind, run)
             if os.path.exists(place.manifest):
                 yield place
     if os.path.exists((place := place_of(results, "report", "")).manifest):

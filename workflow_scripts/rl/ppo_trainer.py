@@ -32,7 +32,7 @@ from torch import Tensor, nn
 from trl import GRPOTrainer
 
 from workflow_scripts.artifacts.manifests import Artifact
-from workflow_scripts.models import loading
+from workflow_scripts.models import lora
 from workflow_scripts.rl import advantages as mathematics
 
 POLICY, VALUE = "default", "value"
@@ -124,7 +124,7 @@ class PPOTrainer(GRPOTrainer):
     def add_reward_model(self, name: str, adapter: Artifact) -> None:
         """Put a trained reward model's adapter on the backbone, frozen. It must have been trained on the same backbone."""
         weights = load_file(adapter.file("adapter_model.safetensors"))
-        score = weights.pop(f"base_model.model.{loading.HEAD}.weight")
+        score = weights.pop(f"base_model.model.{lora.HEAD}.weight")
         self._add_adapter(f"reward_{name}")
         left: Any = set_peft_model_state_dict(self.model, weights, adapter_name=f"reward_{name}")
         assert not left.unexpected_keys, f"{adapter.folder}: {left.unexpected_keys[:3]} fit no layer of the backbone"

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from workflow_scripts.artifacts.manifests import Artifact
-from workflow_scripts.models import loading
+from workflow_scripts.models import loading, lora
 from workflow_scripts.plumbing.progress import Progress
 
 
@@ -13,7 +13,7 @@ def load(start: Artifact, adapter: Artifact, work: Path, device: str, precision:
     from workflow_scripts.models.chat import tokenizer_of
 
     model = loading.load(start, work, device, precision, quant, reward=True)
-    return loading.attach(model, start, adapter).eval(), tokenizer_of(start)
+    return lora.attach(model, start, adapter).eval(), tokenizer_of(start)
 
 
 def lengths(tokenizer: Any, pair: dict) -> tuple[int, int]:
@@ -35,7 +35,7 @@ def score(model: Any, tokenizer: Any, conversations: list[list[dict]], batch_siz
 
     encoded = [tokenizer.apply_chat_template(turns, return_dict=True)["input_ids"][-max_length:] for turns in conversations]
     order = sorted(range(len(encoded)), key=lambda i: (-len(encoded[i]), i))
-    head = next(module for name, module in model.named_modules() if name.endswith(loading.HEAD))
+    head = next(module for name, module in model.named_modules() if name.endswith(lora.HEAD))
     hook = head.register_forward_pre_hook(lambda module, inputs: (inputs[0].float(),))
     device = next(model.parameters()).device
     scores = [0.0] * len(encoded)

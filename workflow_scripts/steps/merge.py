@@ -18,7 +18,7 @@ PROBE = "write about the sea. use no commas. answer in lower case and stop after
 def main(job: manifests.Job) -> None:
     import torch
 
-    from workflow_scripts.models import chat, device, loading
+    from workflow_scripts.models import chat, device, loading, lora
 
     parents = job.parents()
     start, adapter = parents["start"], parents["adapter"]
@@ -40,7 +40,7 @@ def main(job: manifests.Job) -> None:
         merged = logits(AutoModelForCausalLM.from_pretrained(draft.folder, dtype=torch.float32, local_files_only=True))
         distance = {}
         for name, quant in (("full_precision", None), ("nf4", job.config["quant"])):
-            other = logits(loading.attach(loading.load(start, job.work, "cpu", "fp32", quant), start, adapter))
+            other = logits(lora.attach(loading.load(start, job.work, "cpu", "fp32", quant), start, adapter))
             gap = (merged - other).abs()
             distance[f"logits_from_{name}_base_and_adapter"] = {
                 "max_abs": round(gap.max().item(), 5),

@@ -27,7 +27,7 @@ from workflow_scripts.tools import card
 def main(job: manifests.Job) -> None:
     from trl import GRPOConfig, GRPOTrainer
 
-    from workflow_scripts.models import chat, device, loading
+    from workflow_scripts.models import chat, device, loading, lora
     from workflow_scripts.rl import rewards
     from workflow_scripts.training import trainers
 
@@ -53,7 +53,7 @@ def main(job: manifests.Job) -> None:
         train_dataset=given[0],
         eval_dataset=given[1],
         processing_class=tokenizer,
-        peft_config=loading.lora(config["lora"], model),
+        peft_config=lora.adapter_config(config["lora"], model),
         callbacks=[trainers.Watch(job.run)],
     )
     facts: dict = {"constant": trainers.settle(trainer, job, tokenizer, given, rows, dropout=False, mask=False)}

@@ -79,7 +79,7 @@ def told_apart(trainer: Any, rows: list[dict]) -> tuple[dict[str, float | None],
 def main(job: manifests.Job) -> None:
     from trl import KTOConfig, KTOTrainer
 
-    from workflow_scripts.models import chat, device, loading
+    from workflow_scripts.models import chat, device, loading, lora
     from workflow_scripts.training import trainers
 
     config, step = job.config, job.step
@@ -107,7 +107,7 @@ def main(job: manifests.Job) -> None:
         train_dataset=given[0],
         eval_dataset=given[1],
         processing_class=tokenizer,
-        peft_config=loading.lora(config["lora"], model),
+        peft_config=lora.adapter_config(config["lora"], model),
         callbacks=[trainers.Watch(job.run)],
     )
     facts: dict = {"constant": trainers.settle(trainer, job, tokenizer, given, rows)}

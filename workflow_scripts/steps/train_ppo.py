@@ -32,7 +32,7 @@ from workflow_scripts.tools import card
 def main(job: manifests.Job) -> None:
     from trl import GRPOConfig
 
-    from workflow_scripts.models import chat, device, loading
+    from workflow_scripts.models import chat, device, loading, lora
     from workflow_scripts.rl import rewards
     from workflow_scripts.rl.ppo_trainer import PPOTrainer
     from workflow_scripts.training import trainers
@@ -69,7 +69,7 @@ def main(job: manifests.Job) -> None:
         train_dataset=given[0],
         eval_dataset=given[1],
         processing_class=tokenizer,
-        peft_config=loading.lora(config["lora"], model),
+        peft_config=lora.adapter_config(config["lora"], model),
         callbacks=[trainers.Watch(job.run)],
     )
     for name in rewards.models_of(job):

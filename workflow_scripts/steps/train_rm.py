@@ -37,7 +37,7 @@ def short_enough(tokenizer: Any, pairs: list[dict], max_length: int, limit: floa
 def main(job: manifests.Job) -> None:
     from trl import RewardConfig, RewardTrainer
 
-    from workflow_scripts.models import chat, device, loading
+    from workflow_scripts.models import chat, device, loading, lora
     from workflow_scripts.rl import reward_model
     from workflow_scripts.training import trainers
 
@@ -62,7 +62,7 @@ def main(job: manifests.Job) -> None:
         train_dataset=given[0],
         eval_dataset=given[1],
         processing_class=tokenizer,
-        peft_config=loading.lora(config["lora"], model, reward=True),
+        peft_config=lora.adapter_config(config["lora"], model, reward=True),
         callbacks=[trainers.Watch(job.run)],
     )
     facts: dict = {"constant": trainers.settle(trainer, job, tokenizer, given, rows, mask=False)}

@@ -5,7 +5,7 @@ The loss is the mean negative log-likelihood of the tokens of a batch that have 
 the user's and the system's as well.
 
 Departures from TRL's defaults: the adapter is fp32 (TRL rounds it to bf16 on a 4-bit base) and the optimiser is declared
-(models/loading.py says why); each batch's mask is checked before it is trained on; learning rate, schedule and length come
+(models/lora.py says why); each batch's mask is checked before it is trained on; learning rate, schedule and length come
 from the config. The 4-bit base is NF4 with double quantisation and computes in the config's precision.
 
     python -m workflow_scripts.steps.train_sft --step results/sft_v2/adapter/manifest.json --out trial/adapter/manifest.json \\
@@ -20,7 +20,7 @@ from workflow_scripts.tools import card
 def main(job: manifests.Job) -> None:
     from trl import SFTConfig, SFTTrainer
 
-    from workflow_scripts.models import chat, device, loading
+    from workflow_scripts.models import chat, device, loading, lora
     from workflow_scripts.training import trainers
 
     config, step = job.config, job.step
@@ -37,7 +37,7 @@ def main(job: manifests.Job) -> None:
         train_dataset=given[0],
         eval_dataset=given[1],
         processing_class=tokenizer,
-        peft_config=loading.lora(config["lora"], model),
+        peft_config=lora.adapter_config(config["lora"], model),
         callbacks=[trainers.Watch(job.run)],
     )
     facts: dict = {"constant": trainers.settle(trainer, job, tokenizer, given, rows)}

@@ -19,7 +19,7 @@ from pathlib import Path
 from workflow_scripts.artifacts import manifests, work
 from workflow_scripts.config import config as configs
 from workflow_scripts.config.config import Config
-from workflow_scripts.config.names import run_name
+from workflow_scripts.config.names import RUN_NAME, run_name
 from workflow_scripts.plan import records
 from workflow_scripts.plan.records import Place
 from workflow_scripts.plumbing.messages import InputError
@@ -64,7 +64,7 @@ def planned(config: Config, place: Place) -> bool:
         return place.name in config.data["data"]["slices"]
     if place.name in ("", *config.models):
         return True
-    match = configs.RUN_NAME.fullmatch(place.name)
+    match = RUN_NAME.fullmatch(place.name)
     known = match is not None and match["experiment"] in config.experiments
     return known and place.name == run_name(match["experiment"], int(match["seed"] or 1))  # type: ignore[index]
 

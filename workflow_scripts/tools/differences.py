@@ -9,8 +9,9 @@ import json
 from typing import Any
 
 from workflow_scripts.artifacts import fingerprint
-from workflow_scripts.config.config import CONSTANT_BLOCKS, Config
+from workflow_scripts.config.config import Config
 from workflow_scripts.config.names import CHOICE
+from workflow_scripts.config.schema import CONSTANT_BLOCKS
 from workflow_scripts.config.schema_errors import dotted
 
 UNSET = "(not set)"
@@ -82,7 +83,7 @@ def place(config: Config, kind: str, name: str, path: list[str]) -> str:
             return "optim (follows device)"
         if kind == "eval_rm" and top in EVAL_RM:
             path = ["train", EVAL_RM[top]]
-        return dotted(config._place(config.run(name)[0], path))
+        return dotted(config.place(config.run(name)[0], path))
     if kind == "slice":
         own = config.data["data"]["slices"][name]
         if top not in own and top in config.data["data"]:  # one value for all slices

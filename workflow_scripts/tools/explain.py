@@ -257,7 +257,7 @@ def _role_key(plan: Plan, phase: Phase, role: str) -> str:
     key = {"start": "start_from", "rows": "slice"}.get(role)
     if key is None or phase.name in ("", *plan.config.models):
         return f"parent ({role})"
-    return dotted(plan.config._place(plan.config.run(phase.name)[0], [key]))
+    return dotted(plan.config.place(plan.config.run(phase.name)[0], [key]))
 
 
 # -- what is printed -----------------------------------------------------------------------------------------------------

@@ -21,7 +21,7 @@ class Phase(NamedTuple):
         """The phase's name for people."""
         verb, _, task = self.kind.partition("_")
         words = {
-            "base": self.name or "base",
+            "base": self.name,
             "slice": f"data {self.name}",
             "train": f"{self.name} adapter",
             "merge": f"{self.name} merged",
@@ -31,7 +31,7 @@ class Phase(NamedTuple):
         return words[verb]
 
 
-BASE = Phase("base", "")
+BASE = Phase("base", "base")
 NEVER = [f"generate_{task}" for task in CHOICE]  # multiple choice is not answered in text
 
 
@@ -62,7 +62,7 @@ def parents(plan: Plan, phase: Phase) -> dict[str, Phase]:
         decontaminated = plan.config.trains_on(run)
         return {f"{name}_prompts": one for name, one in prompts.items()} | {"base": BASE} if decontaminated else {}
     if kind == "base":
-        return {"prompts": Phase("slice", plan.prompts_slice)} if plan.base_needs(run or "base") else {}
+        return {"prompts": Phase("slice", plan.prompts_slice)} if plan.base_needs(run) else {}
     if verb == "score" and task not in CHOICE:
         found = {"prompts": prompts[task], "responses": Phase(f"generate_{task}", run)}
         if task != JUDGED:
@@ -73,7 +73,7 @@ def parents(plan: Plan, phase: Phase) -> dict[str, Phase]:
     if verb == "score" and (fewshot := choices.fewshot(plan.config.data["eval"], task)):
         found["fewshot"] = Phase("slice", fewshot)
     if run in plan.config.models:
-        return found | {"start": Phase(*plan.base_phase(run))}
+        return found | {"start": Phase("base", run)}
     found["start"] = start(plan, run)
     if kind in ("train", "eval_rm"):
         found["rows"] = Phase("slice", plan.experiment(run)["slice"])
@@ -89,7 +89,7 @@ def phases_by_file(plan: Plan, named: Iterable[str]) -> dict[str, Phase]:
     """Declared file -> phase, for every phase of the plan and of the seeds that occur in the paths `named`."""
     models = plan.config.models
     found = [
-        *(Phase(*plan.base_phase(name)) for name in models),
+        *(Phase("base", name) for name in models),
         *(Phase("slice", name) for name in plan.config.data["data"]["slices"]),
     ]
     seeded = {match[0] for path in named for match in re.finditer(r"[a-z][a-z0-9_]*\.seed[1-9][0-9]*", path)}

@@ -8,7 +8,7 @@ from transformers import PrinterCallback, TrainerCallback
 
 from workflow_scripts.artifacts.fingerprint import fingerprint
 from workflow_scripts.artifacts.manifests import Artifact, Draft, Job
-from workflow_scripts.models import chat, loading
+from workflow_scripts.models import chat, lora
 from workflow_scripts.plumbing.messages import InputError
 from workflow_scripts.plumbing.progress import Progress
 from workflow_scripts.training import checkpoints, units
@@ -96,8 +96,8 @@ def settle(
     check_context(trainer, job, tokenizer, given)
     if mask:
         trainer.data_collator = chat.MaskCheck(trainer.data_collator, chat.end_of_turn(tokenizer), trainer.args.max_length)
-    loading.settle_adapter(trainer, job.step["seed"])
-    return loading.check_trainer(trainer, job.config["lora"], job.config["optim"], dropout)
+    lora.settle(trainer, job.step["seed"])
+    return lora.check_trainer(trainer, job.config["lora"], job.config["optim"], dropout)
 
 
 def check_rollout(trainer: Any, rows: Artifact) -> None:
@@ -224,7 +224,7 @@ def save(trainer: Any, draft: Draft, job: Job, start: Artifact, facts: dict) -> 
         "timing": timing,
         "trl_config": {k: v for k, v in trainer.args.to_dict().items() if k not in ("output_dir", "logging_dir")},
     }
-    loading.check_optimizer_state(trainer)
+    lora.check_optimizer_state(trainer)
 
 
 def changed(trainer: Any) -> float:

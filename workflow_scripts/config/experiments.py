@@ -1,0 +1,59 @@
+"""Experiments resolved: each laid over what it extends, and that over the defaults of its method; then what they refer to."""
+
+from collections.abc import Callable
+
+from workflow_scripts.config.written import Written, merge
+
+# Method -> kinds of the slices that it trains on. Methods with a reward take what their rewards need (`slice_kinds`).
+SLICE_KINDS = {"sft": ("sft",), "dpo": ("preference",), "kto": ("preference", "unpaired"), "rm": ("preference",)}
+VERIFIERS = ("ifeval", "numeric")  # rewards that are functions; each needs the fields of the slice kind of its name
+
+
+def lay(base: dict, over: dict) -> dict:
+    """`merge` for experiments: a reward, like class weights, replaces that of the base whole, since a mixture is one choice."""
+    whole = {key: over[key] for key in ("reward", "class_weights") if key in over}
+    return merge(base, over) | whole
+
+
+def rewards(body: dict) -> dict[str, float]:
+    """Reward -> weight of a resolved experiment: `reward: numeric` is a weight of 1; none for a method without a reward."""
+    reward = body.get("reward", {})
+    return {reward: 1.0} if isinstance(reward, str) else dict(sorted(reward.items()))
+
+
+def slice_kinds(body: dict) -> tuple[str, ...]:
+    """The kinds of slices that a resolved experiment can train on. A verifier needs its own; a reward model only prompts."""
+    if "reward" not in body:
+        return SLICE_KINDS[body["method"]]
+    needed = tuple(reward for reward in rewards(body) if reward in VERIFIERS)
+    return needed or ("preference", "unpaired", "numeric", "ifeval")
+
+
+def resolve(config: Written) -> dict[str, dict]:
+    """Name -> the whole experiment, without `extends`. InputError on an unknown parent, a loop, or a missing method."""
+    return {name: _resolve(config, name) for name in sorted(config.data["experiments"])}
+
+
+def _resolve(config: Written, name: str) -> dict:
+    experiments = config.data["experiments"]
+    body: dict = {}
+    for ancestor in reversed(follow(config, name, "extends", lambda one: experiments[one].get("extends"))):
+        body = lay(body, experiments[ancestor])
+    body.pop("extends", None)
+    if "method" not in body:
+        raise config.fail(["experiments", name, "method"], "missing; name a method, or an experiment with `extends:`")
+    return lay(config.data["methods"][body["method"]], body)
+
+
+def follow(config: Written, name: str, key: str, parent_of: Callable[[str], str | None]) -> list[str]:
+    """`name` and the experiments that it reaches by `key`. InputError, naming the key, on unknown names and loops."""
+    chain = [name]
+    while (parent := parent_of(chain[-1])) is not None:
+        if parent not in config.data["experiments"]:
+            known = ", ".join([*(["base"] if key == "start_from" else []), *sorted(config.data["experiments"])])
+            raise config.fail(config.place(chain[-1], [key]), f"found {parent!r}, expected one of {known}")
+        if parent in chain:
+            loop = " -> ".join([*chain[chain.index(parent) :], parent])
+            raise config.fail(config.place(chain[-1], [key]), f"a loop: {loop}; one of them must start elsewhere")
+        chain.append(parent)
+    return chain

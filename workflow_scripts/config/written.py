@@ -1,0 +1,108 @@
+"""What the user wrote: the config files laid over each other, and in which of them each key stands. Nothing is judged here.
+
+`config/methods.yaml` comes first (the methods' defaults and the constant LoRA and quantisation blocks), then the files that the
+user named, each merged over the one before, then what stands on the command line.
+"""
+
+import copy
+from typing import Any
+
+from workflow_scripts.artifacts.fingerprint import ROOT
+from workflow_scripts.config.names import EVALUATED
+from workflow_scripts.config.schema_errors import dotted
+from workflow_scripts.config.yaml_files import read_yaml
+from workflow_scripts.plumbing.messages import InputError
+
+METHODS_FILE = ROOT / "config" / "methods.yaml"
+
+
+def merge(base: dict, over: dict) -> dict:
+    """`over` laid over `base`, mappings key by key, anything else replaced. Neither is changed."""
+    merged = dict(base)
+    for key, value in over.items():
+        merged[key] = merge(merged[key], value) if isinstance(value, dict) and isinstance(merged.get(key), dict) else value
+    return merged
+
+
+def merge_all(parts: list[dict]) -> dict:
+    merged: dict = {}
+    for part in parts:
+        merged = merge(merged, part)
+    return merged
+
+
+def _beyond(user: dict, files: dict) -> dict:
+    """What of `user` the files do not say: the keys that were added or changed on the command line."""
+    more = {}
+    for key, value in user.items():
+        if key not in files or repr(value) != repr(files[key]):
+            both = isinstance(value, dict) and isinstance(files.get(key), dict)
+            if not both:
+                more[key] = value
+            elif deeper := _beyond(value, files[key]):
+                more[key] = deeper
+    return more
+
+
+def _source(sources: list[tuple[str, dict]], path: list) -> str:
+    """The last file in which the key at `path` stands, else that of its nearest parent."""
+    for length in range(len(path), 0, -1):
+        for name, data in reversed(sources):
+            node: Any = data
+            try:
+                for key in path[:length]:
+                    node = node[key]
+            except (KeyError, IndexError, TypeError):
+                continue
+            return name
+    return sources[-1][0]
+
+
+class Written:
+    """The merged tree (`data`), the file of each key, and what follows from single blocks of it."""
+
+    def __init__(self, user: dict, files: list[str] | None = None):
+        """user: the merged config (as Snakemake hands it over); files: where it came from, for the errors."""
+        methods = read_yaml(METHODS_FILE)
+        self._sources = [(str(METHODS_FILE.relative_to(ROOT)), methods)]
+        self._sources += [(str(name), read_yaml(name)) for name in files or []]
+        if more := _beyond(user, merge_all([data for _, data in self._sources[1:]])):
+            self._sources.append(("--config", more))
+        self.data: dict[str, Any] = merge(methods, copy.deepcopy(user))
+
+    def fail(self, path: list, problem: str) -> InputError:
+        """The error of a key: its file, its path, and what is wrong."""
+        return InputError(f"{_source(self._sources, path)}: {dotted(path)}: {problem}")
+
+    def place(self, name: str, path: list) -> list:
+        """Where the key at `path` of an experiment stands: in itself, in one that it extends, or in its method."""
+        bodies, seen, one = [], [], name
+        while one in self.data["experiments"] and one not in seen:
+            seen.append(one)
+            bodies.append((["experiments", one], self.data["experiments"][one]))
+            one = bodies[-1][1].get("extends")
+        method = next((body["method"] for _, body in bodies if "method" in body), None)
+        if method is not None:
+            bodies.append((["methods", method], self.data["methods"][method]))
+        for place, body in bodies:
+            node: Any = body
+            for key in path:
+                node = node.get(key) if isinstance(node, dict) else None
+            if node is not None:
+                return [*place, *path]
+        return ["experiments", name, *path]
+
+    @property
+    def evaluations(self) -> dict[str, str]:
+        """Task -> the slice of its prompts, for the tasks that the config evaluates: ifeval always, others where named."""
+        return {task: self.data["eval"][task]["prompts"] for task in EVALUATED if task in self.data["eval"]}
+
+    @property
+    def models(self) -> dict[str, dict]:
+        """The models that are not trained here: the base, which experiments are made from, and those only scored beside it."""
+        return {"base": self.data["base"], **self.data.get("models", {})}
+
+    def trains_on(self, slice_name: str) -> bool:
+        """False for prompts that are only answered and scored: taken whole, without `heldout`."""
+        body = self.data["data"]["slices"][slice_name]
+        return "heldout" in body or body["kind"] not in EVALUATED.values()

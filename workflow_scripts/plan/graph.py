@@ -1,0 +1,97 @@
+"""What depends on what: the runs and slices that a run is made from, and the files of them that each step reads."""
+
+from functools import cached_property
+
+from workflow_scripts.config import choices, comparison
+from workflow_scripts.config.config import Config
+from workflow_scripts.config.experiments import VERIFIERS, rewards
+from workflow_scripts.config.names import JUDGED, run_name
+from workflow_scripts.plan.places import Places
+
+
+class Graph(Places):
+    """The edges of the DAG."""
+
+    def __init__(self, config: Config):
+        super().__init__(config)
+        self._behind: dict[str, list[str]] = {}
+
+    @cached_property
+    def prompts_slice(self) -> str:
+        return self.config.data["eval"]["ifeval"]["prompts"]
+
+    def reward_models(self, run: str) -> list[str]:
+        """The runs of the reward models that `run` is trained with, of the same seed."""
+        return [run_name(name, self.config.run(run)[1]) for name in rewards(self.experiment(run)) if name not in VERIFIERS]
+
+    def start_run(self, run: str) -> str:
+        """The run whose merged model `run` starts from, with the same seed; `base` for the base model."""
+        experiment, seed = self.config.run(run)
+        return run_name(self.config.experiments[experiment]["start_from"], seed)
+
+    def is_tiny_slice(self, name: str) -> bool:
+        return "tiny" in self.config.data["data"]["slices"][name]["source"]
+
+    def runs(self) -> list[str]:
+        """Every run of the config: each experiment with each seed."""
+        return [run_name(name, seed) for name in self.config.experiments for seed in self.config.data["seeds"]]
+
+    # -- files that a step reads ----------------------------------------------------------------------------------------
+
+    def source_files(self, name: str) -> list[str]:
+        """The files that a slice is cut from; none for a slice from a hub or from the tiny world."""
+        source = self.config.data["data"]["slices"][name]["source"]
+        return source.get("paths") or ([source["path"]] if "path" in source else [])
+
+    def base_needs(self, name: str) -> list[str]:
+        """Files of the steps that a model starts from: the evaluation prompts for one made here, none for one from elsewhere."""
+        return self.slice_inputs(self.prompts_slice) if self.config.models[name]["source"] == "scratch" else []
+
+    def prompts_inputs(self, task: str) -> list[str]:
+        """The slices of a task: its prompts and, if it has any, their solved examples."""
+        fewshot = choices.fewshot(self.config.data["eval"], task)
+        return self.slice_inputs(self.config.evaluations[task]) + (self.slice_inputs(fewshot) if fewshot else [])
+
+    def start_inputs(self, run: str) -> list[str]:
+        """Files of the full-precision model that `run` starts from: the base or a merged experiment.
+
+        A merge's weights are a cache, so its manifest stands for it, with what they can be rebuilt from.
+        """
+        start = self.start_run(run)
+        if start == "base":
+            return self.base_inputs()
+        return [f"{self.results}/{start}/merged/manifest.json", *self.start_inputs(start), *self.adapter_inputs(start)]
+
+    def train_inputs(self, run: str) -> list[str]:
+        """Files that a run's training reads: the model that it starts from, its rows, and its reward models with their starts."""
+        files = self.start_inputs(run) + self.slice_inputs(self.experiment(run)["slice"])
+        for model in self.reward_models(run):
+            files += self.start_inputs(model) + self.adapter_inputs(model)
+        return list(dict.fromkeys(files))
+
+    def judge_inputs(self, run: str) -> list[str]:
+        """Files that the judging of a run's answers reads: the answers, their prompts, and the reward model with its start."""
+        model = self.config.data["eval"][JUDGED]["reward"]
+        files = self.answers_inputs(JUDGED, run) + self.prompts_inputs(JUDGED)
+        return list(dict.fromkeys(files + self.start_inputs(model) + self.adapter_inputs(model)))
+
+    def report_inputs(self) -> list[str]:
+        """Every score file that the report reads. Answers, manifests and curves lie beside them."""
+        scores = [f"{self.results}/{task}_{run}.json" for run in comparison.runs(self.config) for task in self.config.evaluations]
+        return scores + [f"{self.results}/{run}/rm_eval.json" for run in comparison.reward_models(self.config)]
+
+    def behind(self, file: str) -> list[str]:
+        """The files that are made before this manifest, or with it: where one of them is made, it is made too."""
+        if file not in self._behind:
+            folder, _, name = file.rpartition("/")
+            if name.endswith(".manifest.json"):
+                found = [f"{folder}/{name.removesuffix('.manifest.json')}.jsonl"]
+            elif name != "manifest.json":
+                found = []
+            elif folder.endswith("/merged"):
+                run = folder.split("/")[-2]
+                found = self.start_inputs(run) + self.adapter_inputs(run)
+            else:
+                found = [f"{folder}/{'adapter_model' if folder.endswith('/adapter') else 'model'}.safetensors"]
+            self._behind[file] = found
+        return self._behind[file]

@@ -1,0 +1,57 @@
+"""Where the artifacts of a config lie: the paths that the rules declare, by the names of runs, slices and tasks.
+
+Names of runs: `base` or another model, an experiment (seed 1), or an experiment with `.seedN`.
+"""
+
+import math
+
+from workflow_scripts.config.config import Config
+
+
+class Places:
+    """The files of each artifact, its manifest first."""
+
+    def __init__(self, config: Config):
+        self.config = config
+        self.results: str = config.data.get("pathvars", {}).get("results", "results")
+
+    @property
+    def work(self) -> str:
+        """Locks, staging and finished copies, by fingerprint."""
+        return f"{self.results}/.work"
+
+    def slice_inputs(self, name: str) -> list[str]:
+        return [f"{self.results}/data/{name}.manifest.json", f"{self.results}/data/{name}.jsonl"]
+
+    def base_inputs(self, name: str = "base") -> list[str]:
+        """Files of a model that is not trained here."""
+        return [f"{self.results}/{name}/manifest.json", f"{self.results}/{name}/model.safetensors"]
+
+    def adapter_inputs(self, run: str) -> list[str]:
+        return [f"{self.results}/{run}/adapter/{name}" for name in ("manifest.json", "adapter_model.safetensors")]
+
+    def answers_inputs(self, task: str, run: str) -> list[str]:
+        return [f"{self.results}/{run}/{task}_responses{ending}" for ending in (".manifest.json", ".jsonl")]
+
+    def shards(self, task: str) -> int:
+        """Jobs that share the answering of a task's prompts: as many as the config says, and no more than there are batches."""
+        evaluation = self.config.data["eval"]
+        rows = self.config.data["data"]["slices"][self.config.evaluations[task]]["rows"]
+        return min(evaluation["shards"], math.ceil(rows / evaluation["batch_size"]))
+
+    def shard_files(self, task: str, run: str) -> list[str]:
+        """The answers of each shard, where there are several."""
+        count = self.shards(task)
+        return [f"{self.results}/{run}/{task}_shards/{n}of{count}.json" for n in range(1, count + 1)] if count > 1 else []
+
+    def results_of(self, run: str) -> list[str]:
+        """The files that tell how good a run is: its scores, or for a reward model how well it tells answers apart."""
+        if self.is_reward_model(run):
+            return [f"{self.results}/{run}/rm_eval.json"]
+        return [f"{self.results}/{task}_{run}.json" for task in self.config.evaluations]
+
+    def is_reward_model(self, run: str) -> bool:
+        return run not in self.config.models and self.experiment(run)["method"] == "rm"
+
+    def experiment(self, run: str) -> dict:
+        return self.config.experiments[self.config.run(run)[0]]

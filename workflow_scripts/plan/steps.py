@@ -1,0 +1,208 @@
+"""The JSON of each step: everything that decides its outcome, and nothing else.
+
+The resolved config of that step alone, the fingerprints of its parents, code and package versions, and what its external files
+contain. The hash of this JSON is the step's fingerprint (artifacts/fingerprint.py).
+"""
+
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from workflow_scripts.artifacts import fingerprint
+from workflow_scripts.config import bases, choices, comparison, judged
+from workflow_scripts.config.experiments import rewards
+from workflow_scripts.config.names import CHOICE, JUDGED
+from workflow_scripts.data import slicing
+from workflow_scripts.models import sources
+from workflow_scripts.plan.graph import Graph
+from workflow_scripts.plumbing.messages import InputError
+
+STEPS = "workflow_scripts.steps."
+
+
+class Steps:
+    """Makes the steps of a graph; their parents' fingerprints come from who keeps them (plan/plan.py)."""
+
+    def __init__(self, graph: Graph, fingerprint_of: Callable[[str, str], str]):
+        self.graph, self.config, self.fingerprint = graph, graph.config, fingerprint_of
+        # The same for every step of a module: thousands of steps share one mapping, which nobody changes.
+        self._code, self._packages = cache(fingerprint.code), cache(fingerprint.packages)
+
+    def make(self, kind: str, name: str) -> dict:
+        """kind: slice, base, train, merge, generate_TASK, score_TASK, eval_rm, report; name: a slice's or a run's."""
+        verb, _, task = kind.partition("_")
+        if verb in ("generate", "score"):
+            return getattr(self, f"_{verb}")(task, name)
+        return getattr(self, f"_{kind}")(name)
+
+    def _step(self, module: str, config: dict, parents: dict[str, str], tiny: bool = False, **more) -> dict:
+        step = {
+            "step": module,
+            "config": config,
+            "parents": parents,
+            "code": self._code(STEPS + module, tiny),
+            "packages": self._packages(STEPS + module, tiny),
+            **more,
+        }
+        if self.config.data.get("allow_package_mismatch"):
+            step["allow_package_mismatch"] = True
+        return step
+
+    def _machine(self, precision: str = "") -> dict:
+        """What of the machine decides numbers; declared, never detected. precision: an evaluation's, in place of training's."""
+        found = {key: self.config.data[key] for key in ("device", "precision", "threads")}
+        return found | ({"precision": precision} if precision else {})
+
+    def _slice(self, name: str) -> dict:
+        data = self.config.data["data"]
+        body = data["slices"][name]
+        config: dict = dict(body)
+        parents, more = {}, {}
+        if self.config.trains_on(name):  # evaluation prompts are taken as they are: nothing is dropped or held out
+            config |= {key: body.get(key, data[key]) for key in ("max_drop", "max_prompt_tokens", "decontaminate")}
+            parents = {f"{task}_prompts": self.fingerprint("slice", prompts) for task, prompts in self.config.evaluations.items()}
+            parents["base"] = self.fingerprint("base", "base")
+        source = body["source"]
+        if files := self.graph.source_files(name):
+            bare = [file.rsplit("/", 1)[-1] for file in files]
+            config["source"] = {"file": bare[0]} if "path" in source else {"files": bare}
+            try:
+                rows = slicing.candidates_hash(
+                    files, body["rows"], body["seed"], body["kind"], body.get("group_by"), f"{self.graph.work}/content_cache.json"
+                )
+            except InputError as error:
+                key = "path" if "path" in source else "paths"
+                raise self.config.fail(["data", "slices", name, "source", key], str(error)) from None
+            more["external"] = {"candidate_rows": rows}
+        elif "hub" in source:
+            more["external"] = {key: source.get(key) for key in ("hub", "revision", "split")}
+        step = self._step("slice_data", config, parents, tiny=self.graph.is_tiny_slice(name), **more)
+        if "hub" in source:  # `datasets` shuffles the stream; imported there alone, so not in the step's import closure
+            step["packages"] = step["packages"] | {"datasets": fingerprint.locked()["datasets"]}
+        return step
+
+    def _base(self, name: str) -> dict:
+        base = self.config.models[name]
+        source = base["source"]
+        config = {"source": source, source: base[source]}
+        if source == "scratch":
+            parents = {"prompts": self.fingerprint("slice", self.graph.prompts_slice)}
+            return self._step("make_base", config, parents, tiny=True, threads=self.config.data["threads"])  # in fp32, on the CPU
+        # A model from elsewhere depends on neither the evaluation prompts nor the machine: it is copied and cast.
+        config |= {key: base[key] for key in ("dtype", "end_of_turn") if key in base}
+        if "training_template" in base:
+            config["training_template"] = bases.training_template(self.config, name)
+        more: dict[str, Any] = {}
+        if source == "path":
+            config["path"] = Path(base["path"]).name
+            try:
+                hashes = sources.folder_hashes(base["path"], f"{self.graph.work}/model_cache.json")
+            except InputError as error:
+                raise self.config.fail([*bases.place(name), "path"], str(error)) from None
+            more["external"] = {"content": sources.content_sha256(hashes)}
+        elif source == "gguf":
+            config["gguf"] = base["gguf"] | {"file": Path(base["gguf"]["file"]).name}
+        elif "revision" not in base["hub"]:
+            more["allow_unpinned"] = True
+        return self._step("make_base", config, {}, **more)
+
+    def _start_fingerprint(self, run: str) -> str:
+        start = self.graph.start_run(run)
+        return self.fingerprint("base", "base") if start == "base" else self.fingerprint("merge", start)
+
+    def _train(self, run: str) -> dict:
+        body = self.graph.experiment(run)
+        config = {key: value for key, value in body.items() if key not in ("start_from", "slice")}
+        config["lora"] = self.config.lora(self.config.run(run)[0])
+        if body["quantise"] != "none":
+            config["quant"] = self.config.data["quant"]
+        config["optim"] = "paged_adamw_32bit" if self.config.data["device"] == "cuda" else "adamw_torch"
+        parents = {"start": self._start_fingerprint(run), "rows": self.fingerprint("slice", body["slice"])}
+        if "reward" in body:
+            config["reward"] = rewards(body)
+            for model in self.graph.reward_models(run):
+                name = self.config.run(model)[0]
+                parents |= {
+                    f"reward {name}": self.fingerprint("train", model),
+                    f"start of {name}": self._start_fingerprint(model),
+                }
+        return self._step(f"train_{body['method']}", config, parents, seed=self.config.run(run)[1], **self._machine())
+
+    def _merge(self, run: str) -> dict:
+        body = self.graph.experiment(run)
+        config = {"quantise": body["quantise"], "quant": self.config.data["quant"]}
+        parents = {"start": self._start_fingerprint(run), "adapter": self.fingerprint("train", run)}
+        return self._step(
+            "merge", config, parents, threads=self.config.data["threads"]
+        )  # in fp32 on the CPU, whatever the device
+
+    def _generate(self, task: str, run: str) -> dict:
+        evaluation = self.config.data["eval"]
+        config = {"batch_size": evaluation["batch_size"], "max_new_tokens": evaluation[task]["max_new_tokens"]}
+        return self._step("generate", config, self._evaluated(task, run), **self._machine(evaluation["precision"]))
+
+    def _evaluated(self, task: str, run: str) -> dict[str, str]:
+        """The parents of a step that puts a task's prompts to a model: the prompts, and what the model is made of."""
+        parents = {"prompts": self.fingerprint("slice", self.config.evaluations[task])}
+        if fewshot := choices.fewshot(self.config.data["eval"], task):
+            parents["fewshot"] = self.fingerprint("slice", fewshot)
+        if run in self.config.models:
+            return parents | {"start": self.fingerprint("base", run)}
+        return parents | {"start": self._start_fingerprint(run), "adapter": self.fingerprint("train", run)}
+
+    def _score(self, task: str, run: str) -> dict:
+        if task in CHOICE:
+            config, evaluation = choices.step_config(self.config.data["eval"], task), self.config.data["eval"]
+            return self._step("lm_eval_task", config, self._evaluated(task, run), **self._machine(evaluation["precision"]))
+        parents = {
+            "prompts": self.fingerprint("slice", self.config.evaluations[task]),
+            "responses": self.fingerprint(f"generate_{task}", run),
+        }
+        if task == JUDGED:
+            model = self.config.data["eval"][JUDGED]["reward"]
+            parents |= {"start": self._start_fingerprint(model), "adapter": self.fingerprint("train", model)}
+            return self._step("judge_answers", self._judge(model), parents, **self._machine())
+        return self._step(f"score_{task}", {"strip_think": self.config.data["eval"][task]["strip_think"]}, parents)
+
+    def _judge(self, model: str) -> dict:
+        return judged.step_config(self.config.experiments[model], self.config.data["quant"])
+
+    def _eval_rm(self, run: str) -> dict:
+        body, config = self.graph.experiment(run), self._judge(self.config.run(run)[0])
+        parents = {
+            "start": self._start_fingerprint(run),
+            "adapter": self.fingerprint("train", run),
+            "rows": self.fingerprint("slice", body["slice"]),
+        }
+        return self._step("eval_rm", config, parents, **self._machine())
+
+    def _report(self, name: str) -> dict:
+        data = self.config.data
+        experiments = {
+            name: {key: body[key] for key in ("method", "start_from", "slice", "quantise", "reward") if key in body}
+            for name, body in self.config.experiments.items()
+        }
+        families = [
+            {"name": name, **family} for name, family in data["report"]["families"].items()
+        ]  # their order says which is first
+        config = {
+            "report": data["report"] | {"families": families},
+            "seeds": data["seeds"],
+            "experiments": experiments,
+            "device": data["device"],
+        }
+        if "models" in data:
+            config["models"] = list(data["models"])
+        config["tasks"] = [task for task in self.config.evaluations if task != JUDGED]
+        if JUDGED in self.config.evaluations:
+            config["judge"] = {key: data["eval"][JUDGED][key] for key in ("reward", "against")}
+        if ranks := comparison.ranks(self.config):
+            config["sweep"] = ranks
+        parents = {
+            f"{task} {run}": self.fingerprint(f"score_{task}", run)
+            for run in comparison.runs(self.config)
+            for task in self.config.evaluations
+        }
+        parents |= {f"rm {run}": self.fingerprint("eval_rm", run) for run in comparison.reward_models(self.config)}
+        return self._step("report", config, parents)
