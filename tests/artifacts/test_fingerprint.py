@@ -102,7 +102,7 @@ CODE_EDITS = [
     ("evaluation/ifeval.py", "random.seed(seed)", "random.seed(str(seed))", SCORES | ROLLOUTS),
     ("training/trainers.py", "import math\n", "import math\n\nX = 1\n", ALL_RUNS),
     ("data/slicing.py", "text.lower()", "text.casefold()", EVERYTHING),
-    ("data/formats.py", '"gpt": "assistant"', '"gpt": "user"', EVERYTHING),
+    ("data/parts.py", '"gpt": "assistant"', '"gpt": "user"', EVERYTHING),
     ("artifacts/manifests.py", '"format": 1', '"format": 2', EVERYTHING),
     ("artifacts/__init__.py", "", "X = 1\n", EVERYTHING),
     ("tiny/chat_template.jinja", "<|im_start|>", "<|im_start|> ", {("base", "")} | SLICES | ALL_RUNS | EVALS),

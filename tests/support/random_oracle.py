@@ -338,7 +338,7 @@ CODE: dict[str, list[str]] = {
     ),
     "data/__init__.py": [*SLICE, "make_base", "generate", "train_kto", "score_gsm8k"],
     "data/slicing.py": [*SLICE, "generate"],
-    "data/formats.py": [*SLICE, "generate", "score_gsm8k"],
+    **dict.fromkeys(("data/formats.py", "data/parts.py"), [*SLICE, "generate", "score_gsm8k"]),
     **dict.fromkeys(("evaluation/__init__.py", "evaluation/scores.py"), [*SCORE, *ROLLOUTS]),
     "steps/scoring.py": SCORE,
     "evaluation/gsm8k.py": ["score_gsm8k"],
@@ -358,7 +358,8 @@ CODE: dict[str, list[str]] = {
     **dict.fromkeys(("models/chat_templates/chatml_text.jinja", "models/chat_templates/smollm2.jinja"), []),
 }
 # Modules that run when Snakemake plans: there a statement may be added, and nothing changed.
-PLANNING = (set(NO_STEP) - {"models/templates"}) | {"data/slicing", "data/formats", "artifacts/manifests", "plumbing/jsonl"}
+PLANNING = set(NO_STEP) - {"models/templates"}
+PLANNING |= {"data/slicing", "data/formats", "data/parts", "artifacts/manifests", "plumbing/jsonl"}
 
 TORCH = [*SLICE, "make_base", *MODELS]
 IFEVAL = ["score_ifeval", *ROLLOUTS]
