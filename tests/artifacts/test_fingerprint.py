@@ -237,6 +237,7 @@ PLUMBING_USED = {
     "progress.Progress": "prints",
     "card.lay_beside": "writes a README.md beside an adapter, which nothing reads",
     "cli.run": "is the way in: gets `main`, returns nothing (the test below)",
+    "content_cache.ContentCache": "identity of files, as fingerprint.file_sha256",
     "fingerprint.fingerprint": "names a folder and a manifest",
     "fingerprint.file_sha256": "identity of a file",
     "runinfo.check_packages": "stops a step; what differs is written beside the results",

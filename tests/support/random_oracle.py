@@ -304,10 +304,10 @@ MODELS = ["merge", "generate", "eval_rm", *TRAIN]
 ROLLOUTS = ["train_ppo", "train_grpo", "train_rloo"]
 EVERY = [*SLICE, "make_base", *MODELS, *SCORE]
 # Plumbing; what plans; what only models from elsewhere need.
-NO_STEP = """steps/cli plumbing/gpus plumbing/progress plumbing/messages plumbing/signals artifacts/runinfo artifacts/work
-artifacts/fingerprint data/hub config/__init__ config/config config/schema_errors config/yaml_files config/bases config/comparison
-config/choices config/judged config/names config/sweep plan/__init__ plan/plan plan/records plan/estimate plan/gpu_memory
-plan/passes plan/patterns plan/shape models/sources models/templates""".split()
+NO_STEP = """steps/cli plumbing/content_cache plumbing/gpus plumbing/progress plumbing/messages plumbing/signals
+artifacts/runinfo artifacts/work artifacts/fingerprint data/hub config/__init__ config/config config/schema_errors
+config/yaml_files config/bases config/comparison config/choices config/judged config/names config/sweep plan/__init__ plan/plan
+plan/records plan/estimate plan/gpu_memory plan/passes plan/patterns plan/shape models/sources models/templates""".split()
 # The report, which is no target here, and multiple choice, which this config has not
 REPORT = """report/__init__ report/capacity report/collect report/figures report/judge report/page report/sections report/trained
 report/winning steps/report evaluation/lm_tasks steps/lm_eval_task steps/judge_answers stats/__init__ stats/accuracy
