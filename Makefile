@@ -87,7 +87,7 @@ test-slurm: setup
 
 lint: setup
 	$(BIN)/ruff check .
-	$(BIN)/ruff format --check workflow_scripts tests
+	$(BIN)/ruff format --check workflow_scripts tests measurements
 	$(BIN)/snakefmt --check Snakefile rules
 	$(BIN)/snakemake --lint
 	$(BIN)/mypy

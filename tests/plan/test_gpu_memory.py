@@ -61,8 +61,8 @@ def test_estimates_are_within_20_percent_of_what_was_measured_and_the_page_says_
 
 
 def test_the_phases_of_the_study_are_within_20_percent_of_what_was_measured_at_its_shape():
-    """docs/study_memory.py's own settings; of multiple choice the tokens that its rows had."""
-    from docs.study_memory import configured
+    """measurements/study_memory.py's own settings; of multiple choice the tokens that its rows had."""
+    from measurements.study_memory import configured
 
     text = (ROOT / "docs/performance.md").read_text()
     rows = re.findall(r"^\| (\w+) \| ([\d.]+) B \| [\w ]+ \| ([\d.]+) \| ([\d.]+) \| ([\d.]+) \| [\d.]+ \|$", text, flags=re.M)
