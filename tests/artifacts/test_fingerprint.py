@@ -43,7 +43,7 @@ def clear_caches():
 
 @pytest.fixture
 def tree(tmp_path, monkeypatch):
-    """A copy of package and lock file, whose sources are what is fingerprinted. tree(path, old, new) edits one of them."""
+    """A copy of package and lock files, whose sources are what is fingerprinted. tree(path, old, new) edits one of them."""
     root = tmp_path / "tree"
     shutil.copytree(
         ROOT / "workflow_scripts", root / "workflow_scripts", ignore=shutil.ignore_patterns("__pycache__", "punkt_tab")
@@ -136,7 +136,7 @@ LOCK_EDITS = [
     ("langdetect==1.0.9", "langdetect==1.0.10", SCORES | ROLLOUTS),
     ("torch==2.13.0", "torch==2.13.1", EVERYTHING),
     ("torch==2.13.0", "torch==2.13.0+cpu", set()),
-    ("pytest==", "pytest==1", set()),
+    ("tensorboard==", "tensorboard==1", set()),
 ]
 
 
@@ -145,6 +145,18 @@ def test_a_locked_version_makes_the_steps_that_import_the_library_stale(tree, us
     before = fingerprints(user)
     tree("envs/requirements.lock", old, new)
     assert stale(before, fingerprints(user)) == expected
+
+
+def test_what_only_checks_is_in_no_fingerprint(tree, user):
+    """Not even where a step would import it: the lock of what runs has no version of it."""
+    before = fingerprints(user)
+    for line in (tree.root / "envs/dev.lock").read_text().splitlines():
+        tree("envs/dev.lock", line, f"{line}.post9")
+    assert fingerprints(user) == before
+    (tree.root / "workflow_scripts/plumbing/probe.py").write_text("import pytest\n")
+    clear_caches()
+    with pytest.raises(InputError, match="no version of pytest, which workflow_scripts.plumbing.probe imports"):
+        fingerprint.packages(PROBE)
 
 
 def test_a_library_that_the_lock_lacks_is_an_error_that_names_it(tree):

@@ -363,6 +363,7 @@ PLANNING |= {"data/slicing", "data/formats", "data/parts", "artifacts/manifests"
 
 TORCH = [*SLICE, "make_base", *MODELS]
 IFEVAL = ["score_ifeval", *ROLLOUTS]
+CHECKS = ("pytest", "ruff")  # in the other lock
 PACKAGES: dict[str, list[str]] = {
     **dict.fromkeys(("torch", "transformers", "tokenizers", "safetensors", "numpy", "Jinja2"), TORCH),
     "datasets": ["make_base", *MODELS],  # device.py quietens it; the trainers take rows through it
@@ -371,7 +372,7 @@ PACKAGES: dict[str, list[str]] = {
     "trl": TRAIN,
     "scipy": ["eval_rm", *ROLLOUTS],
     **dict.fromkeys(("lm_eval", "nltk", "langdetect"), IFEVAL),
-    **dict.fromkeys(("pytest", "ruff", "snakemake", "tqdm", "PyYAML", "jsonschema", "statsmodels", "gguf", "tensorboard"), []),
+    **dict.fromkeys((*CHECKS, "snakemake", "tqdm", "PyYAML", "jsonschema", "statsmodels", "gguf", "tensorboard"), []),
 }
 
 # Files of the repository that no step reads.
