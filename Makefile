@@ -1,14 +1,15 @@
 # make demo      the whole main job on the embedded world, from nothing to three scores (CPU, minutes)
 # make smollm2   the weights of config/smollm2.yaml: a real model of 135 M (98 MB)
-# make setup     only the environment: .venv with the locked versions
+# make setup     only the environment: .venv with the locked versions of what runs
 # make test      everything that this machine can test;  make lint: formatting, lint, types
 SHELL := /bin/bash
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+DEV_STAMP := $(VENV)/.installed-dev
 
-.PHONY: demo setup setup-cuda setup-mac test test-all test-gpu test-slurm test-study lint report lock clean clean-checkpoints smollm2 status fits why accept adopt verify chat push pin
+.PHONY: demo setup setup-dev setup-cuda setup-mac test test-all test-gpu test-slurm test-study lint report lock clean clean-checkpoints smollm2 status fits why accept adopt verify chat push pin
 
 demo: setup
 	@$(BIN)/python -c "import os; print(f'phaseline: {os.cpu_count()} cores; about five minutes on two')"
@@ -30,7 +31,14 @@ $(STAMP): envs/requirements.lock pyproject.toml
 	$(BIN)/python -m pip install --quiet --no-deps --editable .
 	@touch $@
 
-# The same lock: on Linux, pip's default torch is the CUDA build. Then checks the GPU as every step will.
+# What checks, beside it: pytest, linters, types. The targets that need it ask for it.
+setup-dev: $(DEV_STAMP)
+
+$(DEV_STAMP): $(STAMP) envs/dev.lock
+	$(BIN)/python -m pip install --quiet --constraint envs/requirements.lock --requirement envs/dev.lock
+	@touch $@
+
+# The same lock as `setup`: on Linux, pip's default torch is the CUDA build. Then checks the GPU as every step will.
 setup-cuda: setup
 	@$(BIN)/python -m workflow_scripts.tools.gpu
 
@@ -62,7 +70,7 @@ $(SMOLLM2_GGUF): | setup
 BESIDE := $(patsubst %,tests/test_%.py,slurm judge other_models sweep lm_eval_task lm_eval_plan fp16 gpu_memory study \
   qwen_tokenizer qwen05b random_edits profiles shards kills resume tools)
 
-test: setup
+test: setup-dev
 	@export PATH="$(CURDIR)/$(BIN):$$PATH"; said=$$(mktemp); \
 	$(BIN)/python -m pytest -q -rs $(BESIDE) >$$said 2>&1 & beside=$$!; \
 	trap 'kill $$beside 2>/dev/null; rm -f $$said' EXIT; trap 'exit 130' INT TERM; \
@@ -70,24 +78,24 @@ test: setup
 	wait $$beside; code=$$?; cat $$said; exit $$(($$rest | $$code))
 
 # Three seeds of the tiny world in full, beside everything in `make test`.
-test-all: setup
+test-all: setup-dev
 	PATH="$(CURDIR)/$(BIN):$$PATH" PHASELINE_TEST_ALL=1 $(BIN)/python -m pytest -q
 
 # Every target of config/qwen05b.yaml, in small, from a hub of local folders: some ten minutes on two cores.
-test-study: setup
+test-study: setup-dev
 	PATH="$(CURDIR)/$(BIN):$$PATH" PHASELINE_TEST_ALL=1 $(BIN)/python -m pytest -q -s tests/dag/test_study.py
 
 # Needs a CUDA device; elsewhere these tests are skipped.
-test-gpu: setup
+test-gpu: setup-dev
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pytest -q -s tests/gpu/test_gpu.py
 
 # Needs root and Slurm's packages: starts a Slurm of one node, and on it the tiny chain through profiles/slurm.
-test-slurm: setup
+test-slurm: setup-dev
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pytest -q -s tests/slurm/test_slurm.py
 
-lint: setup
+lint: setup-dev
 	$(BIN)/ruff check .
-	$(BIN)/ruff format --check workflow_scripts tests
+	$(BIN)/ruff format --check workflow_scripts tests measurements
 	$(BIN)/snakefmt --check Snakefile rules
 	$(BIN)/snakemake --lint
 	$(BIN)/mypy
@@ -139,9 +147,9 @@ pin: setup
 	@$(if $(CONFIG),,echo "say which config: make pin CONFIG=config/mine.yaml"; exit 1)
 	@$(BIN)/python -m workflow_scripts.tools.pin --configfile $(CONFIG)
 
-# Writes the versions that are installed now into the lock file, without local tags (+cpu).
+# Writes the versions that are installed now into the two lock files, without local tags (+cpu).
 lock:
-	$(BIN)/python -m pip freeze --exclude-editable | sed 's/+[a-z0-9.]*$$//' > envs/requirements.lock
+	@$(BIN)/python -m workflow_scripts.tools.lock
 
 # Checkpoints that nothing will go on from:  make clean-checkpoints [CONFIG="config/a.yaml config/b.yaml"] [DRY=1]
 clean-checkpoints: setup

@@ -13,7 +13,10 @@ if not workflow.overwrite_configfiles:
     configfile: "config/config.yaml"
 
 
+include: "rules/snakemake_itself.smk"
 include: "rules/common.smk"
+include: "rules/turn.smk"
+include: "rules/preflight.smk"
 include: "rules/data.smk"
 include: "rules/base.smk"
 include: "rules/train.smk"

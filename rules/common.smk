@@ -1,29 +1,17 @@
 # What the rules share: the plan (which step has which JSON and which inputs) and the one call that runs a step.
-import gc
 import inspect
 import os
 import shlex
 import sys
 from functools import cache
-from pathlib import Path
 
-from snakemake.persistence import PersistenceBase
-
+from workflow_scripts.config import bases, names
 from workflow_scripts.config import config as configs
-from workflow_scripts.plumbing.messages import InputError
+from workflow_scripts.plan import estimate
 from workflow_scripts.plan.patterns import any_of
 from workflow_scripts.plan.plan import Plan
-from workflow_scripts.artifacts import work
-from workflow_scripts.config import bases, names
-from workflow_scripts.data import hub
-from workflow_scripts.plan import estimate, records
-from workflow_scripts.plumbing import gpus, signals
+from workflow_scripts.plumbing.messages import InputError
 from workflow_scripts.tools import adopt
-
-gc.disable()  # planning allocates and hardly frees: a fifth of the time of a large plan
-# Where pandas is installed, Snakemake loads it (0.3 s, 65 MB) to compare parameters. Ours are text.
-if hasattr(PersistenceBase, "_serialize_param_builtin"):
-    PersistenceBase._serialize_param_pandas = PersistenceBase._serialize_param_builtin
 
 try:
     PLAN = Plan(configs.Config(config, [str(file) for file in workflow.configfiles]))
@@ -34,31 +22,6 @@ try:
 except InputError as error:
     sys.stderr.write(f"{error}\n")
     sys.exit(1)
-
-# In a job of a cluster. (The Snakemake that starts Slurm's job step must not: srun takes SIGTERM for an order to kill the step.)
-if not workflow.is_main_process:
-    signals.pass_on(lambda: workflow.local_exec)
-
-_turn = []
-
-
-def take_turn():
-    """Once, where the planning of a real run begins: one Snakemake at a time on a results folder.
-
-    Who planned before another one finished a step would delete that step's outputs. Snakemake's own lock is off (see
-    profiles/default): it outlives a SIGKILL, and any second run removes it. This one dies with its process.
-    """
-    if _turn or workflow.execution_settings is None or not workflow.is_main_process or workflow.dryrun or workflow.touch:
-        return
-    try:
-        _turn.append(work.turn(Path(PLAN.work), PLAN.results))
-        records.clear_recorded(Path(PLAN.work))
-    except OSError as error:
-        # Snakemake would wrap an exception or SystemExit from here in its own report of a broken input function.
-        sys.stderr.write(f"{error.filename}: {error.strerror}; make the results folder writable, or free some space\n")
-        sys.stderr.flush()
-        os._exit(1)
-
 
 DEVICE = PLAN.config.data["device"]
 THREADS = PLAN.config.data["threads"]
@@ -197,18 +160,6 @@ def report_inputs(wildcards):
     """Score files, which are small and their own manifests. Not `ancient()`, for the reason above."""
     take_turn()
     return PLAN.report_inputs()
-
-
-def preflight():
-    """Before the first job of a real run: stop at once if what the jobs take from elsewhere can't be had."""
-    offered = getattr(workflow.global_resources.get("gpu"), "value", None)
-    if GPU and workflow.local_exec and offered is not None and offered < (there := len(gpus.allowed())):
-        sys.stderr.write(f"{there} GPUs are here, and {offered} may be used at once: --resources gpu={there} uses all\n")
-    try:
-        hub.check_jobs(workflow.dag.needrun_jobs())
-    except InputError as error:
-        sys.stderr.write(f"{error}\n")
-        sys.exit(1)
 
 
 wildcard_constraints:

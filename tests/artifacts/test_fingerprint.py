@@ -43,7 +43,7 @@ def clear_caches():
 
 @pytest.fixture
 def tree(tmp_path, monkeypatch):
-    """A copy of package and lock file, whose sources are what is fingerprinted. tree(path, old, new) edits one of them."""
+    """A copy of package and lock files, whose sources are what is fingerprinted. tree(path, old, new) edits one of them."""
     root = tmp_path / "tree"
     shutil.copytree(
         ROOT / "workflow_scripts", root / "workflow_scripts", ignore=shutil.ignore_patterns("__pycache__", "punkt_tab")
@@ -102,7 +102,7 @@ CODE_EDITS = [
     ("evaluation/ifeval.py", "random.seed(seed)", "random.seed(str(seed))", SCORES | ROLLOUTS),
     ("training/trainers.py", "import math\n", "import math\n\nX = 1\n", ALL_RUNS),
     ("data/slicing.py", "text.lower()", "text.casefold()", EVERYTHING),
-    ("data/formats.py", '"gpt": "assistant"', '"gpt": "user"', EVERYTHING),
+    ("data/parts.py", '"gpt": "assistant"', '"gpt": "user"', EVERYTHING),
     ("artifacts/manifests.py", '"format": 1', '"format": 2', EVERYTHING),
     ("artifacts/__init__.py", "", "X = 1\n", EVERYTHING),
     ("tiny/chat_template.jinja", "<|im_start|>", "<|im_start|> ", {("base", "base")} | SLICES | ALL_RUNS | EVALS),
@@ -137,7 +137,7 @@ LOCK_EDITS = [
     ("langdetect==1.0.9", "langdetect==1.0.10", SCORES | ROLLOUTS),
     ("torch==2.13.0", "torch==2.13.1", EVERYTHING),
     ("torch==2.13.0", "torch==2.13.0+cpu", set()),
-    ("pytest==", "pytest==1", set()),
+    ("tensorboard==", "tensorboard==1", set()),
 ]
 
 
@@ -146,6 +146,18 @@ def test_a_locked_version_makes_the_steps_that_import_the_library_stale(tree, us
     before = fingerprints(user)
     tree("envs/requirements.lock", old, new)
     assert stale(before, fingerprints(user)) == expected
+
+
+def test_what_only_checks_is_in_no_fingerprint(tree, user):
+    """Not even where a step would import it: the lock of what runs has no version of it."""
+    before = fingerprints(user)
+    for line in (tree.root / "envs/dev.lock").read_text().splitlines():
+        tree("envs/dev.lock", line, f"{line}.post9")
+    assert fingerprints(user) == before
+    (tree.root / "workflow_scripts/plumbing/probe.py").write_text("import pytest\n")
+    clear_caches()
+    with pytest.raises(InputError, match="no version of pytest, which workflow_scripts.plumbing.probe imports"):
+        fingerprint.packages(PROBE)
 
 
 def test_a_library_that_the_lock_lacks_is_an_error_that_names_it(tree):
@@ -238,6 +250,7 @@ PLUMBING_USED = {
     "progress.Progress": "prints",
     "card.lay_beside": "writes a README.md beside an adapter, which nothing reads",
     "cli.run": "is the way in: gets `main`, returns nothing (the test below)",
+    "content_cache.ContentCache": "identity of files, as fingerprint.file_sha256",
     "fingerprint.fingerprint": "names a folder and a manifest",
     "fingerprint.file_sha256": "identity of a file",
     "runinfo.check_packages": "stops a step; what differs is written beside the results",

@@ -111,7 +111,7 @@ def test_a_change_of_the_config_plans_what_it_decides_and_no_more(clone, change,
         ("workflow_scripts/plumbing/progress.py", "10.0", "20.0", {}),
         ("workflow_scripts/tiny/chat_template.jinja", "<|im_start|>", "<|im_start|> ", {**ALL, "slice_data": 2}),
         ("envs/requirements.lock", "trl==1.16.0", "trl==1.17.0", FROM_SFT),
-        ("envs/requirements.lock", "pytest==", "pytest==1", {}),
+        ("envs/dev.lock", "pytest==", "pytest==1", {}),
     ],
 )
 def test_a_change_of_the_code_plans_the_phases_that_can_run_it(clone, path, old, new, expected):

@@ -9,7 +9,7 @@ from tests.data.test_slice_data import Slicer, turn
 from tests.support import small_steps
 from workflow_scripts.artifacts import manifests
 from workflow_scripts.config.schema import SCHEMA
-from workflow_scripts.data import formats
+from workflow_scripts.data import formats, parts
 from workflow_scripts.models import chat
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -238,7 +238,7 @@ def test_no_text_is_altered_beyond_the_markup(file):
                 elif file == "alpaca.json":
                     assert any(text in one for one in found)
                 else:
-                    assert text in found or text in formats.SPEAKERS
+                    assert text in found or text in parts.SPEAKERS
 
 
 @pytest.mark.parametrize("text", ["two  spaces ", " leading", "tab\t", "a\n\n\nb\n", "\u00a0x\u2028", "Human: said"])

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Starts a Slurm, and on it the main job of a tiny world through profiles/slurm, disturbed in every way that a cluster has.
 # One line for each thing that is proven; exit status 0: all were, 77: Slurm can't be started here. PYTHON: an interpreter with
-# what envs/requirements.lock names (default: .venv's); the executor's plugin is installed beside it once.
+# what envs/*.lock name (default: .venv's); the executor's plugin is installed beside it once.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 python=${PYTHON:-$PWD/.venv/bin/python}

@@ -290,12 +290,12 @@ def a_code_file(box: Box) -> set[Phase] | None:
 
 def a_locked_version(box: Box) -> set[Phase] | None:
     name = box.rng.choice(sorted(oracle.PACKAGES))
-    path = box.folder / "envs/requirements.lock"
-    if not box.free("requirements.lock"):
+    path = box.folder / f"envs/{'dev' if name in oracle.CHECKS else 'requirements'}.lock"
+    if not box.free(path.name):
         return None
     text = path.read_text()
     found = re.search(rf"^{name}==.*$", text, flags=re.M)
-    assert found, f"requirements.lock: no {name}"
+    assert found, f"{path.name}: no {name}"
     new = box.rng.choice((".post9", ".post9", "+cpu", "    # why"))
     box.did.append(f"{found[0]}{new}")
     box.write(path, text.replace(found[0], found[0] + new).encode())

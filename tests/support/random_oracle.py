@@ -304,11 +304,11 @@ MODELS = ["merge", "generate", "eval_rm", *TRAIN]
 ROLLOUTS = ["train_ppo", "train_grpo", "train_rloo"]
 EVERY = [*SLICE, "make_base", *MODELS, *SCORE]
 # Plumbing; what plans; what only models from elsewhere need.
-NO_STEP = """steps/cli plumbing/gpus plumbing/progress plumbing/messages plumbing/signals artifacts/runinfo artifacts/work
-artifacts/fingerprint data/hub config/__init__ config/config config/schema_errors config/yaml_files config/bases config/comparison
-config/choices config/judged config/names config/sweep config/written config/schema config/experiments config/references
-config/slices plan/__init__ plan/plan plan/places plan/graph plan/steps plan/records plan/estimate plan/gpu_memory
-plan/patterns models/sources models/templates""".split()
+NO_STEP = """steps/cli plumbing/content_cache plumbing/gpus plumbing/progress plumbing/messages plumbing/signals
+artifacts/runinfo artifacts/work artifacts/fingerprint data/hub config/__init__ config/config config/schema_errors
+config/yaml_files config/bases config/comparison config/choices config/judged config/names config/sweep config/written
+config/schema config/experiments config/references config/slices plan/__init__ plan/plan plan/places plan/graph plan/steps
+plan/records plan/estimate plan/gpu_memory plan/passes plan/patterns plan/shape models/sources models/templates""".split()
 # The report, which is no target here, and multiple choice, which this config has not
 REPORT = """report/__init__ report/capacity report/collect report/figures report/judge report/page report/sections report/trained
 report/winning steps/report evaluation/lm_tasks steps/lm_eval_task steps/judge_answers stats/__init__ stats/accuracy
@@ -339,7 +339,7 @@ CODE: dict[str, list[str]] = {
     ),
     "data/__init__.py": [*SLICE, "make_base", "generate", "train_kto", "score_gsm8k"],
     "data/slicing.py": [*SLICE, "generate"],
-    "data/formats.py": [*SLICE, "generate", "score_gsm8k"],
+    **dict.fromkeys(("data/formats.py", "data/parts.py"), [*SLICE, "generate", "score_gsm8k"]),
     **dict.fromkeys(("evaluation/__init__.py", "evaluation/scores.py"), [*SCORE, *ROLLOUTS]),
     "steps/scoring.py": SCORE,
     "evaluation/gsm8k.py": ["score_gsm8k"],
@@ -359,10 +359,12 @@ CODE: dict[str, list[str]] = {
     **dict.fromkeys(("models/chat_templates/chatml_text.jinja", "models/chat_templates/smollm2.jinja"), []),
 }
 # Modules that run when Snakemake plans: there a statement may be added, and nothing changed.
-PLANNING = (set(NO_STEP) - {"models/templates"}) | {"data/slicing", "data/formats", "artifacts/manifests", "plumbing/jsonl"}
+PLANNING = set(NO_STEP) - {"models/templates"}
+PLANNING |= {"data/slicing", "data/formats", "data/parts", "artifacts/manifests", "plumbing/jsonl"}
 
 TORCH = [*SLICE, "make_base", *MODELS]
 IFEVAL = ["score_ifeval", *ROLLOUTS]
+CHECKS = ("pytest", "ruff")  # in the other lock
 PACKAGES: dict[str, list[str]] = {
     **dict.fromkeys(("torch", "transformers", "tokenizers", "safetensors", "numpy", "Jinja2"), TORCH),
     "datasets": ["make_base", *MODELS],  # device.py quietens it; the trainers take rows through it
@@ -371,13 +373,14 @@ PACKAGES: dict[str, list[str]] = {
     "trl": TRAIN,
     "scipy": ["eval_rm", *ROLLOUTS],
     **dict.fromkeys(("lm_eval", "nltk", "langdetect"), IFEVAL),
-    **dict.fromkeys(("pytest", "ruff", "snakemake", "tqdm", "PyYAML", "jsonschema", "statsmodels", "gguf", "tensorboard"), []),
+    **dict.fromkeys((*CHECKS, "snakemake", "tqdm", "PyYAML", "jsonschema", "statsmodels", "gguf", "tensorboard"), []),
 }
 
 # Files of the repository that no step reads.
 UNUSED = ["README.md", "CHANGELOG.md", "docs/methods.md", "docs/staleness.md", "Makefile", "pyproject.toml", "tests/conftest.py"]
 UNUSED += ["config/schema.yaml", "config/qwen05b.yaml", "config/smollm2.yaml", "profiles/default/profile.yaml", "envs/cpu.yaml"]
-UNUSED += ["LICENSE", "Snakefile", *(f"rules/{name}.smk" for name in ("base", "common", "data", "eval", "merge", "train"))]
+RULES = "base common data eval merge preflight snakemake_itself train turn".split()
+UNUSED += ["LICENSE", "Snakefile", *(f"rules/{name}.smk" for name in RULES)]
 
 
 def step_of(phase: Phase) -> str:

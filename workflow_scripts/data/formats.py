@@ -14,15 +14,13 @@ one space after each, an alpaca instruction and its input are joined by a blank 
 out. InputError, with file and line, on a row that is malformed; `Unusable` on one that is well formed and no use.
 """
 
-import json
 import re
 from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
+from workflow_scripts.data import parts
 from workflow_scripts.plumbing.messages import InputError
 
-ROLES = ("system", "user", "assistant")
-SPEAKERS = {"system": "system", "human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant"}
 RESERVED = ("id", "heldout", "messages", "prompt", "chosen", "rejected", "completion", "label", "answer", "final")
 HH_SPEAKERS = {"Human": "user", "Assistant": "assistant"}
 HH_LABEL = re.compile(r"\n\n(Human|Assistant):")
@@ -105,95 +103,29 @@ def columns(kind: str, present: Iterable[str], place: str) -> list[str]:
     return [name for name in present if name in wanted]
 
 
-# -- parts of rows --------------------------------------------------------------------------------------------------------
-
-
-def _show(value: object) -> str:
-    return json.dumps(value, ensure_ascii=False, default=str)[:80]
-
-
-def _text(row: dict, key: str, place: str) -> str:
-    if not isinstance(row[key], str):
-        raise InputError(f"{place}: expected a text under {key}, found {_show(row[key])}")
-    return row[key]
-
-
-def _label(row: dict, place: str) -> bool:
-    if not isinstance(row["label"], bool):
-        raise InputError(f"{place}: expected true or false under label, found {_show(row['label'])}")
-    return row["label"]
-
-
-def _turn(role: str, content: str) -> dict:
-    return {"role": role, "content": content}
-
-
-def turns(messages: object, place: str) -> list[dict]:
-    """Messages with role and content only. InputError if they are not a conversation."""
-    if not isinstance(messages, list) or not messages:
-        raise InputError(f"{place}: expected a list of messages, found {type(messages).__name__}")
-    for message in messages:
-        if (
-            not isinstance(message, dict)
-            or not isinstance(message.get("role"), str)
-            or not isinstance(message.get("content"), str)
-        ):
-            raise InputError(f"{place}: a message needs the strings role and content, found {_show(message)}")
-        if message["role"] not in ROLES:
-            raise InputError(f"{place}: found the role {message['role']!r}, expected system, user or assistant")
-    return [_turn(message["role"], message["content"]) for message in messages]
-
-
-def _text_or_turns(row: dict, key: str, role: str, place: str) -> list[dict]:
-    return [_turn(role, row[key])] if isinstance(row[key], str) else turns(row[key], f"{place}: {key}")
-
-
-def _spoken(value: object, place: str) -> list[dict]:
-    """ShareGPT's turns, `{from, value}`."""
-    if not isinstance(value, list) or not value:
-        raise InputError(f"{place}: expected a list of turns with from and value, found {type(value).__name__}")
-    made = []
-    for turn in value:
-        if not isinstance(turn, dict) or not isinstance(turn.get("from"), str) or not isinstance(turn.get("value"), str):
-            raise InputError(f"{place}: a turn needs the strings from and value, found {_show(turn)}")
-        if turn["from"] not in SPEAKERS:
-            raise InputError(f"{place}: found the speaker {turn['from']!r}, expected one of {', '.join(SPEAKERS)}")
-        made.append(_turn(SPEAKERS[turn["from"]], turn["value"]))
-    return made
-
-
-def _system(row: dict, before: list[dict], place: str) -> list[dict]:
-    """The turns with the text of the row's `system` key, if it has one, in front."""
-    if not row.get("system"):
-        return before
-    if before and before[0]["role"] == "system":
-        raise InputError(f"{place}: has a system text under system and another in its first turn; leave one")
-    return [_turn("system", _text(row, "system", place)), *before]
-
-
 # -- formats --------------------------------------------------------------------------------------------------------------
 
 
 def _from_messages(row: dict, kind: str, place: str) -> dict:
-    return {"messages": turns(row["messages"], place)}
+    return {"messages": parts.turns(row["messages"], place)}
 
 
 def _from_kto_messages(row: dict, kind: str, place: str) -> dict:
-    talk = turns(row["messages"], place)
-    return {"prompt": talk[:-1], "completion": talk[-1:], "label": _label(row, place)}
+    talk = parts.turns(row["messages"], place)
+    return {"prompt": talk[:-1], "completion": talk[-1:], "label": parts.label(row, place)}
 
 
 def _from_sharegpt(row: dict, kind: str, place: str) -> dict:
     if row.get("tools"):
         raise Unusable("with tools")
-    return {"messages": _system(row, _spoken(row["conversations"], place), place)}
+    return {"messages": parts.with_system(row, parts.spoken(row["conversations"], place), place)}
 
 
 def _from_sharegpt_pairs(row: dict, kind: str, place: str) -> dict:
     """LLaMA-Factory's form: chosen and rejected are one turn each."""
     prompt = _from_sharegpt(row, kind, place)["messages"]
     chosen, rejected = (
-        _spoken([row[key]] if isinstance(row[key], dict) else row[key], f"{place}: {key}") for key in ("chosen", "rejected")
+        parts.spoken([row[key]] if isinstance(row[key], dict) else row[key], f"{place}: {key}") for key in ("chosen", "rejected")
     )
     return {"prompt": prompt, "chosen": chosen, "rejected": rejected}
 
@@ -203,11 +135,11 @@ def _from_alpaca(row: dict, kind: str, place: str) -> dict:
     if not isinstance(history, list) or not all(
         isinstance(pair, list) and len(pair) == 2 and all(isinstance(text, str) for text in pair) for pair in history
     ):
-        raise InputError(f"{place}: expected pairs of texts, question and answer, under history, found {_show(history)}")
-    before = [turn for question, answer in history for turn in (_turn("user", question), _turn("assistant", answer))]
-    question = [_text(row, key, place) for key in ("instruction", "input") if row.get(key) is not None]
-    talk = [*before, _turn("user", "\n\n".join(text for text in question if text))]
-    return {"messages": [*_system(row, talk, place), _turn("assistant", _text(row, "output", place))]}
+        raise InputError(f"{place}: expected pairs of texts, question and answer, under history, found {parts.show(history)}")
+    before = [turn for question, answer in history for turn in (parts.turn("user", question), parts.turn("assistant", answer))]
+    question = [parts.text(row, key, place) for key in ("instruction", "input") if row.get(key) is not None]
+    talk = [*before, parts.turn("user", "\n\n".join(text for text in question if text))]
+    return {"messages": [*parts.with_system(row, talk, place), parts.turn("assistant", parts.text(row, "output", place))]}
 
 
 def _are_conversations(row: dict) -> bool:
@@ -218,12 +150,12 @@ def _are_conversations(row: dict) -> bool:
 
 def _from_ultrafeedback(row: dict, kind: str, place: str) -> dict:
     """chosen and rejected repeat the prompt: it is taken off there, or the trainer would ask the question twice."""
-    chosen, rejected = (turns(row[key], f"{place}: {key}") for key in ("chosen", "rejected"))
+    chosen, rejected = (parts.turns(row[key], f"{place}: {key}") for key in ("chosen", "rejected"))
     prompt = chosen[:-1]
     if prompt != rejected[:-1]:
         raise Unusable("whose chosen and rejected differ before the last turn")
     if "prompt" in row:
-        given = row["prompt"] if isinstance(row["prompt"], str) else turns(row["prompt"], f"{place}: prompt")
+        given = row["prompt"] if isinstance(row["prompt"], str) else parts.turns(row["prompt"], f"{place}: prompt")
         asked = [turn["content"] for turn in prompt if turn["role"] == "user"]
         if given not in (asked if isinstance(given, str) else [prompt]):
             raise Unusable("whose prompt is not the one in chosen and rejected")
@@ -231,17 +163,17 @@ def _from_ultrafeedback(row: dict, kind: str, place: str) -> dict:
 
 
 def _from_pairs(row: dict, kind: str, place: str) -> dict:
-    parts = (("prompt", "user"), ("chosen", "assistant"), ("rejected", "assistant"))
-    return {key: _text_or_turns(row, key, role, place) for key, role in parts}
+    roles = (("prompt", "user"), ("chosen", "assistant"), ("rejected", "assistant"))
+    return {key: parts.text_or_turns(row, key, role, place) for key, role in roles}
 
 
 def _transcript(row: dict, key: str, place: str) -> list[dict]:
     """The turns of an HH transcript. A label inside a turn's own text can't be told from a turn."""
     text = row[key]
     if not isinstance(text, str) or not HH_LABEL.match(text):
-        raise InputError(f"{place}: expected a transcript under {key} that begins with '\\n\\nHuman: ', found {_show(text)}")
-    parts = HH_LABEL.split(text)[1:]
-    talk = [_turn(HH_SPEAKERS[speaker], said.removeprefix(" ")) for speaker, said in zip(parts[::2], parts[1::2], strict=True)]
+        raise InputError(f"{place}: expected a transcript under {key} that begins with '\\n\\nHuman: ', found {parts.show(text)}")
+    said = HH_LABEL.split(text)[1:]
+    talk = [parts.turn(HH_SPEAKERS[who], one.removeprefix(" ")) for who, one in zip(said[::2], said[1::2], strict=True)]
     if [turn["role"] for turn in talk] != ["user", "assistant"] * (len(talk) // 2):
         raise Unusable("with turns out of order")
     return talk
@@ -259,9 +191,9 @@ def _from_hh(row: dict, kind: str, place: str) -> dict:
 
 def _from_kto(row: dict, kind: str, place: str) -> dict:
     prompt, completion = (
-        _text_or_turns(row, key, role, place) for key, role in (("prompt", "user"), ("completion", "assistant"))
+        parts.text_or_turns(row, key, role, place) for key, role in (("prompt", "user"), ("completion", "assistant"))
     )
-    return {"prompt": prompt, "completion": completion, "label": _label(row, place)}
+    return {"prompt": prompt, "completion": completion, "label": parts.label(row, place)}
 
 
 def _from_gsm8k(row: dict, kind: str, place: str) -> dict:
@@ -269,53 +201,49 @@ def _from_gsm8k(row: dict, kind: str, place: str) -> dict:
 
     The calculator's marks (`<<2*3=6>>`) are part of the text and stay.
     """
-    question, answer = _text(row, "question", place), _text(row, "answer", place)
+    question, answer = parts.text(row, "question", place), parts.text(row, "answer", place)
     if not (final := GSM8K_FINAL.search(answer)):
-        raise InputError(f"{place}: expected an answer that ends with '#### ' and a number, found {_show(answer[-40:])}")
-    prompt = [_turn("user", question)]
+        raise InputError(f"{place}: expected an answer that ends with '#### ' and a number, found {parts.show(answer[-40:])}")
+    prompt = [parts.turn("user", question)]
     if kind == "sft":
-        return {"messages": [*prompt, _turn("assistant", answer)]}
+        return {"messages": [*prompt, parts.turn("assistant", answer)]}
     return {"prompt": prompt, "answer": answer, "final": final[1].replace(",", "")}
 
 
 def _from_numeric(row: dict, kind: str, place: str) -> dict:
     final = row["final"]
     if isinstance(final, bool) or not GSM8K_FINAL.fullmatch(f"#### {final}"):
-        raise InputError(f"{place}: expected a number under final, found {_show(final)}")
-    prompt = _text_or_turns(row, "prompt", "user", place)
-    return {"prompt": prompt, "answer": _text(row, "answer", place), "final": str(final).replace(",", "")}
+        raise InputError(f"{place}: expected a number under final, found {parts.show(final)}")
+    prompt = parts.text_or_turns(row, "prompt", "user", place)
+    return {"prompt": prompt, "answer": parts.text(row, "answer", place), "final": str(final).replace(",", "")}
 
 
 def _from_prompt(row: dict, kind: str, place: str) -> dict:
     """The prompt of any row that has one; what answers it has is not read."""
-    return {"prompt": _text_or_turns(row, "prompt", "user", place)}
-
-
-def _texts(value: object, place: str) -> list[str]:
-    if not isinstance(value, list) or not all(isinstance(text, str) for text in value):
-        raise InputError(f"{place}: expected a list of texts, found {_show(value)}")
-    return value
+    return {"prompt": parts.text_or_turns(row, "prompt", "user", place)}
 
 
 def _from_mmlu(row: dict, kind: str, place: str) -> dict:
     """Hendrycks et al. 2021 (arXiv:2009.03300): four options, the index of the right one, the subject."""
-    options, answer = _texts(row["choices"], f"{place}: choices"), row["answer"]
+    options, answer = parts.texts(row["choices"], f"{place}: choices"), row["answer"]
     if len(options) != 4:
         raise InputError(f"{place}: expected four texts under choices, found {len(options)}")
     if isinstance(answer, bool) or not isinstance(answer, int) or not 0 <= answer < 4:
-        raise InputError(f"{place}: expected 0, 1, 2 or 3 under answer, the index of the right choice, found {_show(answer)}")
-    question, subject = _text(row, "question", place), _text(row, "subject", place)
+        raise InputError(
+            f"{place}: expected 0, 1, 2 or 3 under answer, the index of the right choice, found {parts.show(answer)}"
+        )
+    question, subject = parts.text(row, "question", place), parts.text(row, "subject", place)
     return {"question": question, "choices": options, "answer": answer, "subject": subject}
 
 
 def _from_truthfulqa(row: dict, kind: str, place: str) -> dict:
     """Lin et al. 2022 (arXiv:2109.07958): of mc1 one choice is true, and lm-eval takes the first for it; of mc2 any number."""
-    made: dict = {"question": _text(row, "question", place)}
+    made: dict = {"question": parts.text(row, "question", place)}
     for key in ("mc1_targets", "mc2_targets"):
         targets = row[key] if isinstance(row[key], dict) else {}
-        options, labels = _texts(targets.get("choices"), f"{place}: {key}.choices"), targets.get("labels")
+        options, labels = parts.texts(targets.get("choices"), f"{place}: {key}.choices"), targets.get("labels")
         if not options or not all(text.strip() for text in options):
-            raise InputError(f"{place}: expected texts that are not empty under {key}.choices, found {_show(options)}")
+            raise InputError(f"{place}: expected texts that are not empty under {key}.choices, found {parts.show(options)}")
         if not isinstance(labels, list) or len(labels) != len(options) or any(label not in (0, 1) for label in labels):
             raise InputError(
                 f"{place}: expected a 0 or 1 for each of {len(options)} choices under {key}.labels, {_found(labels)}"
@@ -331,7 +259,7 @@ def _from_truthfulqa(row: dict, kind: str, place: str) -> dict:
 
 
 def _found(value: object) -> str:
-    return f"found {_show(value)}"
+    return f"found {parts.show(value)}"
 
 
 PAIR = ("chosen", "rejected")

@@ -14,10 +14,10 @@ import json
 import os
 import random
 from collections.abc import Iterable, Iterator
-from pathlib import Path
 from typing import NamedTuple
 
 from workflow_scripts.data import formats
+from workflow_scripts.plumbing.content_cache import ContentCache
 from workflow_scripts.plumbing.messages import InputError
 
 
@@ -163,34 +163,9 @@ def rows_hash(picked: list[Candidate]) -> str:
 
 
 def candidates_hash(files: list[str], rows: int, seed: int, kind: str, group_by: str | None, cache_file: str) -> str:
-    """`rows_hash` of the candidate rows, cached by path, size, times and inode of each file.
-
-    The time of the last change of the inode counts too: a copy can restore the other one (`cp -p`).
-    """
-    key_parts: list = []
-    for file in files:
-        try:
-            stat = os.stat(file)
-        except OSError as error:
-            raise InputError(f"{file}: cannot be read: {error.strerror}") from None
-        key_parts += [file, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino]
-    key = json.dumps([*key_parts, rows, seed, kind, group_by])
-    cache: dict[str, str] = {}
-    try:
-        found = json.loads(Path(cache_file).read_text())
-        cache = found if isinstance(found, dict) else {}
-    except (OSError, ValueError):
-        cache = {}  # a cache only: without it the files are read again
-    if key not in cache:
-        cache[key] = rows_hash(candidates(files, rows, seed, kind, group_by))
-        try:
-            os.makedirs(os.path.dirname(cache_file), exist_ok=True)
-            part = f"{cache_file}.{os.getpid()}"
-            Path(part).write_text(json.dumps(cache))
-            os.replace(part, cache_file)
-        except OSError:
-            return cache[key]  # a read-only folder costs the reading, never the plan
-    return cache[key]
+    """`rows_hash` of the candidate rows; where the cache has it, no file is read."""
+    settings = [rows, seed, kind, group_by]
+    return ContentCache(cache_file).hash_of(files, lambda: rows_hash(candidates(files, rows, seed, kind, group_by)), settings)
 
 
 def prompt_turns(row: dict) -> list[dict]:

@@ -12,7 +12,7 @@ lm-eval asks with five solved examples in front and stops at "Question:"; here e
 import re
 from typing import Any
 
-from workflow_scripts.data import formats
+from workflow_scripts.data import formats, parts
 from workflow_scripts.evaluation.numerals import final_number, gold
 from workflow_scripts.evaluation.scores import answer, check_rows, join, mean_stderr, optional
 from workflow_scripts.plumbing.messages import InputError
@@ -102,5 +102,5 @@ def _with_text(row: dict, place: str) -> dict:
     """The row with its prompt as one text: the contents of its turns, one below the other."""
     if not isinstance(row.get("prompt"), list):
         return row
-    turns = formats.turns(row["prompt"], f"{place}: prompt")
+    turns = parts.turns(row["prompt"], f"{place}: prompt")
     return row | {"prompt": "\n".join(turn["content"] for turn in turns)}

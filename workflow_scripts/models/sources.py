@@ -6,11 +6,12 @@ that came with a model is run. The plan calls `folder_files` at parse time, so h
 
 import hashlib
 import json
-import os
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from workflow_scripts.artifacts.fingerprint import file_sha256
+from workflow_scripts.plumbing.content_cache import ContentCache
 from workflow_scripts.plumbing.messages import InputError
 
 CONTENT = (".safetensors", ".json", ".jinja", ".model")  # with the two below: what transformers reads of a model's folder
@@ -44,33 +45,16 @@ def folder_files(folder: Path | str) -> list[Path]:
 
 
 def folder_hashes(folder: Path | str, cache_file: str | None = None) -> dict[str, str]:
-    """Name -> sha256 of `folder_files`, cached by path, size, both times and inode: gigabytes are not read at each planning."""
-    cache: dict[str, str] = {}
-    if cache_file:
-        try:
-            read = json.loads(Path(cache_file).read_text())
-            cache = read if isinstance(read, dict) else {}
-        except (OSError, ValueError):
-            cache = {}  # a cache only: without it the files are read again
-    known, hashes = len(cache), {}
-    for path in folder_files(folder):
-        try:
-            stat = path.stat()
-            key = json.dumps([str(path), stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino])
-            if key not in cache:
-                cache[key] = file_sha256(path)
-        except OSError as error:
-            raise InputError(f"{path}: cannot be read: {error.strerror}") from None
-        hashes[path.name] = cache[key]
-    if cache_file and len(cache) > known:
-        try:
-            os.makedirs(os.path.dirname(cache_file), exist_ok=True)
-            part = f"{cache_file}.{os.getpid()}"
-            Path(part).write_text(json.dumps(cache))
-            os.replace(part, cache_file)
-        except OSError:
-            return hashes  # a read-only folder costs the reading, never the plan
-    return hashes
+    """Name -> sha256 of `folder_files`; those in the cache are not read."""
+    cache = ContentCache(cache_file)
+    return {path.name: cache.hash_of([path], partial(_sha256, path)) for path in folder_files(folder)}
+
+
+def _sha256(path: Path) -> str:
+    try:
+        return file_sha256(path)
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read: {error.strerror}") from None
 
 
 def content_sha256(hashes: dict[str, str]) -> str:

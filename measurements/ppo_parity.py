@@ -8,7 +8,7 @@ TRL 1.12 needs an environment of its own, since the pipeline's has a later TRL. 
 
     python3.11 -m venv parity
     grep -E '^(torch|transformers|accelerate|datasets|pandas)==' envs/requirements.lock | xargs parity/bin/pip install trl==1.12.0
-    PYTHONPATH=. parity/bin/python docs/ppo_parity.py
+    PYTHONPATH=. parity/bin/python measurements/ppo_parity.py
 
 Prints the largest absolute differences. Exit status 1 if one is above 1e-5.
 """

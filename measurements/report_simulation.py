@@ -1,6 +1,6 @@
 """Do the report's verdicts and intervals keep what they promise? Families of binary verdicts are simulated and compared.
 
-    PYTHONPATH=. python docs/report_simulation.py --families 1000 --jobs 2
+    PYTHONPATH=. python measurements/report_simulation.py --families 1000 --jobs 2
 
 Prints the tables of docs/report_simulation.md; about five minutes on two cores.
 
@@ -375,7 +375,7 @@ prompt x arm + effect of the seed. mu is solved so that in a null family all tru
 seeds are exactly 0. {prompts} prompts; standard deviations on the logit scale: difficulty {difficulty:.2f}, prompt x arm
 {interaction:.2f} ({fit}).
 
-    PYTHONPATH=. python docs/report_simulation.py --families {families} --jobs {jobs} --seed {seed}
+    PYTHONPATH=. python measurements/report_simulation.py --families {families} --jobs {jobs} --seed {seed}
 
 - base %: accuracy of every arm in the null family. Seed sd: points of accuracy, of one run's own seed effect.
 - parent: *shared*, children inherit their parent's seed effect and add their own (the reference is the parent; for all pairs

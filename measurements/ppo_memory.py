@@ -1,12 +1,12 @@
 """Peak memory of a training step of PPO (with a reward model) and of SFT, at the shape of Qwen2.5-0.5B with random weights.
 
-    python docs/ppo_memory.py --device cuda --rows 4 --length 1024
+    python measurements/ppo_memory.py --device cuda --rows 4 --length 1024
 
 Both train the constant block on NF4 with activation checkpointing, as the study does, on sequences of the same length. A process
 each; what counts are the steps from the second on, when the optimiser has its state. On CUDA, memory that torch has allocated;
 on a CPU (where NF4 computes in fp32), the process's resident memory, sampled. A rollout is a part of the step that needs it.
 
-    python docs/ppo_memory.py --device cuda --rows 4 --length 1024 --trl DIR --measure trl_full trl_lora
+    python measurements/ppo_memory.py --device cuda --rows 4 --length 1024 --trl DIR --measure trl_full trl_lora
 
 measures TRL 1.12's PPO trainer beside SFT, the last one of TRL's (`pip install --no-deps --target DIR trl==1.12.0`): policy,
 value, reward and, unless the policy is a LoRA, reference are models of their own in bf16, as in its examples.

@@ -1,9 +1,9 @@
 """Peak GPU memory of each phase of the study at its true shape with random weights, beside what plan/gpu_memory.py estimates.
 
-    python docs/study_memory.py --out memory.json                  on a CUDA machine
-    python docs/study_memory.py --card 16 --out memory.json        with no more memory than a card of 16 GB has
-    python docs/study_memory.py --shape 7b --out memory7b.json     config/qwen7b.yaml laid over the study; 40 GB by the estimate
-    python docs/study_memory.py --tiny --out trial.json            on a CPU, at a tiny shape: that it runs (no peaks there)
+    python measurements/study_memory.py --out memory.json               on a CUDA machine
+    python measurements/study_memory.py --card 16 --out memory.json     with no more memory than a card of 16 GB has
+    python measurements/study_memory.py --shape 7b --out memory7b.json  config/qwen7b.yaml over the study; 40 GB by the estimate
+    python measurements/study_memory.py --tiny --out trial.json         on a CPU, at a tiny shape: that it runs (no peaks there)
 
 The project's own steps and trainers, with the study's batches, on rows that fill 1,024 tokens (`--length`; every other row a
 little less, so that batches are padded), a process each. Two optimiser steps, because the optimiser has its moments from the

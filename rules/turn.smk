@@ -1,0 +1,27 @@
+# One Snakemake at a time on a results folder.
+import os
+import sys
+from pathlib import Path
+
+from workflow_scripts.artifacts import work
+from workflow_scripts.plan import records
+
+_turn = []
+
+
+def take_turn():
+    """Once, where the planning of a real run begins: asked for by every edge of the DAG (rules/common.smk).
+
+    Who planned before another one finished a step would delete that step's outputs. Snakemake's own lock is off (see
+    profiles/default): it outlives a SIGKILL, and any second run removes it. This one dies with its process.
+    """
+    if _turn or workflow.execution_settings is None or not workflow.is_main_process or workflow.dryrun or workflow.touch:
+        return
+    try:
+        _turn.append(work.turn(Path(PLAN.work), PLAN.results))
+        records.clear_recorded(Path(PLAN.work))
+    except OSError as error:
+        # Snakemake would wrap an exception or SystemExit from here in its own report of a broken input function.
+        sys.stderr.write(f"{error.filename}: {error.strerror}; make the results folder writable, or free some space\n")
+        sys.stderr.flush()
+        os._exit(1)

@@ -1,0 +1,81 @@
+"""Parts of rows, as several formats have them: texts, labels, turns. Each is checked when it is taken out of a row.
+
+InputError, beginning with `place`, where a part is not what it must be.
+"""
+
+import json
+
+from workflow_scripts.plumbing.messages import InputError
+
+ROLES = ("system", "user", "assistant")
+SPEAKERS = {"system": "system", "human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant"}
+
+
+def show(value: object) -> str:
+    """A value in an error: its first 80 characters as JSON."""
+    return json.dumps(value, ensure_ascii=False, default=str)[:80]
+
+
+def text(row: dict, key: str, place: str) -> str:
+    if not isinstance(row[key], str):
+        raise InputError(f"{place}: expected a text under {key}, found {show(row[key])}")
+    return row[key]
+
+
+def label(row: dict, place: str) -> bool:
+    if not isinstance(row["label"], bool):
+        raise InputError(f"{place}: expected true or false under label, found {show(row['label'])}")
+    return row["label"]
+
+
+def turn(role: str, content: str) -> dict:
+    return {"role": role, "content": content}
+
+
+def turns(messages: object, place: str) -> list[dict]:
+    """Messages with role and content only. InputError if they are not a conversation."""
+    if not isinstance(messages, list) or not messages:
+        raise InputError(f"{place}: expected a list of messages, found {type(messages).__name__}")
+    for message in messages:
+        if (
+            not isinstance(message, dict)
+            or not isinstance(message.get("role"), str)
+            or not isinstance(message.get("content"), str)
+        ):
+            raise InputError(f"{place}: a message needs the strings role and content, found {show(message)}")
+        if message["role"] not in ROLES:
+            raise InputError(f"{place}: found the role {message['role']!r}, expected system, user or assistant")
+    return [turn(message["role"], message["content"]) for message in messages]
+
+
+def text_or_turns(row: dict, key: str, role: str, place: str) -> list[dict]:
+    return [turn(role, row[key])] if isinstance(row[key], str) else turns(row[key], f"{place}: {key}")
+
+
+def spoken(value: object, place: str) -> list[dict]:
+    """ShareGPT's turns, `{from, value}`."""
+    if not isinstance(value, list) or not value:
+        raise InputError(f"{place}: expected a list of turns with from and value, found {type(value).__name__}")
+    made = []
+    for one in value:
+        if not isinstance(one, dict) or not isinstance(one.get("from"), str) or not isinstance(one.get("value"), str):
+            raise InputError(f"{place}: a turn needs the strings from and value, found {show(one)}")
+        if one["from"] not in SPEAKERS:
+            raise InputError(f"{place}: found the speaker {one['from']!r}, expected one of {', '.join(SPEAKERS)}")
+        made.append(turn(SPEAKERS[one["from"]], one["value"]))
+    return made
+
+
+def with_system(row: dict, before: list[dict], place: str) -> list[dict]:
+    """The turns with the text of the row's `system` key, if it has one, in front."""
+    if not row.get("system"):
+        return before
+    if before and before[0]["role"] == "system":
+        raise InputError(f"{place}: has a system text under system and another in its first turn; leave one")
+    return [turn("system", text(row, "system", place)), *before]
+
+
+def texts(value: object, place: str) -> list[str]:
+    if not isinstance(value, list) or not all(isinstance(text, str) for text in value):
+        raise InputError(f"{place}: expected a list of texts, found {show(value)}")
+    return value
