@@ -1,0 +1,1 @@
+"""Manifests, fingerprints, work folders and their locks."""

@@ -1,0 +1,1 @@
+"""Formats, slicing, the hub."""

@@ -1,0 +1,1 @@
+"""Answers to scores: IFEval, GSM8K, multiple choice."""

@@ -1,0 +1,1 @@
+"""Loading, the LoRA block, chat templates, where a base comes from."""

@@ -1,0 +1,1 @@
+"""From a config to steps: paths, edges, the JSON of each step, what it needs."""

@@ -1,0 +1,1 @@
+"""Messages, progress, signals, files, locks of GPUs: nothing here decides a number."""

@@ -1,0 +1,1 @@
+"""Differences with their errors, over prompts and seeds."""

@@ -1,0 +1,1 @@
+"""The phases: a command each, and what only commands share."""

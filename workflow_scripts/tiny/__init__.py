@@ -1,0 +1,1 @@
+"""The tiny world: instructions, answers, its base."""

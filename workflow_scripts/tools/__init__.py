@@ -1,0 +1,1 @@
+"""For people: what would rerun and why, what is there, what fits, what differs."""

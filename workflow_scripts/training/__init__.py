@@ -1,0 +1,1 @@
+"""What the trainers share: checkpoints, the held-out objective, its change."""
