@@ -331,7 +331,7 @@ def test_the_same_config_gives_the_same_steps_whatever_the_hash_seed():
     program = (
         "import hashlib; from workflow_scripts.config import config; from workflow_scripts.plan import plan; "
         "p = plan.Plan(config.load('config/config.yaml')); "
-        "print([hashlib.sha256(t.encode()).hexdigest() for t in (p.base(), p.slice('sft'), p.train('dpo'), p.merge('dpo'), "
+        "print([hashlib.sha256(t.encode()).hexdigest() for t in (p.base('base'), p.slice('sft'), p.train('dpo'), p.merge('dpo'), "
         "p.score('ifeval', 'dpo_ipo.seed3'), p.generate('gsm8k', 'base'))])"
     )
     texts = {

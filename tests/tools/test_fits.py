@@ -8,7 +8,8 @@ import sys
 import pytest
 
 from tests.support.shapes import LARGE, ROOT, STUDY, memory, peaks
-from workflow_scripts.config.config import Config, load, merge
+from workflow_scripts.config.config import Config, load
+from workflow_scripts.config.written import merge
 from workflow_scripts.plan import gpu_memory
 from workflow_scripts.plan.gpu_memory import Memory
 from workflow_scripts.plan.plan import Plan
