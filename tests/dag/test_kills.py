@@ -1,6 +1,6 @@
 """Kills, signals, several Snakemakes at once, and broken files: nothing is lost, nothing half written, and the remedy works.
 
-PHASELINE_TRIALS=100 runs more random kills; see tests/support/kills.py.
+A kill of some kinds of step here, of all of them in `make test-all`; a hundred and more: tests/support/kills.py.
 """
 
 import contextlib
@@ -17,20 +17,30 @@ from pathlib import Path
 import pytest
 
 from tests.support import kills
-from tests.support.kills import CONFIGS, STRATA, Missed, Runs, kill_group, sealed, wait_for
+from tests.support.kills import CONFIGS, SAMPLE, STRATA, Missed, Runs, kill_group, sealed, wait_for
 
 SFT = "results/sft_v2/adapter/manifest.json"
 MERGED = "results/sft_v2/merged/manifest.json"
 
 
-@pytest.fixture(scope="module")
-def prepared(tmp_path_factory):
-    return kills.prepare(tmp_path_factory.mktemp("prepared") / "phaseline")
+pytestmark = pytest.mark.slow
 
 
-@pytest.fixture(scope="module")
-def reference(prepared, tmp_path_factory):
-    return kills.undisturbed(prepared, tmp_path_factory.mktemp("reference") / "phaseline")
+@pytest.fixture(scope="session")
+def prepared(shared):
+    return Runs(shared.folder("kills/prepared", kills.prepare))
+
+
+@pytest.fixture(scope="session")
+def reference(shared, prepared):
+    """The main job."""
+    return Runs(shared.folder("kills/reference", lambda folder: kills.undisturbed(prepared, folder, kills.MAIN)))
+
+
+@pytest.fixture(scope="session")
+def whole(shared, reference):
+    """Every method."""
+    return Runs(shared.folder("kills/whole", lambda folder: kills.undisturbed(reference, folder)))
 
 
 @pytest.fixture
@@ -62,10 +72,13 @@ def rarely(clone):
     return [*CONFIGS, "rarely.yaml"]
 
 
-def test_random_kills(prepared, reference, tmp_path):
-    trials = int(os.environ.get("PHASELINE_TRIALS", len(STRATA)))
-    count, notes = kills.campaign(trials, 1, tmp_path, prepared, reference)
-    assert count.total() == trials and set(count) == set(STRATA[:trials])
+REST = tuple(stratum for stratum in STRATA if stratum not in SAMPLE)
+
+
+@pytest.mark.parametrize("strata, of", [(SAMPLE, "reference"), pytest.param(REST, "whole", marks=pytest.mark.long)])
+def test_random_kills(prepared, tmp_path, request, strata, of):
+    count, notes = kills.campaign(strata, 1, tmp_path, prepared, request.getfixturevalue(of))
+    assert count.total() == len(strata) and set(count) == set(strata)
     resumed = notes["resumed at step N of "]
     assert resumed >= sum(count[run] for run in kills.TRAINERS) - count["publish"]  # publish may end a step that was killed
     assert notes["killed between rename and record"] or not count["publish"]

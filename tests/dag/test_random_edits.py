@@ -1,8 +1,8 @@
 """Random edits of a finished clone with every method: what Snakemake plans equals what the tables of random_oracle.py say.
 
-PHASELINE_TRIALS says how many trials (40). Each makes one to three edits (config, rows, code, templates, locked versions,
-times, copies), plans the whole or a few targets, and puts everything back. Below that, row by row, the table of
-docs/staleness.md for the default config.
+A sample of the trials in `make test`; forty in `make test-all`, or as many as PHASELINE_TRIALS says. Each makes one to three
+edits (config, rows, code, templates, locked versions, times, copies), plans the whole or a few targets, and puts everything
+back. Below that, row by row, the table of docs/staleness.md for the default config.
 
 The finished clones are not trained. Snakemake itself runs all its jobs, with its own rules, parameters and records, but a
 stand-in for `python` makes them: it writes small files and the manifest that the step would write, and stops where a step
@@ -21,11 +21,14 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import Clone, make_clone
+from tests.support import random_graph as graph
 from tests.support import random_oracle as oracle
-from tests.support.random_edits import CONFIGS, EDITS, PACKAGE, Box, a_file_that_decides_nothing, a_key, commented, reformatted
-from tests.support.random_oracle import Phase
+from tests.support.random_edits import CONFIGS, EDITS, PACKAGE, Box, a_file_that_decides_nothing, a_key
+from tests.support.random_graph import Phase
+from tests.support.source_edits import commented, reformatted
 
-TRIALS = int(os.environ.get("PHASELINE_TRIALS", "40"))
+pytestmark = pytest.mark.slow
+SAMPLE, TRIALS = 8, int(os.environ.get("PHASELINE_TRIALS", "40"))
 
 STAND_IN = """#!{python}
 import json, sys
@@ -89,18 +92,18 @@ def make(folder: Path, *targets: str, configs: list[str], config: dict[str, str]
 @pytest.fixture(scope="module")
 def made(tmp_path_factory) -> Clone:
     """A clone of which every target of the oracle is made. Each trial puts back what it changes."""
-    return make(tmp_path_factory.mktemp("edits"), *map(oracle.file_of, oracle.TARGETS), configs=CONFIGS)
+    return make(tmp_path_factory.mktemp("edits"), *map(graph.file_of, graph.TARGETS), configs=CONFIGS)
 
 
 def planned(clone: Clone, targets: list[Phase], configs: list[str]) -> set[Phase]:
     """The phases that `snakemake -n` plans, by the outputs that it names."""
-    done = clone.snakemake("-n", *map(oracle.file_of, targets), configs=configs)
+    done = clone.snakemake("-n", *map(graph.file_of, targets), configs=configs)
     text = done.stdout + done.stderr
     outputs = re.findall(r"^    output: ([^,\n]+)", text, flags=re.M)
     table = text.split("Job stats:")[-1]
     total = re.search(r"^total +(\d+)$", table, flags=re.M)
     assert int(total[1]) == len(outputs) if total else "Nothing to be done" in text, text[-3000:]
-    return {oracle.phase_of(output) for output in outputs}
+    return {graph.phase_of(output) for output in outputs}
 
 
 def trial(clone: Clone, seed: int, edits: dict = EDITS) -> tuple[list[str], set[Phase], set[Phase]]:
@@ -115,9 +118,9 @@ def trial(clone: Clone, seed: int, edits: dict = EDITS) -> tuple[list[str], set[
             if direct is not None:
                 box.direct |= direct
                 done += 1
-        targets = oracle.TARGETS if rng.random() < 0.7 else rng.sample(oracle.TARGETS, rng.choice((1, 1, 2)))
+        targets = graph.TARGETS if rng.random() < 0.7 else rng.sample(graph.TARGETS, rng.choice((1, 1, 2)))
         box.did.append(f"targets: {len(targets)} {targets[:2]}")
-        return box.did, oracle.expected(box.direct, targets, oracle.RUNS | box.runs), planned(clone, targets, box.configs())
+        return box.did, graph.expected(box.direct, targets, graph.RUNS | box.runs), planned(clone, targets, box.configs())
     except AssertionError as error:
         raise AssertionError(f"seed {seed}: {'; '.join(box.did)}: {error}") from None
     finally:
@@ -127,8 +130,8 @@ def trial(clone: Clone, seed: int, edits: dict = EDITS) -> tuple[list[str], set[
 def test_the_stand_in_has_made_every_phase_of_the_tables_and_nothing_is_to_be_done(made):
     results = made.folder / "results"
     manifests = [path for path in results.rglob("*.json") if ".work" not in path.parts]
-    assert {oracle.phase_of(str(path.relative_to(made.folder))) for path in manifests} == oracle.FINISHED
-    assert planned(made, oracle.TARGETS, CONFIGS) == set()
+    assert {graph.phase_of(str(path.relative_to(made.folder))) for path in manifests} == graph.FINISHED
+    assert planned(made, graph.TARGETS, CONFIGS) == set()
 
 
 def test_every_file_of_the_package_stands_in_the_table():
@@ -140,10 +143,11 @@ def test_every_file_of_the_package_stands_in_the_table():
 
 
 @pytest.mark.timeout(300 + 30 * TRIALS)  # two seconds a trial on an idle machine
-def test_random_edits_plan_what_the_oracle_says(made):
+@pytest.mark.parametrize("seeds", [range(SAMPLE), pytest.param(range(SAMPLE, TRIALS), marks=pytest.mark.long)], ids=str)
+def test_random_edits_plan_what_the_oracle_says(made, seeds):
     missed, needless, phases, started = 0, 0, 0, time.monotonic()
     wrong = []
-    for seed in range(TRIALS):
+    for seed in seeds:
         did, should, does = trial(made, seed)
         missed += len(should - does)
         needless += len(does - should)
@@ -151,10 +155,10 @@ def test_random_edits_plan_what_the_oracle_says(made):
         if should != does:
             wrong.append(f"seed {seed}: {'; '.join(did)}\n  missed {sorted(should - does)}\n  needless {sorted(does - should)}")
             print(wrong[-1], flush=True)
-    seconds = (time.monotonic() - started) / max(1, TRIALS)
-    print(f"{TRIALS} trials, {phases} phases to rerun: {missed} missed, {needless} needless ({seconds:.1f} s each)")
+    seconds = (time.monotonic() - started) / max(1, len(seeds))
+    print(f"{len(seeds)} trials, {phases} phases to rerun: {missed} missed, {needless} needless ({seconds:.1f} s each)")
     assert not wrong, "\n".join(wrong)
-    assert planned(made, oracle.TARGETS, CONFIGS) == set()  # all was put back
+    assert planned(made, graph.TARGETS, CONFIGS) == set()  # all was put back
 
 
 @pytest.mark.parametrize(

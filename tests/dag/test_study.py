@@ -4,7 +4,6 @@ Its sources and its plan here; every target of it, with `make test-study` (some 
 """
 
 import json
-import os
 import re
 import sys
 
@@ -85,7 +84,8 @@ def test_its_models_and_rows_come_from_the_hub_at_their_revisions(hub, tmp_path)
     assert "make_base" not in planned and planned["report"] == 1
 
 
-@pytest.mark.skipif(not os.environ.get("PHASELINE_TEST_ALL"), reason="ten minutes: make test-study")
+@pytest.mark.long
+@pytest.mark.timeout(study.LIMIT)
 def test_every_target_of_the_study(tmp_path, hub):
     clone = make_clone(tmp_path / "phaseline")
     clone.limit = study.LIMIT

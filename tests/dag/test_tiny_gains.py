@@ -1,32 +1,38 @@
 """The tiny world in full: every method must move IFEval by far more than its noise, or a broken trainer would pass.
 
-One seed of the default config; three with PHASELINE_TEST_ALL=1 (`make test-all`).
+One seed, from the base in tests/files/tiny_base. In `make test-all` the default config itself too, from nothing, three seeds.
 """
 
 import json
-import os
 
 import pytest
 
-from tests.conftest import Clone, make_clone
+from tests.conftest import Clone, run_world
+from tests.support.gains import PREFERENCES, ROLLOUTS, suffix
 
-SEEDS = (1, 2, 3) if os.environ.get("PHASELINE_TEST_ALL") else (1,)
 METRIC = "prompt_level_strict_acc"
-PREFERENCES = ("dpo", "kto")
-ROLLOUTS = ("ppo", "ppo_ifeval", "grpo", "rloo")  # reward: the share of followed instructions; for ppo the reward model
+SEEDS = (1, 2, 3)
 
 
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory) -> Clone:
-    made = make_clone(tmp_path_factory.mktemp("tiny") / "phaseline")
-    suffixes = ["" if seed == 1 else f".seed{seed}" for seed in SEEDS]
-    targets = ["results/ifeval_base.json"]
-    for suffix in suffixes:
-        targets += [f"results/ifeval_{name}{suffix}.json" for name in ("sft_v2", *PREFERENCES, *ROLLOUTS)]
-        targets += [f"results/gsm8k_{name}{suffix}.json" for name in ("sft_v2", "grpo_numeric")]
-        targets.append(f"results/rm{suffix}/rm_eval.json")
-    made.snakemake(*targets, configs=[])
-    return made
+pytestmark = pytest.mark.timeout(3 * 3600)  # two slow cores, and three seeds
+
+
+@pytest.fixture(scope="session")
+def scratch(shared) -> Clone:
+    """The default config with three seeds."""
+    return run_world(shared, "scratch", SEEDS, configs=[])
+
+
+@pytest.fixture(params=["world", pytest.param("scratch", marks=pytest.mark.long)])
+def tiny(request) -> Clone:
+    return request.getfixturevalue(request.param)
+
+
+@pytest.fixture(params=[("world", 1), *(pytest.param(("scratch", seed), marks=pytest.mark.long) for seed in SEEDS)], ids=str)
+def case(request) -> tuple[Clone, str]:
+    """(a clone, what the names of its runs end with)."""
+    clone, seed = request.param
+    return request.getfixturevalue(clone), suffix(seed)
 
 
 def scores(clone: Clone, run: str, task: str = "ifeval") -> dict:
@@ -38,36 +44,32 @@ def objective(clone: Clone, run: str) -> tuple[dict, dict]:
     return found["before"], found["after"]
 
 
-@pytest.mark.timeout(2400)
 def test_the_base_follows_some_instructions_but_few(tiny):
     assert scores(tiny, "base")["n_prompts"] >= 300
     assert 0.14 <= scores(tiny, "base")[METRIC] <= 0.28
 
 
-@pytest.mark.parametrize("seed", SEEDS)
-def test_sft_gains_at_least_8_points_and_each_method_15_more(tiny, seed):
-    suffix = "" if seed == 1 else f".seed{seed}"
-    base, sft = (scores(tiny, run)[METRIC] for run in ("base", f"sft_v2{suffix}"))
-    found = {name: scores(tiny, f"{name}{suffix}")[METRIC] for name in (*PREFERENCES, *ROLLOUTS)}
-    print(f"seed {seed}: base {base:.4f}, sft_v2 {sft:.4f}, {found}")
+def test_sft_gains_at_least_8_points_and_each_method_15_more(case):
+    tiny, end = case
+    base, sft = (scores(tiny, run)[METRIC] for run in ("base", f"sft_v2{end}"))
+    found = {name: scores(tiny, f"{name}{end}")[METRIC] for name in (*PREFERENCES, *ROLLOUTS)}
+    print(f"base {base:.4f}, sft_v2 {sft:.4f}, {found}")
     assert sft >= base + 0.08
     assert min(found.values()) >= sft + 0.15, found
 
 
-@pytest.mark.parametrize("seed", SEEDS)
-def test_grpo_on_sums_gains_at_least_30_points_of_exact_match(tiny, seed):
-    suffix = "" if seed == 1 else f".seed{seed}"
-    sft, grpo = (scores(tiny, f"{name}{suffix}", "gsm8k") for name in ("sft_v2", "grpo_numeric"))
-    print(f"seed {seed}: sft_v2 {sft['exact_match']:.3f}, grpo_numeric {grpo['exact_match']:.3f}")
+def test_grpo_on_sums_gains_at_least_30_points_of_exact_match(case):
+    tiny, end = case
+    sft, grpo = (scores(tiny, f"{name}{end}", "gsm8k") for name in ("sft_v2", "grpo_numeric"))
+    print(f"sft_v2{end} {sft['exact_match']:.3f}, grpo_numeric {grpo['exact_match']:.3f}")
     assert sft["n_prompts"] >= 200
     assert grpo["exact_match"] >= sft["exact_match"] + 0.30
 
 
-@pytest.mark.parametrize("seed", SEEDS)
-def test_the_reward_model_orders_at_least_80_percent_of_the_held_out_pairs(tiny, seed):
-    run = "rm" if seed == 1 else f"rm.seed{seed}"
-    report = json.loads((tiny.folder / f"results/{run}/rm_eval.json").read_text())
-    print(f"seed {seed}: {report['accuracy']:.3f}, longer is chosen {report['length']['longer_is_chosen']:.3f}")
+def test_the_reward_model_orders_at_least_80_percent_of_the_held_out_pairs(case):
+    tiny, end = case
+    report = json.loads((tiny.folder / f"results/rm{end}/rm_eval.json").read_text())
+    print(f"rm{end}: {report['accuracy']:.3f}, longer is chosen {report['length']['longer_is_chosen']:.3f}")
     assert report["n_pairs"] >= 150
     assert report["accuracy"] >= 0.80
     assert report["length"]["longer_is_chosen"] < 0.65  # not a matter of length

@@ -19,23 +19,8 @@ ADAPTER = "adapter_model.safetensors"
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return tmp_path_factory.mktemp("models")
-
-
-@pytest.fixture(scope="module")
-def base(folder):
-    return small_steps.write_base(folder / "base")
-
-
-@pytest.fixture(scope="module")
 def other_base(folder):
     return small_steps.write_base(folder / "other", seed=2)
-
-
-@pytest.fixture(scope="module")
-def slices(folder):
-    return {"sft": small_steps.sft_slice(folder / "data"), "dpo": small_steps.pairs_slice(folder / "data")}
 
 
 @pytest.fixture(scope="module")

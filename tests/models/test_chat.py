@@ -28,16 +28,6 @@ END_OUTSIDE = (
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return tmp_path_factory.mktemp("chat")
-
-
-@pytest.fixture(scope="module")
-def base(folder):
-    return small_steps.write_base(folder / "base")
-
-
-@pytest.fixture(scope="module")
 def tokenizer(base):
     return chat.tokenizer_of(manifests.read(base))
 
@@ -166,11 +156,6 @@ def test_a_dpo_batch_trains_on_the_answers_and_their_end_of_turn(base, tokenizer
 
 
 # -- what the steps refuse --------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def slices(folder):
-    return {"sft_v2": small_steps.sft_slice(folder / "data"), "dpo": small_steps.pairs_slice(folder / "data")}
 
 
 @pytest.mark.parametrize(

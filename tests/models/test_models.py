@@ -8,22 +8,6 @@ from workflow_scripts.artifacts import manifests
 from workflow_scripts.models import loading, lora
 from workflow_scripts.plumbing.messages import InputError
 
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return tmp_path_factory.mktemp("models")
-
-
-@pytest.fixture(scope="module")
-def base(folder):
-    return small_steps.write_base(folder / "base")
-
-
-@pytest.fixture(scope="module")
-def slices(folder):
-    return {"sft": small_steps.sft_slice(folder / "data"), "dpo": small_steps.pairs_slice(folder / "data")}
-
-
 # -- the block on the model -------------------------------------------------------------------------------------------
 
 
@@ -37,7 +21,7 @@ def test_target_modules_that_the_model_lacks_are_an_error_that_lists_its_linear_
 
 def test_adapters_are_fp32_and_start_alike_for_nf4_and_full_precision_and_for_each_method(base, slices, tmp_path):
     def start(experiment, quantise, seed=1):
-        rows = slices[experiment.split("_")[0]]
+        rows = slices[experiment]
         trainer = small_steps.built_trainer(tmp_path, experiment, base, rows, seed, quantise=quantise)
         layers = {type(module).__name__ for module in trainer.model.modules() if "4bit" in type(module).__name__}
         assert bool(layers) == (quantise == "nf4")
@@ -58,7 +42,7 @@ def test_adapters_are_fp32_and_start_alike_for_nf4_and_full_precision_and_for_ea
 
 @pytest.fixture(params=["sft_v2", "dpo", "dpo_4bit"])
 def trainer(request, base, slices, tmp_path):
-    rows = slices[request.param.split("_")[0]]
+    rows = slices[request.param]
     return small_steps.built_trainer(tmp_path, request.param, base, rows, gradient_checkpointing=False)
 
 
@@ -165,7 +149,7 @@ def test_no_default_of_trl_sneaks_in(base, slices, tmp_path):
         renamed = {"activation_checkpointing": "gradient_checkpointing"}
         assert {"learning_rate", "bf16"} <= changed
         assert {renamed.get(name, name) for name in changed} <= set(ours), f"{cls.__name__} changes {changed - set(ours)}"
-        trainer = small_steps.built_trainer(tmp_path / experiment, experiment, base, slices[experiment.split("_")[0]])
+        trainer = small_steps.built_trainer(tmp_path / experiment, experiment, base, slices[experiment])
         for key, value in ours.items():
             found = getattr(trainer.args, key)
             if key not in ("output_dir", "report_to", "loss_type", "run_name"):

@@ -31,11 +31,6 @@ TALK = [
 ]
 
 
-@pytest.fixture(scope="module")
-def base(tmp_path_factory):
-    return small_steps.write_base(tmp_path_factory.mktemp("templates") / "base")
-
-
 @pytest.fixture
 def tokenizer(base):
     """A tokenizer with ChatML's special tokens; a test gives it the template of another model."""

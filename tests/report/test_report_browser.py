@@ -1,10 +1,12 @@
 """The report's page in a headless Chromium: it fits, asks nothing of a network, stored text stays text, and it opens at once."""
 
+import contextlib
 import shutil
 import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 
 from tests.conftest import ROOT
@@ -108,13 +110,22 @@ def test_dark_and_light_have_ink_that_can_be_read(browser, page):
         assert (bright[0] < 150 < 550 < bright[1]) == dark and (bright[1] < 150 < 550 < bright[0]) != dark
 
 
+def computed(browser) -> dict[int, float]:
+    """Seconds of computing of each of the browser's processes: the same on a busy machine, where those of a clock are not."""
+    times = {}
+    for process in psutil.Process(browser.service.process.pid).children(recursive=True):
+        with contextlib.suppress(psutil.Error):
+            times[process.pid] = process.cpu_times().user + process.cpu_times().system
+    return times
+
+
 def test_fifty_experiments_and_five_seeds_stay_below_ten_megabytes_and_open_in_two_seconds(browser, tmp_path):
     plan = report_world.make(tmp_path, report_world.write_config(tmp_path, seeds=5, more=37), prompts=541)
     html = report_world.report(tmp_path, plan)
     page = tmp_path / "results/report/comparison.html"
     assert len(plan.runs()) >= 250 and len(html.encode()) < 10e6
-    started = time.monotonic()
+    before = computed(browser)
     browser.get(page.as_uri())
-    seconds = time.monotonic() - started
+    seconds = sum(after - before.get(pid, 0) for pid, after in computed(browser).items())
     print(f"{len(html.encode()) / 1e6:.1f} MB, {seconds:.2f} s")
     assert seconds < 2

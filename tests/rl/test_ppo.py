@@ -11,7 +11,7 @@ import torch
 
 from tests.support import small_steps
 from tests.support.ppo_trainers import PPO, SIZES, batch_of, built, sampled, step, stir, with_rm
-from tests.training.test_losses_rollouts import answers_of, base, fixed_reward, folder, log_probs, plain, slice_  # noqa: F401
+from tests.support.rollouts import answers_of, fixed_reward, log_probs, plain
 from workflow_scripts.artifacts import manifests
 from workflow_scripts.rl import reward_model
 
@@ -19,11 +19,19 @@ PARTS = ("default", "value", "reward_rm")
 
 
 @pytest.fixture(scope="module")
-def rm(folder, base):
+def base(speaking_base):
+    """Its answers end at different lengths."""
+    return speaking_base
+
+
+@pytest.fixture(scope="module")
+def rm(folder, base, slices):
     """Reward model by its quantisation; with large steps, so that its rewards are not all alike."""
-    pairs = small_steps.pairs_slice(folder / "data")
     settings = {"learning_rate": 0.02, "num_train_epochs": 3}
-    return {how: small_steps.train(folder / f"rm {how}", "rm", base, pairs, quantise=how, **settings) for how in ("none", "nf4")}
+    return {
+        how: small_steps.train(folder / f"rm {how}", "rm", base, slices["rm"], quantise=how, **settings)
+        for how in ("none", "nf4")
+    }
 
 
 def snapshot(trainer):
@@ -51,8 +59,8 @@ def gradients(trainer):
 
 
 @pytest.mark.parametrize("quantise", ["none", "nf4"])
-def test_at_first_sight_the_kl_is_0_and_the_ratio_1(base, slice_, tmp_path, quantise):
-    trainer = built(tmp_path, base, slice_, quantise=quantise)
+def test_at_first_sight_the_kl_is_0_and_the_ratio_1(base, instructions, tmp_path, quantise):
+    trainer = built(tmp_path, base, instructions, quantise=quantise)
     batch = sampled(trainer)
     noted = trainer._metrics["train"]
     assert noted["kl"] == [0.0] and noted["kl_coef"] == [PPO["kl_coef"]]
@@ -70,8 +78,8 @@ def test_at_first_sight_the_kl_is_0_and_the_ratio_1(base, slice_, tmp_path, quan
         assert torch.equal(torch.exp(now - batch["old_per_token_logps"][rows])[real], torch.ones(int(real.sum())))
 
 
-def test_one_answer_is_sampled_for_each_prompt_and_the_policy_alone_counts_as_the_adapter(base, slice_, rm, tmp_path):
-    trainer = with_rm(tmp_path, base, slice_, rm)
+def test_one_answer_is_sampled_for_each_prompt_and_the_policy_alone_counts_as_the_adapter(base, instructions, rm, tmp_path):
+    trainer = with_rm(tmp_path, base, instructions, rm)
     trainable = {key for key, p in trainer.model.named_parameters() if p.requires_grad}
     assert trainable and all(".default." in key for key in trainable)
     assert {p.dtype for key, p in trainer.model.named_parameters() if "lora_" in key or "v_head" in key} == {torch.float32}
@@ -83,10 +91,10 @@ def test_one_answer_is_sampled_for_each_prompt_and_the_policy_alone_counts_as_th
 
 
 @pytest.fixture(scope="module")
-def case(folder, base, slice_):
+def case(folder, base, instructions):
     """A rollout of a policy and of a value function that do something, with all that is needed to work it out by hand."""
     place = folder / "case"
-    trainer = built(place, base, slice_, kl_coef=0.3, gamma=0.97, lam=0.9, missing_eos_penalty=0.7)
+    trainer = built(place, base, instructions, kl_coef=0.3, gamma=0.97, lam=0.9, missing_eos_penalty=0.7)
     stir(trainer, "default")
     stir(trainer, "value", seed=8)
     rollout = sampled(trainer)
@@ -209,11 +217,11 @@ def test_a_step_gives_each_part_the_gradient_that_it_has_alone(case, base):
 
 
 @pytest.mark.parametrize("quantise", ["none", "nf4"])
-def test_policy_and_value_get_gradients_reward_and_base_none(base, slice_, rm, tmp_path, quantise):
+def test_policy_and_value_get_gradients_reward_and_base_none(base, instructions, rm, tmp_path, quantise):
     """And the same ones with activation checkpointing, which recomputes with the adapter that is active at that time."""
     sums = []
     for on in (False, True):
-        trainer = with_rm(tmp_path / str(on), base, slice_, rm, quantise)
+        trainer = with_rm(tmp_path / str(on), base, instructions, rm, quantise)
         if on:
             trainer.model.gradient_checkpointing_enable({"use_reentrant": False})
             trainer.model.enable_input_require_grads()
@@ -227,8 +235,8 @@ def test_policy_and_value_get_gradients_reward_and_base_none(base, slice_, rm, t
     assert sums[0] == pytest.approx(sums[1], rel=1e-4)
 
 
-def test_an_update_moves_policy_and_value_and_nothing_else(base, slice_, rm, tmp_path):
-    trainer = with_rm(tmp_path, base, slice_, rm)
+def test_an_update_moves_policy_and_value_and_nothing_else(base, instructions, rm, tmp_path):
+    trainer = with_rm(tmp_path, base, instructions, rm)
     stir(trainer, "default")
     before = snapshot(trainer)
     step(trainer, batch_of(trainer))
@@ -241,9 +249,9 @@ def test_an_update_moves_policy_and_value_and_nothing_else(base, slice_, rm, tmp
     assert [group["lr"] for group in trainer.optimizer.param_groups] == [5e-4, PPO["value_learning_rate"]]
 
 
-def test_gradients_are_clipped_each_by_their_own_norm(base, slice_, tmp_path):
+def test_gradients_are_clipped_each_by_their_own_norm(base, instructions, tmp_path):
     """A value loss a thousand times larger takes nothing from the policy."""
-    trainer = built(tmp_path, base, slice_)
+    trainer = built(tmp_path, base, instructions)
     stir(trainer, "default")
     step(trainer, batch_of(trainer))
     policy, value = trainer._adapter("default"), trainer._adapter("value")
@@ -257,9 +265,9 @@ def test_gradients_are_clipped_each_by_their_own_norm(base, slice_, tmp_path):
     assert torch.stack([p.grad.norm() for p in value]).norm().item() == pytest.approx(trainer.args.max_grad_norm, rel=1e-4)
 
 
-def test_accumulated_micro_batches_weigh_what_they_are(base, slice_, tmp_path):
+def test_accumulated_micro_batches_weigh_what_they_are(base, instructions, tmp_path):
     """Two micro-batches of the same answers give the gradient of one, for the policy and for the values."""
-    trainer = built(tmp_path, base, slice_)
+    trainer = built(tmp_path, base, instructions)
     stir(trainer, "default")
     sums = []
     for micro_batches in (1, 2):
@@ -274,8 +282,8 @@ def test_accumulated_micro_batches_weigh_what_they_are(base, slice_, tmp_path):
     assert sums[0] == pytest.approx(sums[1], rel=1e-4)
 
 
-def test_in_the_warm_up_only_the_value_function_trains(base, slice_, tmp_path):
-    trainer = built(tmp_path, base, slice_, value_warmup=1)
+def test_in_the_warm_up_only_the_value_function_trains(base, instructions, tmp_path):
+    trainer = built(tmp_path, base, instructions, value_warmup=1)
     stir(trainer, "default")
     before = snapshot(trainer)
     step(trainer, batch_of(trainer))
@@ -288,8 +296,8 @@ def test_in_the_warm_up_only_the_value_function_trains(base, slice_, tmp_path):
     assert sampled(trainer)["advantages"].abs().max() > 0
 
 
-def test_each_epoch_takes_the_answers_in_a_new_order(base, slice_, tmp_path):
-    trainer = built(tmp_path, base, slice_)
+def test_each_epoch_takes_the_answers_in_a_new_order(base, instructions, tmp_path):
+    trainer = built(tmp_path, base, instructions)
     prompts = batch_of(trainer)
     seen = []
     for _ in range(6):
@@ -306,8 +314,8 @@ def test_each_epoch_takes_the_answers_in_a_new_order(base, slice_, tmp_path):
 
 
 @pytest.mark.parametrize("quantise", ["none", "nf4"])
-def test_a_reward_model_on_the_policys_backbone_scores_as_the_one_that_was_trained(base, slice_, rm, tmp_path, quantise):
-    trainer = with_rm(tmp_path, base, slice_, rm, quantise)
+def test_a_reward_model_on_the_policys_backbone_scores_as_the_one_that_was_trained(base, instructions, rm, tmp_path, quantise):
+    trainer = with_rm(tmp_path, base, instructions, rm, quantise)
     stir(trainer, "default", std=0.5)
     quant = small_steps.QUANT if quantise == "nf4" else None
     alone, tokenizer = reward_model.load(manifests.read(base), rm[quantise], tmp_path, "cpu", "fp32", quant)
@@ -322,10 +330,10 @@ def test_a_reward_model_on_the_policys_backbone_scores_as_the_one_that_was_train
 
 
 @pytest.fixture(scope="module")
-def trained(folder, base, slice_, rm):
+def trained(folder, base, instructions, rm):
     """PPO against the reward model, to the end."""
     more = SIZES | {"max_steps": 12, "require_reward_above_chance": False}
-    return small_steps.train(folder / "trained", "ppo", base, slice_, models={"rm": (base, rm["nf4"].path)}, **more)
+    return small_steps.train(folder / "trained", "ppo", base, instructions, models={"rm": (base, rm["nf4"].path)}, **more)
 
 
 def test_the_artifact_is_the_policy_alone_and_plain_peft_loads_it(trained, base):
@@ -359,10 +367,10 @@ def test_the_curves_have_ppos_figures_and_nothing_of_groups(trained):
     )  # two rollouts, the first by the start
 
 
-def test_a_kl_target_steers_the_coefficient(base, slice_, tmp_path):
-    trainer = built(tmp_path, base, slice_, kl_target=1.0)
+def test_a_kl_target_steers_the_coefficient(base, instructions, tmp_path):
+    trainer = built(tmp_path, base, instructions, kl_target=1.0)
     sampled(trainer)  # KL 0: below the target
     assert trainer.kl_coef == pytest.approx(0.98 * PPO["kl_coef"])
-    fixed = built(tmp_path / "fixed", base, slice_)
+    fixed = built(tmp_path / "fixed", base, instructions)
     sampled(fixed)
     assert fixed.kl_coef == PPO["kl_coef"]

@@ -6,19 +6,7 @@ import math
 import pytest
 import torch
 
-from tests.support import small_steps
 from tests.support.ppo_trainers import built, sampled, stir
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory):
-    return small_steps.write_base(tmp_path_factory.mktemp("base") / "base")
-
-
-@pytest.fixture(scope="module")
-def slice_(tmp_path_factory):
-    return small_steps.instructions_slice(tmp_path_factory.mktemp("data"))
-
 
 SIGNATURES = {
     "_calculate_rewards": ["inputs", "prompts", "completions", "completion_ids_list"],
@@ -58,15 +46,15 @@ def test_a_method_of_trl_that_ppo_builds_on_is_as_it_was(name):
         ("eos_token_ids", list), ("reward_weights", torch.Tensor), ("accelerator", object),
     ],
 )  # fmt: skip
-def test_an_attribute_of_trl_that_ppo_builds_on_is_there(base, slice_, tmp_path, name, kind):
-    trainer = built(tmp_path, base, slice_)
+def test_an_attribute_of_trl_that_ppo_builds_on_is_there(base, instructions, tmp_path, name, kind):
+    trainer = built(tmp_path, base, instructions)
     assert hasattr(trainer, name), f"GRPOTrainer has no {name} any more: rl/ppo_trainer.py builds on it"
     assert isinstance(getattr(trainer, name), kind), name
 
 
-def test_trls_loss_takes_advantages_by_token_and_the_log_probs_of_the_sampling(base, slice_, tmp_path):
+def test_trls_loss_takes_advantages_by_token_and_the_log_probs_of_the_sampling(base, instructions, tmp_path):
     """Advantages of shape (answers, tokens) are used as they are; a ratio against `old_per_token_logps`."""
-    trainer = built(tmp_path, base, slice_)
+    trainer = built(tmp_path, base, instructions)
     stir(trainer, "default")
     rollout = sampled(trainer)
     once = trainer._compute_loss(trainer.model, rollout).item()

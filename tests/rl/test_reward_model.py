@@ -12,21 +12,6 @@ from workflow_scripts.rl import reward_model
 from workflow_scripts.steps import eval_rm
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return tmp_path_factory.mktemp("reward_model")
-
-
-@pytest.fixture(scope="module")
-def base(folder):
-    return small_steps.write_base(folder / "base")
-
-
-@pytest.fixture(scope="module")
-def pairs(folder):
-    return small_steps.pairs_slice(folder / "data")
-
-
 def sigmoid(x):
     return 1 / (1 + numpy.exp(-x))
 

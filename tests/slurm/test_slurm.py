@@ -35,9 +35,11 @@ def test_sigterm_for_the_parent_alone_reaches_the_step_only_where_it_is_passed_o
         assert process.wait() == code
 
 
-def test_the_chain_on_a_slurm_that_disturbs_it(capfd):
+@pytest.mark.slow
+@pytest.mark.parametrize("how", [["--short"], pytest.param([], marks=pytest.mark.long)], ids=["short", "full"])
+def test_the_chain_on_a_slurm_that_disturbs_it(capfd, how):
     started = time.monotonic()
-    done = subprocess.run(["tests/slurm/run.sh"], cwd=ROOT, env={**os.environ, "PYTHON": sys.executable}, timeout=850)
+    done = subprocess.run(["tests/slurm/run.sh", *how], cwd=ROOT, env={**os.environ, "PYTHON": sys.executable}, timeout=850)
     said = capfd.readouterr()
     with capfd.disabled():
         print(f"\n{said.out}{time.monotonic() - started:.0f} s")

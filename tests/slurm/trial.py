@@ -1,6 +1,7 @@
 """The main job of a tiny world on a Slurm, through profiles/slurm, while its jobs are cancelled, preempted, timed out and lost.
 
-    tests/slurm/run.sh
+    tests/slurm/run.sh             all of it
+    tests/slurm/run.sh --short     one training that is cancelled, on slices and a base that are there: a sample of it
 
 One chain suffers all of it, and must end with the bytes of an undisturbed local run. Each disturbance comes while the training is
 held by SIGSTOP, so that no machine is too fast or too slow for it. Checkpoints are ten minutes apart at first: whatever is
@@ -12,6 +13,7 @@ import os
 import re
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -22,7 +24,8 @@ from tests.conftest import make_clone
 from tests.slurm import records
 from tests.support import kills
 
-TARGET = "results/ifeval_dpo.json"
+TARGET, SHORT = "results/ifeval_dpo.json", "results/sft_v2/merged/manifest.json"
+PREPARED = ["results/base/manifest.json", "results/data/sft.manifest.json"]
 CONFIGS = ["config/config.yaml", "tests/support/config/micro.yaml", "tests/slurm/trial.yaml"]
 PROFILES = ["--workflow-profile", "profiles/slurm", "--profile", "tests/slurm/site"]
 CHECKS = {
@@ -42,6 +45,8 @@ CHECKS = {
 class Chain(kills.Runs):
     """A clone whose Snakemake submits to Slurm."""
 
+    target = TARGET
+
     def environment(self) -> dict[str, str]:
         """With the cluster's commands, and the executor's plugin."""
         found = super().environment()
@@ -49,7 +54,7 @@ class Chain(kills.Runs):
         return found | {"PATH": f"{os.environ['SLURM_DIR']}/bin:{found['PATH']}"}
 
     def submit(self, *options: str) -> subprocess.Popen:
-        self.running = self.begin("snakemake", TARGET, *PROFILES, "--configfile", *CONFIGS, *options)
+        self.running = self.begin("snakemake", self.target, *PROFILES, "--configfile", *CONFIGS, *options)
         return self.running
 
 
@@ -155,11 +160,14 @@ def ours(process: psutil.Process) -> bool:
 
 
 class Trial:
-    def __init__(self, folder: Path):
-        self.started = time.monotonic()
+    def __init__(self, folder: Path, short: bool):
+        self.started, self.short = time.monotonic(), short
         self.passed: set[str] = set()
         self.local = kills.Runs(make_clone(folder / "local").folder)
-        self.chain = Chain(make_clone(folder / "chain").folder)
+        if short:
+            self.local.finish(*PREPARED, configs=CONFIGS)
+        self.chain = Chain(self.local.copy(folder / "chain").folder)
+        self.chain.target = SHORT if short else TARGET
         self.said = ""
 
     @contextlib.contextmanager
@@ -175,10 +183,16 @@ class Trial:
         print(f"ok {name}: {'; '.join(evidence)} ({time.monotonic() - self.started:.0f} s)", flush=True)
 
     def disturb_sft(self) -> None:
-        """Four launches of one training are ended, each in another way."""
+        """Four launches of one training are ended, each in another way; the first one alone in a short trial."""
         sft = Training(self.chain, "sft", "sft_v2")
         sft.hold()
+        self.cancel(sft)
+        if not self.short:
+            self.time_out_preempt_and_drain(sft)
+        self.seen("train_sft", sft)
+        sft.let_go()
 
+    def cancel(self, sft: Training) -> None:
         with self.check("cancelled") as evidence:
             first = sft.job
             subprocess.run(["scancel", first["JobId"]], check=True)
@@ -193,6 +207,7 @@ class Trial:
             evidence += [f"job {first['JobId']} {state}", took, f"job {sft.job['JobId']} resumed at step {step}"]
             evidence += [f"{memory[0]} MB, then {memory[1]} MB"]
 
+    def time_out_preempt_and_drain(self, sft: Training) -> None:
         with self.check("time limit") as evidence:
             second = sft.job
             scontrol("update", f"JobId={second['JobId']}", "EndTime=now+299")
@@ -221,8 +236,6 @@ class Trial:
             sft.hold(resumed=step)
             assert sft.job["JobId"] == third and sft.job["Restarts"] == "2", sft.job
             evidence += [f"job {third} requeued", took, f"resumed at step {step}"]
-        self.seen("train_sft", sft)
-        sft.let_go()
 
     def disturb_dpo(self, first: subprocess.Popen) -> subprocess.Popen:
         """The command is interrupted and typed again; then the node fails. Returns the second command."""
@@ -268,7 +281,7 @@ class Trial:
         with self.check("requests") as evidence:
             evidence += records.compare(self.said)
         with self.check("gpus") as evidence:
-            assert {asked for _, asked, _, _ in self.visible} == {1, 2}
+            assert {asked for _, asked, _, _ in self.visible} == ({1} if self.short else {1, 2})
             for rule, asked, visible, devices in self.visible:
                 assert asked == visible, f"{rule} asked for {asked} GPUs and sees CUDA_VISIBLE_DEVICES={devices}"
                 evidence += [f"{rule} CUDA_VISIBLE_DEVICES={devices}"]
@@ -277,21 +290,21 @@ class Trial:
             expected = kills.results(self.local)
             kills.check_whole(self.chain, expected)
             missing = set(expected) - set(kills.results(self.chain))
-            assert not missing and TARGET.removeprefix("results/") in expected, f"missing: {sorted(missing)}"
+            assert not missing and self.chain.target.removeprefix("results/") in expected, f"missing: {sorted(missing)}"
             evidence += [f"{len(expected)} files"]
         with self.check("settled"):
             for profile in (PROFILES, []):
-                plan = self.chain.snakemake("-n", TARGET, *profile, configs=CONFIGS)
+                plan = self.chain.snakemake("-n", self.chain.target, *profile, configs=CONFIGS)
                 assert "Nothing to be done" in plan.stdout + plan.stderr, plan.stdout + plan.stderr
 
     def run(self) -> None:
         first = again = None
-        self.undisturbed = self.local.start(TARGET, configs=CONFIGS)
+        self.undisturbed = self.local.start(self.chain.target, configs=CONFIGS)
         psutil.Process(self.undisturbed.pid).nice(10)
         try:
             first = self.chain.submit()
             self.disturb_sft()
-            again = self.disturb_dpo(first)
+            again = first if self.short else self.disturb_dpo(first)
             code = again.wait(200)
             self.said += self.chain.said(again)
             assert code == 0, self.said[-4000:]
@@ -303,4 +316,4 @@ class Trial:
 
 
 if __name__ == "__main__":
-    Trial(Path(os.environ["SLURM_DIR"]) / "clones").run()
+    Trial(Path(os.environ["SLURM_DIR"]) / "clones", short="--short" in sys.argv).run()

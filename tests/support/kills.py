@@ -12,6 +12,7 @@ targets ends the chain, and all results are compared with those of the undisturb
 import argparse
 import functools
 import hashlib
+import itertools
 import json
 import os
 import random
@@ -22,7 +23,7 @@ import subprocess
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from tests.conftest import Clone, make_clone
@@ -31,14 +32,19 @@ from workflow_scripts.plan import records
 CONFIGS = ["config/config.yaml", "tests/support/config/micro.yaml", "tests/support/config/kills.yaml"]
 SLICES = ("ifeval", "sft", "pairs", "rm_pairs", "instructions")
 TRAINERS = {"sft_v2": 16, "dpo": 12, "kto": 12, "rm": 12, "ppo": 8, "grpo": 8, "rloo": 8}  # run -> steps under kills.yaml
-ADAPTERS = [f"results/{run}/adapter/manifest.json" for run in TRAINERS]
-TARGETS = [*ADAPTERS, "results/ifeval_dpo.json"]
+MAIN = ("sft_v2", "dpo")  # the trainers of the main job
 PREPARED = ["results/base/manifest.json", *(f"results/data/{name}.manifest.json" for name in SLICES)]
+SAMPLE = ("sft_v2", "dpo", "generate", "publish")  # of the strata: those of the main job
 STRATA = ("slice", "sft_v2", "merge", "dpo", "kto", "rm", "ppo", "grpo", "rloo", "generate", "publish")
 
 
 class Missed(Exception):
     """The step ended before the moment came."""
+
+
+def targets(trainers: Iterable[str]) -> list[str]:
+    """The whole of a chain with these trainers."""
+    return [*(f"results/{run}/adapter/manifest.json" for run in trainers), "results/ifeval_dpo.json"]
 
 
 class Runs(Clone):
@@ -169,19 +175,20 @@ def prepare(folder: Path) -> Runs:
     return clone
 
 
-def undisturbed(prepared: Runs, folder: Path) -> Runs:
+def undisturbed(prepared: Runs, folder: Path, trainers: Iterable[str] = TRAINERS) -> Runs:
     """A copy of the prepared clone in which the whole chain has run."""
     clone = prepared.copy(folder)
-    clone.finish(*TARGETS)
+    clone.finish(*targets(trainers))
     return clone
 
 
 class Round:
-    """Trials in one copy of the prepared clone."""
+    """Trials in one copy of the prepared clone. The chain is that of the reference."""
 
     def __init__(self, prepared: Runs, reference: Runs, folder: Path, chance: random.Random):
         self.clone, self.chance, self.expected = prepared.copy(folder), chance, results(reference)
         self.reference = reference
+        self.trainers = [run for run in TRAINERS if f"{run}/adapter/manifest.json" in self.expected]
         self.count: Counter[str] = Counter()
         self.notes: Counter[str] = Counter()
         self.promised: dict[str, tuple[Path, str, int]] = {}  # fingerprint -> a log, what the next run must say in it, since when
@@ -313,7 +320,7 @@ class Round:
 
     def in_publish(self):
         """Right after the finished copy or the manifest appeared: before Snakemake has noted anything."""
-        logs = {f"results/{run}/adapter/manifest.json": f"{run}/train.log" for run in TRAINERS}
+        logs = {f"results/{run}/adapter/manifest.json": f"{run}/train.log" for run in self.trainers}
         logs |= {"results/dpo/ifeval_responses.manifest.json": "dpo/generate_ifeval.log"}
         unfinished = [target for target in logs if not (self.clone.folder / target).exists()]
         if not unfinished or self.chance.random() < 0.3:
@@ -332,7 +339,7 @@ class Round:
 
     def close(self) -> None:
         """End the chain, and compare all of it with the undisturbed run."""
-        self.clone.finish(*TARGETS, *PREPARED)
+        self.clone.finish(*targets(self.trainers), *PREPARED)
         check_whole(self.clone, self.expected)
         missing = set(self.expected) - set(results(self.clone))
         assert not missing, f"missing at the end: {sorted(missing)}"
@@ -342,16 +349,16 @@ class Round:
 
 
 def campaign(
-    trials: int, seed: int, folder: Path, prepared: Runs, reference: Runs, per_round: int = 5
+    strata: Iterable[str], seed: int, folder: Path, prepared: Runs, reference: Runs, per_round: int = 5
 ) -> tuple[Counter, Counter]:
-    """Trials in rounds of at most `per_round` of each stratum. Returns trials by stratum, and what was seen.
+    """A trial for each of `strata`, in rounds of at most `per_round` of one. Returns trials by stratum, and what was seen.
 
     A failed trial is told at once and does not stop the others. AssertionError at the end if there was one.
     """
     count: Counter[str] = Counter()
     notes: Counter[str] = Counter()
     failures: list[str] = []
-    wanted = Counter(STRATA[i % len(STRATA)] for i in range(trials))
+    wanted = Counter(strata)
     while +wanted:
         chance = random.Random(f"{seed}/{count.total()}")
         now = Round(prepared, reference, folder / f"round{count.total()}", chance)
@@ -379,7 +386,8 @@ def main() -> None:
     started = time.monotonic()
     try:
         prepared = prepare(folder / "prepared")
-        count, notes = campaign(args.trials, args.seed, folder, prepared, undisturbed(prepared, folder / "reference"))
+        strata = itertools.islice(itertools.cycle(STRATA), args.trials)
+        count, notes = campaign(strata, args.seed, folder, prepared, undisturbed(prepared, folder / "reference"))
     finally:
         if args.folder is None:
             shutil.rmtree(folder, ignore_errors=True)

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from tests.support import small_steps
-from tests.training.test_losses_rollouts import fixed_reward
+from tests.support.rollouts import fixed_reward
 from workflow_scripts.rl import rewards
 
 PPO = small_steps.CONFIG.experiments["ppo"]["ppo"]

@@ -91,6 +91,21 @@ def sums_slice(folder: Path, n: int = 40, name: str = "sums") -> Path:
     return write_slice(folder, name, turns)
 
 
+SLICES = {"sft": sft_slice, "pairs": pairs_slice, "instructions": instructions_slice, "sums": sums_slice}
+
+
+def write_slices(folder: Path) -> None:
+    """A slice of each kind."""
+    for write in SLICES.values():
+        write(folder)
+
+
+def slices_in(folder: Path) -> dict[str, Path]:
+    """The manifests that `write_slices` left, by name and by each experiment that trains on such a slice."""
+    made = {name: folder / f"{name}.manifest.json" for name in SLICES}
+    return made | {name: made[body["slice"].removeprefix("rm_")] for name, body in CONFIG.experiments.items()}
+
+
 def train_config(experiment: str, **more) -> dict:
     """The config of a train step; keys that are not the step's own are fields of TRL's config."""
     body = CONFIG.experiments[experiment]

@@ -14,21 +14,6 @@ from workflow_scripts.models import loading
 BETA = 0.1
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return tmp_path_factory.mktemp("losses")
-
-
-@pytest.fixture(scope="module")
-def base(folder):
-    return small_steps.write_base(folder / "base")
-
-
-@pytest.fixture(scope="module")
-def pairs(folder):
-    return small_steps.pairs_slice(folder / "data")
-
-
 def stir(trainer):
     """Give the adapter a B that is not zero, so that policy and reference differ."""
     torch.manual_seed(7)
@@ -108,9 +93,8 @@ def test_the_first_step_of_dpo_has_the_loss_of_a_zero_margin(base, pairs, tmp_pa
 
 
 @pytest.mark.parametrize("experiment", ["sft_v1", "sft_v2"])
-def test_the_loss_of_sft_is_the_mean_over_the_tokens_that_have_a_label(base, folder, tmp_path, experiment):
-    slice_ = small_steps.sft_slice(folder / "data")
-    trainer = small_steps.built_trainer(tmp_path, experiment, base, slice_, quantise="none")
+def test_the_loss_of_sft_is_the_mean_over_the_tokens_that_have_a_label(base, slices, tmp_path, experiment):
+    trainer = small_steps.built_trainer(tmp_path, experiment, base, slices[experiment], quantise="none")
     stir(trainer)
     policy, _ = plain_models(trainer, base, tmp_path)
     batch = trainer.data_collator([trainer.train_dataset[i] for i in range(6)])

@@ -23,23 +23,8 @@ ADAPTER = "adapter_model.safetensors"
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return tmp_path_factory.mktemp("losses")
-
-
-@pytest.fixture(scope="module")
-def base(folder):
-    return small_steps.write_base(folder / "base")
-
-
-@pytest.fixture(scope="module")
 def tokenizer(base):
     return chat.tokenizer_of(manifests.read(base))
-
-
-@pytest.fixture(scope="module")
-def pairs(folder):
-    return small_steps.pairs_slice(folder / "data")
 
 
 @pytest.fixture(scope="module")

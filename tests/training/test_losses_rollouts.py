@@ -11,8 +11,7 @@ import pytest
 import torch
 
 from tests.support import small_steps
-from workflow_scripts.artifacts import manifests
-from workflow_scripts.models import loading
+from tests.support.rollouts import answers_of, fixed_reward, log_probs, plain
 from workflow_scripts.rl import rewards
 
 BETA = 0.3  # large, so that a KL left out or doubled would show
@@ -20,28 +19,10 @@ G = 4
 SIZES = {"per_device_train_batch_size": 12, "num_generations": G, "max_completion_length": 32, "beta": BETA}
 
 
-def fixed_reward(prompts, completions, completion_ids, **columns):
-    """0 to 6 by the sum of the answer's ids. Each group of the first prompt of a batch: 1 for all."""
-    first = prompts[0][0]["content"]
-    return [
-        1.0 if prompt[0]["content"] == first else float(sum(ids) % 7) for prompt, ids in zip(prompts, completion_ids, strict=True)
-    ]
-
-
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return tmp_path_factory.mktemp("rollouts")
-
-
-@pytest.fixture(scope="module")
-def base(folder):
-    """Pretrained a little, so that answers end at different lengths."""
-    return small_steps.write_base(folder / "base", steps=200)
-
-
-@pytest.fixture(scope="module")
-def slice_(folder):
-    return small_steps.instructions_slice(folder / "data")
+def base(speaking_base):
+    """Its answers end at different lengths."""
+    return speaking_base
 
 
 def stir(trainer, seed, std):
@@ -52,33 +33,11 @@ def stir(trainer, seed, std):
             parameter.data += std * torch.randn_like(parameter)
 
 
-def plain(base, place=None):
-    """The base, or the adapter saved at `place` on it, without the trainer."""
-    from peft import PeftModel
-
-    model = loading.load(manifests.read(base), base.parent, "cpu", "fp32")
-    return (model if place is None else PeftModel.from_pretrained(model, place, is_trainable=True)).eval()
-
-
-def answers_of(rollout):
-    """(ids of the prompt, ids of the answer) of each row, without padding."""
-    return [
-        tuple(rollout[f"{part}_ids"][i][rollout[f"{part}_mask"][i].bool()].tolist() for part in ("prompt", "completion"))
-        for i in range(len(rollout["prompt_ids"]))
-    ]
-
-
-def log_probs(model, prompt, answer):
-    """log p of each token of an answer, (T,), with its gradient."""
-    logits = model(torch.tensor([prompt + answer])).logits[0, len(prompt) - 1 : -1].double()
-    return logits.log_softmax(-1)[range(len(answer)), answer]
-
-
-def built(place, base, slice_, method, quantise="none", **more):
+def built(place, base, instructions, method, quantise="none", **more):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(rewards, "functions", lambda job, parents: {"fixed": fixed_reward})
         patch.setitem(small_steps.CONFIG.experiments[method], "reward", "fixed")
-        return small_steps.built_trainer(place, method, base, slice_, quantise=quantise, **SIZES, **more)
+        return small_steps.built_trainer(place, method, base, instructions, quantise=quantise, **SIZES, **more)
 
 
 def sampled(trainer):
@@ -96,10 +55,10 @@ CASES = {"grpo": {"use_bias_correction_kl": False}, "grpo corrected": {"use_bias
 
 
 @pytest.fixture(scope="module", params=CASES)
-def case(request, folder, base, slice_):
+def case(request, folder, base, instructions):
     """A method with its trainer, a rollout, and by hand: answers, log-probs under policy and reference, rewards by group."""
     place, method = folder / request.param, request.param.split()[0]
-    trainer = built(place, base, slice_, method, **CASES[request.param])
+    trainer = built(place, base, instructions, method, **CASES[request.param])
     stir(trainer, 7, 0.05)
     trainer.model.save_pretrained(place / "stirred")
     rollout = sampled(trainer)
@@ -149,8 +108,8 @@ def test_a_group_of_equal_rewards_teaches_nothing_but_the_pull_to_the_reference(
     assert case.rollout["advantages"][G:].abs().min() > 0
 
 
-def test_without_a_penalty_a_group_of_equal_rewards_has_no_advantage_in_rloo(base, slice_, tmp_path):
-    trainer = built(tmp_path, base, slice_, "rloo")
+def test_without_a_penalty_a_group_of_equal_rewards_has_no_advantage_in_rloo(base, instructions, tmp_path):
+    trainer = built(tmp_path, base, instructions, "rloo")
     trainer.beta = 0.0
     stir(trainer, 7, 0.05)
     rollout = sampled(trainer)
@@ -223,14 +182,14 @@ def test_the_ratio_is_clipped_once_the_policy_has_moved(case, base):
     assert loss == pytest.approx(loss_by_hand(case, logps, case.logps, advantages), rel=1e-4)
 
 
-def test_the_kl_of_grpo_is_the_papers_and_not_one_that_trl_corrects_by_default(base, slice_, tmp_path):
-    assert built(tmp_path, base, slice_, "grpo").args.use_bias_correction_kl is False
+def test_the_kl_of_grpo_is_the_papers_and_not_one_that_trl_corrects_by_default(base, instructions, tmp_path):
+    assert built(tmp_path, base, instructions, "grpo").args.use_bias_correction_kl is False
 
 
 @pytest.mark.parametrize("quantise", ["none", "nf4"])
 @pytest.mark.parametrize("method", ["grpo", "rloo"])
-def test_the_ratio_is_1_at_first_visit_so_dropout_is_off(base, slice_, tmp_path, method, quantise):
-    trainer = built(tmp_path, base, slice_, method, quantise=quantise)
+def test_the_ratio_is_1_at_first_visit_so_dropout_is_off(base, instructions, tmp_path, method, quantise):
+    trainer = built(tmp_path, base, instructions, method, quantise=quantise)
     stir(trainer, 7, 0.05)
     rollout = sampled(trainer)
     assert trainer.model.training
@@ -248,7 +207,7 @@ def test_the_ratio_is_1_at_first_visit_so_dropout_is_off(base, slice_, tmp_path,
     assert trainer._metrics["train"]["clip_ratio/region_mean"][-1] == 0
 
 
-def test_a_mixture_of_rewards_is_their_weighted_sum(base, slice_, tmp_path):
+def test_a_mixture_of_rewards_is_their_weighted_sum(base, instructions, tmp_path):
     """`reward: {rm: 0.5, ifeval: 2.0}`: each advantage is that of the sum, not the sum of advantages."""
 
     def ends(prompts, completions, completion_ids, **columns):
@@ -257,7 +216,7 @@ def test_a_mixture_of_rewards_is_their_weighted_sum(base, slice_, tmp_path):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(rewards, "functions", lambda job, parents: {"fixed": fixed_reward, "ends": ends})
         patch.setitem(small_steps.CONFIG.experiments["grpo"], "reward", {"fixed": 0.5, "ends": 2.0})
-        trainer = small_steps.built_trainer(tmp_path, "grpo", base, slice_, quantise="none", **SIZES)
+        trainer = small_steps.built_trainer(tmp_path, "grpo", base, instructions, quantise="none", **SIZES)
     rollout = sampled(trainer)
     answers = answers_of(rollout)
     prompts = [[{"role": "user", "content": str(prompt)}] for prompt, _ in answers]

@@ -107,22 +107,6 @@ def test_what_looks_like_it_is_accepted(overlay, tmp_path):
 # -- steps ------------------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return tmp_path_factory.mktemp("input")
-
-
-@pytest.fixture(scope="module")
-def base(folder):
-    return small_steps.write_base(folder / "base")
-
-
-@pytest.fixture(scope="module")
-def slices(folder):
-    made = (small_steps.pairs_slice, small_steps.instructions_slice, small_steps.sums_slice)
-    return {one.__name__.removesuffix("_slice"): one(folder / "data") for one in made}
-
-
 @pytest.fixture
 def no_model(monkeypatch):
     """Nothing may load a model."""
@@ -317,7 +301,7 @@ for method, more in MORE.items():
 def elsewhere(folder, base, slices):
     """Every method of MORE once more by another process, with another order of Python's sets."""
     seed = "1" if os.environ.get("PYTHONHASHSEED") != "1" else "2"
-    rows = json.dumps({method: str(rows_for(method, slices)) for method in MORE})
+    rows = json.dumps({method: str(slices[method]) for method in MORE})
     subprocess.run(
         [sys.executable, "-c", AGAIN, str(base), rows, str(folder / "seeds")],
         cwd=small_steps.ROOT,
@@ -327,16 +311,12 @@ def elsewhere(folder, base, slices):
     return folder / "seeds"
 
 
-def rows_for(method, slices):
-    return slices["instructions" if method in ("ppo_ifeval", "grpo", "rloo") else "pairs"]
-
-
 @pytest.mark.parametrize("method", MORE)
 def test_the_same_seed_gives_the_same_bytes_and_another_seed_another_adapter(elsewhere, base, slices, method):
     place = elsewhere / method
     again = manifests.read(place / "again" / "adapter" / "manifest.json")
     first, other = (
-        small_steps.train(place / str(seed), method, base, rows_for(method, slices), seed=seed, **MORE[method]) for seed in (1, 2)
+        small_steps.train(place / str(seed), method, base, slices[method], seed=seed, **MORE[method]) for seed in (1, 2)
     )
     for name in (ADAPTER, "metrics.csv"):
         assert (first.folder / name).read_bytes() == (again.folder / name).read_bytes(), name

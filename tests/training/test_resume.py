@@ -23,31 +23,9 @@ METHODS = {
 }
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return tmp_path_factory.mktemp("resume")
-
-
-@pytest.fixture(scope="module")
-def base(folder):
-    return small_steps.write_base(folder / "base", steps=20)
-
-
-@pytest.fixture(scope="module")
-def slices(folder):
-    data = folder / "data"
-    made = {"sft_v2": small_steps.sft_slice(data), "rollouts": small_steps.instructions_slice(data)}
-    return made | {"pairs": small_steps.pairs_slice(data)}
-
-
-@pytest.fixture
-def rows(slices):
-    return lambda method: slices.get(method) or slices["rollouts" if method in ("ppo_ifeval", "grpo", "rloo") else "pairs"]
-
-
-def step_of(method, base, rows, out, **more):
+def step_of(method, base, slices, out, **more):
     config = small_steps.train_config(method, **METHODS[method], **more)
-    parents = {"start": base, "rows": rows(method)}
+    parents = {"start": base, "rows": slices[method]}
     return small_steps.job(f"train_{config['method']}", out / "adapter" / "manifest.json", parents, config)
 
 
@@ -69,8 +47,8 @@ def outcome(adapter: manifests.Artifact) -> tuple:
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_ended_by_sigterm_twice_and_resumed_is_as_if_never_ended(method, base, rows, tmp_path, capsys):
-    job, handler = step_of(method, base, rows, tmp_path / "run"), signal.getsignal(signal.SIGTERM)
+def test_ended_by_sigterm_twice_and_resumed_is_as_if_never_ended(method, base, slices, tmp_path, capsys):
+    job, handler = step_of(method, base, slices, tmp_path / "run"), signal.getsignal(signal.SIGTERM)
     saved = (2, 4) if method == "ppo_ifeval" else (1, 3)  # two epochs on each rollout: saved where the second ends
     for asked, step in zip((1, 3), saved, strict=True):
         with pytest.MonkeyPatch.context() as patch, pytest.raises(Interrupted, match=f"at step {step} of .* checkpoint"):
@@ -86,8 +64,8 @@ def test_ended_by_sigterm_twice_and_resumed_is_as_if_never_ended(method, base, r
     assert signal.getsignal(signal.SIGTERM) == handler
 
 
-def test_rollouts_that_are_used_twice_are_saved_only_where_they_end(base, rows, tmp_path):
-    job = step_of("grpo", base, rows, tmp_path / "run", num_iterations=2)
+def test_rollouts_that_are_used_twice_are_saved_only_where_they_end(base, slices, tmp_path):
+    job = step_of("grpo", base, slices, tmp_path / "run", num_iterations=2)
     with pytest.MonkeyPatch.context() as patch, pytest.raises(Interrupted, match="at step 4 of 5"):
         end_at(3, patch)
         small_steps.run(job)
@@ -106,13 +84,13 @@ def kill():
 
 
 @pytest.mark.parametrize("where", ["rollout", "policy update", "value update"])
-def test_ppo_killed_in_a_rollout_or_in_an_update_goes_on_from_the_rollout_before(base, rows, tmp_path, capsys, where):
+def test_ppo_killed_in_a_rollout_or_in_an_update_goes_on_from_the_rollout_before(base, slices, tmp_path, capsys, where):
     """With a coefficient that is steered, which the checkpoint has to carry; the value's head and optimiser state as well."""
     from workflow_scripts.rl import advantages
     from workflow_scripts.rl.ppo_trainer import PPOTrainer
 
     steered = small_steps.CONFIG.experiments["ppo"]["ppo"] | {"kl_target": 0.5}
-    job = step_of("ppo_ifeval", base, rows, tmp_path / "run", ppo=steered)
+    job = step_of("ppo_ifeval", base, slices, tmp_path / "run", ppo=steered)
     job.checkpoint_minutes = 1e-9
     calls = []
 
@@ -142,9 +120,9 @@ def test_ppo_killed_in_a_rollout_or_in_an_update_goes_on_from_the_rollout_before
 
 
 @pytest.fixture
-def killed(base, rows, tmp_path):
+def killed(base, slices, tmp_path):
     """An SFT that saved after each step and died in its fourth."""
-    job = step_of("sft_v2", base, rows, tmp_path / "run", num_train_epochs=2)
+    job = step_of("sft_v2", base, slices, tmp_path / "run", num_train_epochs=2)
     job.checkpoint_minutes = 1e-9
     with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
         end_at(4, patch, by=kill)

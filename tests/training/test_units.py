@@ -28,26 +28,14 @@ SIZES = {
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return tmp_path_factory.mktemp("units")
-
-
-@pytest.fixture(scope="module")
-def base(speaking_base):
-    return speaking_base
-
-
-@pytest.fixture(scope="module")
-def trainer(folder, base):
+def trainer(folder, speaking_base, slices):
     """method -> its trainer as the step builds it, with an adapter that is not at its start."""
     import torch
 
-    made = {"sft_v2": small_steps.sft_slice} | dict.fromkeys(("dpo", "kto"), small_steps.pairs_slice)
-
     def build(method):
-        rows = made.get(method, small_steps.instructions_slice)(folder / "data")
+        more = SIZES.get(method, {})
         built = small_steps.built_trainer(
-            folder / method, method, base, rows, per_device_eval_batch_size=2, **SIZES.get(method, {})
+            folder / method, method, speaking_base, slices[method], per_device_eval_batch_size=2, **more
         )
         torch.manual_seed(1)
         for name, parameter in built.model.named_parameters():
