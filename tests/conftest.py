@@ -1,5 +1,6 @@
 """Clones of the repository in a temporary folder, Snakemake run in them as a user would, and what is made once for all tests."""
 
+import json
 import os
 import re
 import shutil
@@ -9,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support import gains, small_steps
+from tests.support import gains, processors, small_steps
 from tests.support.shared import Shared
 
 os.environ["OMP_NUM_THREADS"] = "1"  # two processes of tests share two cores
@@ -180,6 +181,18 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if rank(item) < len(SLOW) or SNAKEMAKE & set(getattr(item, "fixturenames", ())):
             item.add_marker(pytest.mark.slow)
+
+
+@pytest.fixture
+def figure(record_property):
+    """figure(name, value, at_least=..., at_most=...): asserts a measured value, and tells the table of `make test-processors`."""
+
+    def measured(name: str, value: float, **thresholds: float) -> None:
+        one = processors.Figure(name, value, **thresholds)
+        record_property("figure", json.dumps(vars(one)))
+        one.check()
+
+    return measured
 
 
 @pytest.fixture

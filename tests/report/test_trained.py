@@ -106,8 +106,15 @@ def rows(folder):
     return lambda method: written[kinds.get(method, "instructions")]
 
 
+def reach(value):
+    """A change towards the good side, in half-widths of its interval."""
+    low, high = value["interval"]
+    return 0.0 if low == high == 0 else value["change"] * (1 if value["good"] == "up" else -1) / ((high - low) / 2)
+
+
+@pytest.mark.trained
 @pytest.mark.parametrize("method", RATES)
-def test_a_learning_rate_of_next_to_nothing_is_told_from_a_real_one(folder, base, rows, method):
+def test_a_learning_rate_of_next_to_nothing_is_told_from_a_real_one(folder, base, rows, method, figure):
     real, none = (
         small_steps.train(folder / f"{method} {name}", method, base, rows(method), **RATES[method] | more).data
         for name, more in (("real", {}), ("none", {"learning_rate": 1.0e-12}))
@@ -118,5 +125,8 @@ def test_a_learning_rate_of_next_to_nothing_is_told_from_a_real_one(folder, base
         for name, one in data["objective"]["change"].items():
             gained = data["objective"]["after"][name] - data["objective"]["before"][name]
             assert one["mean"] == pytest.approx(gained, abs=5e-6)
+    # In half-widths of the 95 % interval: beyond 1 a value moved, and a method trained if all of its values did
+    figure("change over its uncertainty", min(map(reach, trained(real)["values"])), at_least=1)
+    figure("the same, no learning rate", min(map(reach, trained(none)["values"])), at_most=1)
     assert trained(real)["verdict"] == TRAINED, trained(real)
     assert trained(none)["verdict"] == NOT_TRAINED, trained(none)

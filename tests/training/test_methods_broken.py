@@ -66,8 +66,9 @@ def instructions(folder):
 # -- labels flipped ---------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.trained
 @pytest.mark.parametrize("method", ["dpo", "kto", "rm"])
-def test_flipped_labels_move_the_objective_the_other_way(folder, base, pairs, method):
+def test_flipped_labels_move_the_objective_the_other_way(folder, base, pairs, method, figure):
     right, flipped = (
         small_steps.train(folder / f"{method} {rows.name}", method, base, rows, **SETTINGS[method]).data["objective"]
         for rows in pairs
@@ -76,16 +77,20 @@ def test_flipped_labels_move_the_objective_the_other_way(folder, base, pairs, me
     start = right["before"]["loss"]
     assert start == pytest.approx({"dpo": math.log(2), "kto": 0.5, "rm": math.log(2)}[method], abs=0.03)
     # By a twentieth of the loss and more, each its own way; the margin turns its sign.
-    assert right["after"]["loss"] < 0.95 * start < 1.05 * start < flipped["after"]["loss"]
-    assert right["after"]["margin"] > 0.1 and flipped["after"]["margin"] < -0.1
-    assert right["after"]["accuracy"] > 0.65 and flipped["after"]["accuracy"] < 0.35
+    figure("loss over that of the start", right["after"]["loss"] / start, at_most=0.95)
+    figure("loss over that of the start, labels flipped", flipped["after"]["loss"] / start, at_least=1.05)
+    figure("margin", right["after"]["margin"], at_least=0.1)
+    figure("margin, labels flipped", flipped["after"]["margin"], at_most=-0.1)
+    figure("accuracy", right["after"]["accuracy"], at_least=0.65)
+    figure("accuracy, labels flipped", flipped["after"]["accuracy"], at_most=0.35)
 
 
 # -- reward negated ---------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.trained
 @pytest.mark.parametrize("method", ROLLOUTS)
-def test_a_negated_reward_is_seen_in_the_held_out_reward(folder, base, instructions, method, monkeypatch):
+def test_a_negated_reward_is_seen_in_the_held_out_reward(folder, base, instructions, method, monkeypatch, figure):
     real = rewards.functions
 
     def gained(sign):
@@ -106,13 +111,15 @@ def test_a_negated_reward_is_seen_in_the_held_out_reward(folder, base, instructi
         return sign * before["reward"], sign * after["reward"]
 
     before, after = gained(1)
-    assert after > before + 0.1
+    figure("gained", after - before, at_least=0.1)
     same, worse = gained(-1)
-    assert same == before and before > 0.05  # there is something to lose
-    assert worse < before - 0.03
+    assert same == before
+    figure("what there is to lose", before, at_least=0.05)
+    figure("lost, reward negated", before - worse, at_least=0.03)
 
 
-def test_a_constant_reward_moves_nothing_but_the_kl_in_ppo(folder, base, instructions, monkeypatch):
+@pytest.mark.trained
+def test_a_constant_reward_moves_nothing_but_the_kl_in_ppo(folder, base, instructions, monkeypatch, figure):
     """What is left is noise: the whitened error of a value function that has nothing to learn, and the pull to the reference."""
     from workflow_scripts.rl.ppo_trainer import PPOTrainer
 
@@ -129,8 +136,8 @@ def test_a_constant_reward_moves_nothing_but_the_kl_in_ppo(folder, base, instruc
     made = small_steps.train(folder / "ppo constant", "ppo_ifeval", base, instructions, **SETTINGS["ppo_ifeval"])
     before, after = (made.data["objective"][when]["reward"] for when in ("before", "after"))
     assert right.data["objective"]["before"]["reward"] == before
-    assert right.data["objective"]["after"]["reward"] > before + 0.1
-    assert after == pytest.approx(before, abs=0.06)
+    figure("gained", right.data["objective"]["after"]["reward"] - before, at_least=0.1)
+    figure("gained, reward constant", after - before, at_least=-0.06, at_most=0.06)
 
 
 # -- mask off ---------------------------------------------------------------------------------------------------------
