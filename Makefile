@@ -9,10 +9,10 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 DEV_STAMP := $(VENV)/.installed-dev
 
-.PHONY: demo setup setup-dev setup-cuda setup-mac test-quick test test-all test-gpu test-slurm test-study lint report lock clean clean-checkpoints smollm2 status fits why accept adopt verify chat push pin
+.PHONY: demo setup setup-dev setup-cuda setup-mac test-quick test test-all test-gpu test-slurm test-study test-processors lint report lock clean clean-checkpoints smollm2 status fits why accept adopt verify chat push pin
 
 demo: setup
-	@$(BIN)/python -c "import os; print(f'phaseline: {os.cpu_count()} cores; about five minutes on two')"
+	@$(BIN)/python -c "import os; print(f'phaseline: {os.cpu_count()} cores; about five minutes on two, twenty without AVX512')"
 	@PATH="$(CURDIR)/$(BIN):$$PATH" snakemake --quiet rules -- results/ifeval_base.json results/ifeval_sft_v2.json results/ifeval_dpo.json
 	@echo
 	@$(BIN)/python -m workflow_scripts.tools.compare results/ifeval_base.json results/ifeval_sft_v2.json results/ifeval_dpo.json
@@ -84,6 +84,11 @@ test-all: setup-dev
 # Every target of config/qwen05b.yaml, in small, from a hub of local folders: some ten minutes on two cores.
 test-study: setup-dev
 	$(PYTEST) -s -m "" tests/dag/test_study.py
+
+# What a training decides, under three instruction sets and three seeds each: a table, red where a threshold does not hold everywhere.
+# Some hours on two cores; what has run is kept in tests/.processors.  make test-processors [SETS="default own"] [SEEDS="1 2"] [TESTS=tests/report]
+test-processors: setup-dev
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m tests.support.processors $(if $(SETS),--sets $(SETS)) $(if $(SEEDS),--seeds $(SEEDS)) $(if $(SHOW),--show) -- $(TESTS)
 
 # Needs a CUDA device; elsewhere these tests are skipped.
 test-gpu: setup-dev

@@ -1,5 +1,6 @@
 """Clones of the repository in a temporary folder, Snakemake run in them as a user would, and what is made once for all tests."""
 
+import json
 import os
 import re
 import shutil
@@ -9,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.support import gains, small_steps
+from tests.support import gains, processors, small_steps
+from tests.support.right_way import RightWay
 from tests.support.shared import Shared
 
 os.environ["OMP_NUM_THREADS"] = "1"  # two processes of tests share two cores
@@ -104,7 +106,12 @@ def run_world(shared: Shared, name: str, seeds: tuple[int, ...], configs: list[s
 @pytest.fixture(scope="session")
 def world(shared) -> Clone:
     """A clone in which every method of the tiny world has run, from the base in tests/files/tiny_base. Do not change it."""
-    return run_world(shared, "world", (1,), WORLD)
+    if processors.WORLD:  # kept from run to run: what is stale in it is made again
+        made = make_clone(Path(processors.WORLD))
+        made.limit = 3 * 3600
+        made.snakemake(*gains.targets(processors.SEED), "--cores", "1", configs=WORLD)
+        return made
+    return run_world(shared, "world", (processors.SEED,), WORLD)
 
 
 @pytest.fixture(scope="session")
@@ -119,6 +126,11 @@ def speaking_base(shared) -> Path:
     shape = {"hidden_size": 64, "intermediate_size": 192}
     made = shared.folder("speaking/base", lambda folder: small_steps.write_base(folder, steps=300, shape=shape))
     return made / "manifest.json"
+
+
+@pytest.fixture(scope="session")
+def right_way(shared, speaking_base) -> RightWay:
+    return RightWay(shared, speaking_base)
 
 
 @pytest.fixture(scope="session")
@@ -180,6 +192,18 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if rank(item) < len(SLOW) or SNAKEMAKE & set(getattr(item, "fixturenames", ())):
             item.add_marker(pytest.mark.slow)
+
+
+@pytest.fixture
+def figure(record_property):
+    """figure(name, value, at_least=..., at_most=...): asserts a measured value, and tells the table of `make test-processors`."""
+
+    def measured(name: str, value: float, **thresholds: float) -> None:
+        one = processors.Figure(name, value, **thresholds)
+        record_property("figure", json.dumps(vars(one)))
+        one.check()
+
+    return measured
 
 
 @pytest.fixture

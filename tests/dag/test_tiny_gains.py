@@ -9,12 +9,11 @@ import pytest
 
 from tests.conftest import Clone, run_world
 from tests.support.gains import PREFERENCES, ROLLOUTS, suffix
+from tests.support.processors import SEED
 
 METRIC = "prompt_level_strict_acc"
 SEEDS = (1, 2, 3)
-
-
-pytestmark = pytest.mark.timeout(3 * 3600)  # two slow cores, and three seeds
+pytestmark = [pytest.mark.trained, pytest.mark.timeout(3 * 3600)]  # two slow cores, and three seeds
 
 
 @pytest.fixture(scope="session")
@@ -28,7 +27,11 @@ def tiny(request) -> Clone:
     return request.getfixturevalue(request.param)
 
 
-@pytest.fixture(params=[("world", 1), *(pytest.param(("scratch", seed), marks=pytest.mark.long) for seed in SEEDS)], ids=str)
+CASES = [pytest.param(("world", SEED), id="world")]
+CASES += [pytest.param(("scratch", seed), id=f"scratch-{seed}", marks=pytest.mark.long) for seed in SEEDS]
+
+
+@pytest.fixture(params=CASES)
 def case(request) -> tuple[Clone, str]:
     """(a clone, what the names of its runs end with)."""
     clone, seed = request.param
@@ -44,48 +47,46 @@ def objective(clone: Clone, run: str) -> tuple[dict, dict]:
     return found["before"], found["after"]
 
 
-def test_the_base_follows_some_instructions_but_few(tiny):
+def test_the_base_follows_some_instructions_but_few(tiny, figure):
     assert scores(tiny, "base")["n_prompts"] >= 300
-    assert 0.14 <= scores(tiny, "base")[METRIC] <= 0.28
+    figure("prompts that the base follows", scores(tiny, "base")[METRIC], at_least=0.14, at_most=0.28)
 
 
-def test_sft_gains_at_least_8_points_and_each_method_15_more(case):
+def test_sft_gains_at_least_8_points_and_each_method_15_more(case, figure):
     tiny, end = case
     base, sft = (scores(tiny, run)[METRIC] for run in ("base", f"sft_v2{end}"))
-    found = {name: scores(tiny, f"{name}{end}")[METRIC] for name in (*PREFERENCES, *ROLLOUTS)}
-    print(f"base {base:.4f}, sft_v2 {sft:.4f}, {found}")
-    assert sft >= base + 0.08
-    assert min(found.values()) >= sft + 0.15, found
+    figure("sft_v2 less the base", sft - base, at_least=0.08)
+    for name in (*PREFERENCES, *ROLLOUTS):
+        figure(f"{name} less sft_v2", scores(tiny, f"{name}{end}")[METRIC] - sft, at_least=0.15)
 
 
-def test_grpo_on_sums_gains_at_least_30_points_of_exact_match(case):
+def test_grpo_on_sums_gains_at_least_30_points_of_exact_match(case, figure):
     tiny, end = case
     sft, grpo = (scores(tiny, f"{name}{end}", "gsm8k") for name in ("sft_v2", "grpo_numeric"))
-    print(f"sft_v2{end} {sft['exact_match']:.3f}, grpo_numeric {grpo['exact_match']:.3f}")
     assert sft["n_prompts"] >= 200
-    assert grpo["exact_match"] >= sft["exact_match"] + 0.30
+    figure("grpo_numeric less sft_v2", grpo["exact_match"] - sft["exact_match"], at_least=0.30)
 
 
-def test_the_reward_model_orders_at_least_80_percent_of_the_held_out_pairs(case):
+def test_the_reward_model_orders_at_least_80_percent_of_the_held_out_pairs(case, figure):
     tiny, end = case
     report = json.loads((tiny.folder / f"results/rm{end}/rm_eval.json").read_text())
-    print(f"rm{end}: {report['accuracy']:.3f}, longer is chosen {report['length']['longer_is_chosen']:.3f}")
     assert report["n_pairs"] >= 150
-    assert report["accuracy"] >= 0.80
-    assert report["length"]["longer_is_chosen"] < 0.65  # not a matter of length
+    figure("accuracy", report["accuracy"], at_least=0.80)
+    figure("longer is chosen", report["length"]["longer_is_chosen"], at_most=0.65)  # not a matter of length
 
 
-def test_training_moved_its_own_objective(tiny):
+def test_training_moved_its_own_objective(case, figure):
+    tiny, end = case
     for run, key, gain in (
         ("dpo", "accuracy", 0.3), ("kto", "margin", 0.3), ("rm", "accuracy", 0.2),
         ("ppo", "rm", 1.0), ("ppo_ifeval", "reward", 0.2), ("grpo", "reward", 0.2), ("rloo", "reward", 0.2),
         ("grpo_numeric", "numeric", 0.1),
     ):  # fmt: skip
-        before, after = objective(tiny, run)
-        assert after[key] >= before[key] + gain, (run, before, after)
+        before, after = objective(tiny, f"{run}{end}")
+        figure(f"{run}: gain of {key}", after[key] - before[key], at_least=gain)
     for run in ("sft_v2", "kto", "rm"):
-        before, after = objective(tiny, run)
-        assert after["loss"] < before["loss"]
+        before, after = objective(tiny, f"{run}{end}")
+        figure(f"{run}: change of loss", after["loss"] - before["loss"], at_most=0.0)
 
 
 def test_no_evaluation_prompt_is_in_any_training_slice(tiny):

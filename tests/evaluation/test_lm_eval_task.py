@@ -114,7 +114,8 @@ def test_the_groups_are_those_of_the_paper():
 # -- what a model chooses -----------------------------------------------------------------------------------------------------
 
 
-def test_a_model_that_was_taught_one_letter_gets_the_accuracy_of_that_letter(base, tmp_path):
+@pytest.mark.trained
+def test_a_model_that_was_taught_one_letter_gets_the_accuracy_of_that_letter(base, tmp_path, figure):
     """Through the adapter: it is trained on the base to say C, and the base does not."""
     text = "{question}\nA. {0}\nB. {1}\nC. {2}\nD. {3}\nAnswer:"
     rows = [
@@ -130,7 +131,7 @@ def test_a_model_that_was_taught_one_letter_gets_the_accuracy_of_that_letter(bas
     assert [row["correct"] for row in made["per_prompt"]] == [True] * 12 + [False] * 4
     assert made["acc_stderr"] == pytest.approx(math.sqrt(0.75 * 0.25 / 15))
     before = scored(tmp_path / "base", "mmlu", base, asked, shots=0, apply_chat_template=True)
-    assert before["chosen"][2] < 16
+    figure("times that the base says it, of 16", before["chosen"][2], at_most=15)
 
 
 def test_a_model_that_knows_nothing_takes_the_first_and_the_ties_are_counted(base, tmp_path):

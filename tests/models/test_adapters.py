@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from tests.support import small_steps
+from tests.support.processors import SEED
 from workflow_scripts.artifacts import manifests
 from workflow_scripts.artifacts.fingerprint import file_sha256
 from workflow_scripts.models import loading, lora
@@ -20,7 +21,7 @@ ADAPTER = "adapter_model.safetensors"
 
 @pytest.fixture(scope="module")
 def other_base(folder):
-    return small_steps.write_base(folder / "other", seed=2)
+    return small_steps.write_base(folder / "other", seed=SEED + 1)
 
 
 @pytest.fixture(scope="module")
@@ -93,7 +94,7 @@ def test_the_same_seed_gives_the_same_adapter_in_another_process_and_another_see
     assert there.data["files"] == here.data["files"]
     assert (there.folder / "adapter_config.json").read_bytes() == (here.folder / "adapter_config.json").read_bytes()
     assert (there.folder / "metrics.csv").read_bytes() == (here.folder / "metrics.csv").read_bytes()
-    another = small_steps.train(tmp_path / "another", "sft_v2", base, slices["sft"], seed=2)
+    another = small_steps.train(tmp_path / "another", "sft_v2", base, slices["sft"], seed=SEED + 1)
     assert another.data["files"][ADAPTER] != here.data["files"][ADAPTER]
 
 
@@ -129,7 +130,8 @@ def test_plain_peft_loads_the_adapters_on_the_base_that_their_manifest_names(bas
 # -- the merge --------------------------------------------------------------------------------------------------------
 
 
-def test_the_merged_model_is_base_and_adapter_in_fp32(base, sft, merged, tmp_path):
+@pytest.mark.trained
+def test_the_merged_model_is_base_and_adapter_in_fp32(base, sft, merged, tmp_path, figure):
     start = manifests.read(base)
     bare = loading.load(start, tmp_path, "cpu", "fp32")
     name = "model.layers.1.mlp.down_proj"
@@ -137,16 +139,18 @@ def test_the_merged_model_is_base_and_adapter_in_fp32(base, sft, merged, tmp_pat
     plain = logits(bare)
     apart = logits(lora.attach(bare, start, sft))
     fused = loading.load(merged, tmp_path, "cpu", "fp32")
-    assert (logits(fused) - apart).abs().max() < 1e-5
-    assert (apart - plain).abs().max() > 1e-2
+    figure("logits: merged less base and adapter", (logits(fused) - apart).abs().max().item(), at_most=1e-5)
+    figure("logits: what the adapter does", (apart - plain).abs().max().item(), at_least=1e-2)
     a, b = (weights(sft)[f"base_model.model.{name}.lora_{x}.weight"] for x in "AB")
     assert torch.allclose(fused.get_submodule(name).weight, before + 32 / 16 * b @ a, atol=1e-7)
 
 
-def test_the_manifest_says_how_far_the_merge_is_from_what_was_trained(merged):
+@pytest.mark.trained
+def test_the_manifest_says_how_far_the_merge_is_from_what_was_trained(merged, figure):
     exact, trained = (merged.data[f"logits_from_{kind}_base_and_adapter"] for kind in ("full_precision", "nf4"))
-    assert exact["max_abs"] <= 1e-5 and exact["same_next_token"] == 1.0
-    assert trained["max_abs"] >= trained["mean_abs"] > 1e-3
+    figure("in full precision", exact["max_abs"], at_most=1e-5)
+    figure("in NF4, the mean", trained["mean_abs"], at_least=1e-3)
+    assert exact["same_next_token"] == 1.0 and trained["max_abs"] >= trained["mean_abs"]
     assert 0 <= trained["same_next_token"] <= 1
     assert merged.data["trained_quantised"] == "nf4"
 

@@ -2,11 +2,9 @@
 
 import pytest
 
-from tests.support import small_steps
-from tests.training.test_methods_broken import HELDOUT, SETTINGS
+from tests.support.right_way import SETTINGS
 from workflow_scripts.plumbing.messages import InputError
 from workflow_scripts.report.trained import NOT_TRAINED, TRAINED, UNKNOWN, interval_of, trained
-from workflow_scripts.tiny import world
 
 
 def manifest(method, **values):
@@ -78,45 +76,27 @@ def test_a_manifest_that_is_no_adapters_is_refused(other):
 
 # -- real trainings ---------------------------------------------------------------------------------------------------
 
-BATCH = {"per_device_eval_batch_size": 5}
-RATES = {"sft_v2": BATCH | {"learning_rate": 3.0e-3}} | {name: more | BATCH for name, more in SETTINGS.items()}
-for name in ("ppo_ifeval", "grpo", "rloo"):
-    RATES[name] = SETTINGS[name]  # its units are prompts, whatever the batch
+
+def reach(value):
+    """A change towards the good side, in half-widths of its interval."""
+    low, high = value["interval"]
+    return 0.0 if low == high == 0 else value["change"] * (1 if value["good"] == "up" else -1) / ((high - low) / 2)
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return tmp_path_factory.mktemp("trained")
-
-
-@pytest.fixture(scope="module")
-def base(speaking_base):
-    return speaking_base
-
-
-@pytest.fixture(scope="module")
-def rows(folder):
-    made = {
-        "sft": world.sft_rows(400 + HELDOUT, seed=1, follow=0.9, numeric=0.1),
-        "pairs": world.preference_rows(200 + HELDOUT, seed=1),
-        "instructions": world.eval_rows(160, seed=1, split="pairs"),
-    }
-    kinds = {"sft_v2": "sft", "dpo": "pairs", "kto": "pairs", "rm": "pairs"}
-    written = {name: small_steps.write_slice(folder / "data", name, data, HELDOUT) for name, data in made.items()}
-    return lambda method: written[kinds.get(method, "instructions")]
-
-
-@pytest.mark.parametrize("method", RATES)
-def test_a_learning_rate_of_next_to_nothing_is_told_from_a_real_one(folder, base, rows, method):
-    real, none = (
-        small_steps.train(folder / f"{method} {name}", method, base, rows(method), **RATES[method] | more).data
-        for name, more in (("real", {}), ("none", {"learning_rate": 1.0e-12}))
-    )
+@pytest.mark.trained
+@pytest.mark.parametrize("method", SETTINGS)
+def test_a_learning_rate_of_next_to_nothing_is_told_from_a_real_one(right_way, method, tmp_path, figure):
+    real = right_way(method).data
+    steps = 8 if method == "ppo_ifeval" else 2  # one rollout: more of nothing would be the same
+    none = right_way.train(tmp_path, method, learning_rate=1.0e-12, max_steps=steps).data
     assert real["objective"]["before"] == none["objective"]["before"]
     for data in (real, none):
         assert all(one["n"] >= 10 and one["stderr"] is not None for one in data["objective"]["change"].values())
         for name, one in data["objective"]["change"].items():
             gained = data["objective"]["after"][name] - data["objective"]["before"][name]
             assert one["mean"] == pytest.approx(gained, abs=5e-6)
+    # In half-widths of the 95 % interval: beyond 1 a value moved, and a method trained if all of its values did
+    figure("change over its uncertainty", min(map(reach, trained(real)["values"])), at_least=1)
+    figure("the same, no learning rate", min(map(reach, trained(none)["values"])), at_most=1)
     assert trained(real)["verdict"] == TRAINED, trained(real)
     assert trained(none)["verdict"] == NOT_TRAINED, trained(none)

@@ -15,6 +15,7 @@ from tests.support.rollouts import answers_of, fixed_reward, log_probs, plain
 from workflow_scripts.artifacts import manifests
 from workflow_scripts.rl import reward_model
 
+pytestmark = pytest.mark.trained  # what is compared is worked by hand, but that there is something to compare, the base decides
 PARTS = ("default", "value", "reward_rm")
 
 

@@ -30,7 +30,8 @@ def test_a_saved_reward_model_loads_with_its_head_and_has_the_rewards_that_it_wa
     assert found["n"] == len(held) and found != rm.data["objective"]["before"]
 
 
-def test_the_head_stays_in_fp32_on_a_backbone_that_computes_in_bf16(rm, base, pairs, tmp_path):
+@pytest.mark.trained
+def test_the_head_stays_in_fp32_on_a_backbone_that_computes_in_bf16(rm, base, pairs, tmp_path, figure):
     """As on a GPU: what was learnt in fp32 is not rounded, and the head multiplies fp32 by fp32."""
     start, held = manifests.read(base), manifests.read(pairs).rows(heldout=True)
     model, tokenizer = reward_model.load(start, rm, tmp_path, "cpu", "bf16", small_steps.QUANT)
@@ -38,7 +39,8 @@ def test_the_head_stays_in_fp32_on_a_backbone_that_computes_in_bf16(rm, base, pa
     with safe_open(rm.file("adapter_model.safetensors"), framework="pt") as file:
         assert torch.equal(head, file.get_tensor(f"base_model.model.{lora.HEAD}.weight"))
     found = reward_model.objective(*reward_model.score_pairs(model, tokenizer, held, 50, 128))
-    assert found["margin"] == pytest.approx(rm.data["objective"]["after"]["margin"], rel=0.1)
+    margin = rm.data["objective"]["after"]["margin"]
+    figure("gap of the margin, relative", abs(found["margin"] - margin) / abs(margin), at_most=0.1)
 
 
 def evaluate(rm, base, pairs, out):

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from tests.support.processors import SEED
 from workflow_scripts.artifacts import manifests
 from workflow_scripts.artifacts.fingerprint import file_sha256
 from workflow_scripts.config import config
@@ -36,7 +37,7 @@ def write_manifest(path: Path, kind: str, fingerprint: str, files: list[str], **
     return path
 
 
-def write_base(folder: Path, seed: int = 1, steps: int = 0, shape: dict | None = None, **train) -> Path:
+def write_base(folder: Path, seed: int = SEED, steps: int = 0, shape: dict | None = None, **train) -> Path:
     """A base model: random weights, or pretrained for `steps` steps. Returns its manifest."""
     import torch
 
@@ -120,7 +121,7 @@ def train_config(experiment: str, **more) -> dict:
     return config
 
 
-def job(name: str, out: Path, parents: dict[str, Path], config: dict, seed: int = 1) -> manifests.Job:
+def job(name: str, out: Path, parents: dict[str, Path], config: dict, seed: int = SEED) -> manifests.Job:
     """A step as the plan would hand it over, but with fingerprints of our own."""
     read = {role: manifests.read(path) for role, path in parents.items()}
     step = {
@@ -147,7 +148,7 @@ class _Built(Exception):
     pass
 
 
-def built_trainer(out: Path, experiment: str, start: Path, rows: Path, seed: int = 1, **more) -> Any:
+def built_trainer(out: Path, experiment: str, start: Path, rows: Path, seed: int = SEED, **more) -> Any:
     """The trainer of a step as it stands before training: adapter settled, mask checked, not yet asserted on."""
     from workflow_scripts.models import lora
 
@@ -177,7 +178,13 @@ def copy_base(base: Path, folder: Path, template: tuple[str, str] = ("", ""), **
 
 
 def train(
-    out: Path, experiment: str, start: Path, rows: Path, seed: int = 1, models: dict[str, tuple[Path, Path]] | None = None, **more
+    out: Path,
+    experiment: str,
+    start: Path,
+    rows: Path,
+    seed: int = SEED,
+    models: dict[str, tuple[Path, Path]] | None = None,
+    **more,
 ) -> manifests.Artifact:
     """Train an adapter of `experiment` into out/adapter. models: reward model's name -> manifests of (its start, its adapter)."""
     config = train_config(experiment, **more)

@@ -14,6 +14,7 @@ from tests.support import small_steps
 from tests.support.rollouts import answers_of, fixed_reward, log_probs, plain
 from workflow_scripts.rl import rewards
 
+pytestmark = pytest.mark.trained  # what is compared is worked by hand, but that there is something to compare, the base decides
 BETA = 0.3  # large, so that a KL left out or doubled would show
 G = 4
 SIZES = {"per_device_train_batch_size": 12, "num_generations": G, "max_completion_length": 32, "beta": BETA}

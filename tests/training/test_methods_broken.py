@@ -10,28 +10,10 @@ import torch
 
 from tests.models.test_chat import END_OUTSIDE
 from tests.support import small_steps
+from tests.support.right_way import HELDOUT, ROLLOUTS, ROWS
 from workflow_scripts.models import chat, lora
 from workflow_scripts.plumbing.messages import InputError
 from workflow_scripts.rl import rewards
-from workflow_scripts.tiny import world
-
-HELDOUT = 50
-ROLLOUTS = ("ppo_ifeval", "grpo", "rloo")
-# What a model of this size needs to move in 20 steps or so; the constant block is as it always is.
-SETTINGS = {
-    "dpo": {"learning_rate": 1.0e-3},
-    "kto": {"learning_rate": 1.0e-3},
-    "rm": {"learning_rate": 3.0e-3, "num_train_epochs": 2},
-    # As many updates as GRPO's on smaller rollouts
-    "ppo_ifeval": {"learning_rate": 2.0e-3, "max_steps": 64, "max_completion_length": 36},
-    "grpo": {"learning_rate": 3.0e-3, "max_steps": 8, "max_completion_length": 36},
-    "rloo": {"learning_rate": 3.0e-3, "max_steps": 8, "max_completion_length": 36},
-}
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return tmp_path_factory.mktemp("broken")
 
 
 @pytest.fixture(scope="module")
@@ -49,75 +31,64 @@ def swapped(row):
 
 
 @pytest.fixture(scope="module")
-def pairs(folder):
-    """(a slice of pairs, the same slice with the labels of its training rows flipped)."""
-    rows = world.preference_rows(200 + HELDOUT, seed=1)
-    flipped = [swapped(row) for row in rows[:200]] + rows[200:]
-    return tuple(
-        small_steps.write_slice(folder / "data", name, data, HELDOUT) for name, data in (("right", rows), ("flipped", flipped))
-    )
-
-
-@pytest.fixture(scope="module")
-def instructions(folder):
-    return small_steps.write_slice(folder / "data", "instructions", world.eval_rows(160, seed=1, split="pairs"), HELDOUT)
+def flipped_pairs(folder):
+    rows = ROWS["pairs"]()
+    return small_steps.write_slice(folder / "data", "flipped", [*map(swapped, rows[:-HELDOUT]), *rows[-HELDOUT:]], HELDOUT)
 
 
 # -- labels flipped ---------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.trained
 @pytest.mark.parametrize("method", ["dpo", "kto", "rm"])
-def test_flipped_labels_move_the_objective_the_other_way(folder, base, pairs, method):
-    right, flipped = (
-        small_steps.train(folder / f"{method} {rows.name}", method, base, rows, **SETTINGS[method]).data["objective"]
-        for rows in pairs
-    )
+def test_flipped_labels_move_the_objective_the_other_way(right_way, flipped_pairs, method, tmp_path, figure):
+    right = right_way(method).data["objective"]
+    flipped = right_way.train(tmp_path, method, flipped_pairs).data["objective"]
     assert right["before"] == flipped["before"]
     start = right["before"]["loss"]
     assert start == pytest.approx({"dpo": math.log(2), "kto": 0.5, "rm": math.log(2)}[method], abs=0.03)
     # By a twentieth of the loss and more, each its own way; the margin turns its sign.
-    assert right["after"]["loss"] < 0.95 * start < 1.05 * start < flipped["after"]["loss"]
-    assert right["after"]["margin"] > 0.1 and flipped["after"]["margin"] < -0.1
-    assert right["after"]["accuracy"] > 0.65 and flipped["after"]["accuracy"] < 0.35
+    figure("loss over that of the start", right["after"]["loss"] / start, at_most=0.95)
+    figure("loss over that of the start, labels flipped", flipped["after"]["loss"] / start, at_least=1.05)
+    figure("margin", right["after"]["margin"], at_least=0.1)
+    figure("margin, labels flipped", flipped["after"]["margin"], at_most=-0.1)
+    figure("accuracy", right["after"]["accuracy"], at_least=0.65)
+    figure("accuracy, labels flipped", flipped["after"]["accuracy"], at_most=0.35)
 
 
 # -- reward negated ---------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.trained
 @pytest.mark.parametrize("method", ROLLOUTS)
-def test_a_negated_reward_is_seen_in_the_held_out_reward(folder, base, instructions, method, monkeypatch):
-    real = rewards.functions
+def test_a_negated_reward_is_seen_in_the_held_out_reward(right_way, method, tmp_path, monkeypatch, figure):
+    right, real = right_way(method).data["objective"], rewards.functions
 
-    def gained(sign):
-        """How much of the true reward the training wins on held-out prompts."""
+    def functions(job, parents, on_backbone=None):
+        true = real(job, parents)["ifeval"]
 
-        def functions(job, parents, on_backbone=None):
-            true = real(job, parents)["ifeval"]
+        def ifeval(*args, **columns):
+            return [-reward for reward in true(*args, **columns)]
 
-            def ifeval(*args, **columns):
-                return [sign * reward for reward in true(*args, **columns)]
+        return {"ifeval": ifeval}
 
-            return {"ifeval": ifeval}
-
-        monkeypatch.setattr(rewards, "functions", functions)
-        made = small_steps.train(folder / f"{method} {sign}", method, base, instructions, **SETTINGS[method])
-        before, after = (made.data["objective"][when] for when in ("before", "after"))
-        assert before["reward"] == before["ifeval"] and after["reward"] == after["ifeval"]
-        return sign * before["reward"], sign * after["reward"]
-
-    before, after = gained(1)
-    assert after > before + 0.1
-    same, worse = gained(-1)
-    assert same == before and before > 0.05  # there is something to lose
-    assert worse < before - 0.03
+    monkeypatch.setattr(rewards, "functions", functions)
+    negated = right_way.train(tmp_path, method).data["objective"]
+    for one in (right, negated):
+        assert one["before"]["reward"] == one["before"]["ifeval"] and one["after"]["reward"] == one["after"]["ifeval"]
+    before = right["before"]["reward"]
+    assert -negated["before"]["reward"] == before
+    figure("what there is to win or lose", before, at_least=0.05)
+    figure("won", right["after"]["reward"] - before, at_least=0.1)
+    figure("won, reward negated", -negated["after"]["reward"] - before, at_most=-0.03)
 
 
-def test_a_constant_reward_moves_nothing_but_the_kl_in_ppo(folder, base, instructions, monkeypatch):
+@pytest.mark.trained
+def test_a_constant_reward_moves_nothing_but_the_kl_in_ppo(right_way, tmp_path, monkeypatch, figure):
     """What is left is noise: the whitened error of a value function that has nothing to learn, and the pull to the reference."""
     from workflow_scripts.rl.ppo_trainer import PPOTrainer
 
-    right = small_steps.train(folder / "ppo true", "ppo_ifeval", base, instructions, **SETTINGS["ppo_ifeval"])
-    real = PPOTrainer._calculate_rewards
+    right, real = right_way("ppo_ifeval").data["objective"], PPOTrainer._calculate_rewards
 
     def constant(self, *args):
         found = real(self, *args)
@@ -126,11 +97,11 @@ def test_a_constant_reward_moves_nothing_but_the_kl_in_ppo(folder, base, instruc
         return found
 
     monkeypatch.setattr(PPOTrainer, "_calculate_rewards", constant)
-    made = small_steps.train(folder / "ppo constant", "ppo_ifeval", base, instructions, **SETTINGS["ppo_ifeval"])
-    before, after = (made.data["objective"][when]["reward"] for when in ("before", "after"))
-    assert right.data["objective"]["before"]["reward"] == before
-    assert right.data["objective"]["after"]["reward"] > before + 0.1
-    assert after == pytest.approx(before, abs=0.06)
+    made = right_way.train(tmp_path, "ppo_ifeval").data["objective"]
+    before = right["before"]["reward"]
+    assert made["before"]["reward"] == before
+    figure("won", right["after"]["reward"] - before, at_least=0.1)
+    figure("won, reward constant", made["after"]["reward"] - before, at_least=-0.06, at_most=0.06)
 
 
 # -- mask off ---------------------------------------------------------------------------------------------------------

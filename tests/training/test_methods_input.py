@@ -13,6 +13,7 @@ import pytest
 from safetensors.torch import load_file
 
 from tests.support import small_steps
+from tests.support.processors import SEED
 from workflow_scripts.artifacts import manifests
 from workflow_scripts.config import config
 from workflow_scripts.models import chat, loading
@@ -238,9 +239,12 @@ def test_a_reward_model_above_chance_is_taken(tmp_path, accuracy, n):
 
 @pytest.fixture(scope="module")
 def weak_rm(folder, base, slices):
-    made = small_steps.train(folder / "rm", "rm", base, slices["pairs"])
-    assert made.data["objective"]["after"]["accuracy"] < 0.9  # of 8 pairs: within chance
-    return made
+    return small_steps.train(folder / "rm", "rm", base, slices["pairs"])
+
+
+@pytest.mark.trained
+def test_it_is_within_chance(weak_rm, figure):
+    figure("accuracy, of 8 pairs", weak_rm.data["objective"]["after"]["accuracy"], at_most=0.875)
 
 
 @pytest.mark.parametrize("method", ["ppo", "grpo", "rloo"])
@@ -316,7 +320,7 @@ def test_the_same_seed_gives_the_same_bytes_and_another_seed_another_adapter(els
     place = elsewhere / method
     again = manifests.read(place / "again" / "adapter" / "manifest.json")
     first, other = (
-        small_steps.train(place / str(seed), method, base, slices[method], seed=seed, **MORE[method]) for seed in (1, 2)
+        small_steps.train(place / str(seed), method, base, slices[method], seed=seed, **MORE[method]) for seed in (SEED, SEED + 1)
     )
     for name in (ADAPTER, "metrics.csv"):
         assert (first.folder / name).read_bytes() == (again.folder / name).read_bytes(), name
