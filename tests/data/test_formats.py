@@ -5,12 +5,11 @@ from pathlib import Path
 
 import pytest
 
-from tests.data.test_slice_data import Slicer, turn
 from tests.support import small_steps
+from tests.support.slicer import turn
 from workflow_scripts.artifacts import manifests
 from workflow_scripts.config.schema import SCHEMA
 from workflow_scripts.data import formats, parts
-from workflow_scripts.models import chat
 
 ROOT = Path(__file__).resolve().parents[2]
 FILES = ROOT / "tests/files/formats"
@@ -118,23 +117,6 @@ REAL = {
     ),
 }
 LOST = {"hh.jsonl": {"with turns out of order": 1}}
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory):
-    return small_steps.write_base(tmp_path_factory.mktemp("formats") / "base", shape={"max_position_embeddings": 8192})
-
-
-@pytest.fixture(scope="module")
-def tokenizer(base):
-    return chat.tokenizer_of(manifests.read(base))
-
-
-@pytest.fixture
-def slicer(tmp_path, monkeypatch, tokenizer):
-    """Slices with the tiny world's tokenizer and template."""
-    monkeypatch.setattr(chat, "tokenizer_of", lambda base: tokenizer)
-    return Slicer(tmp_path)
 
 
 def cut(slicer, file, kind, **config):

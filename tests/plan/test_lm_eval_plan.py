@@ -8,9 +8,9 @@ import pytest
 import yaml
 
 from tests.conftest import MICRO, ROOT
-from tests.data.test_slice_data import Slicer, chat_row
 from tests.support import report_world, small_steps
 from tests.support.choice_rows import DEV, MMLU, SHOTS, TRUTH, question, scored, truth
+from tests.support.slicer import Slicer, chat_row
 from workflow_scripts.artifacts import manifests
 from workflow_scripts.config import config
 from workflow_scripts.config.written import merge
