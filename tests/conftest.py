@@ -195,11 +195,12 @@ def fresh(tmp_path: Path) -> Clone:
 # alone with it at the end.
 SLOW = (
     "dag/test_tiny_gains", "slurm/", "dag/test_kills", "dag/", "profiles/", "training/", "rl/test_ppo", "rl/test_reward_model",
-    "gpu/", "models/test_adapters", "models/test_models", "models/test_chat", "report/test_trained", "report/test_report_browser",
+    "gpu/", "models/test_adapters", "models/test_models", "models/test_chat", "models/test_qwen_tokenizer",
+    "report/test_trained", "report/test_report_browser",
     "evaluation/test_lm_eval_task", "tools/test_tools", "tools/test_push", "tools/test_adopt", "tools/test_accept",
     "steps/test_shards",
 )  # fmt: skip
-SNAKEMAKE = {"finished", "laid_out", "fresh", "world"}  # tests elsewhere that take such a clone
+SNAKEMAKE = {"finished", "laid_out", "fresh", "clone", "world"}  # tests elsewhere that take such a clone
 
 
 @pytest.hookimpl(tryfirst=True)

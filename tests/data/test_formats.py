@@ -129,7 +129,13 @@ def cut(slicer, file, kind, **config):
     return manifests.read(job.out)
 
 
-@pytest.mark.parametrize(("file", "kind"), REAL, ids=[f"{file.rsplit('/')[-1]}-{kind}" for file, kind in REAL])
+def in_a_ring(file: str, kind: str):
+    """The slices that ship here are large."""
+    marks = [pytest.mark.slow] if file.startswith("data/preference/") else []
+    return pytest.param(file, kind, marks=marks, id=f"{file.rsplit('/')[-1]}-{kind}")
+
+
+@pytest.mark.parametrize(("file", "kind"), [in_a_ring(*one) for one in REAL])
 def test_a_real_file_becomes_canonical_rows_and_masked_tokens(file, kind, slicer, base, tokenizer, tmp_path):
     name, by_hand = REAL[file, kind]
     made = cut(slicer, file, kind)

@@ -319,6 +319,7 @@ def shots(folder: Path, n: int) -> str:
     return "shots.yaml"
 
 
+@pytest.mark.slow
 def test_the_report_takes_multiple_choice_in_a_family(tmp_path):
     families = {
         task: {"title": f"What of {task} is left?", "task": task, "reference": "sft_v2", "runs": ["dpo", "kto"]}

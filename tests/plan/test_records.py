@@ -76,6 +76,7 @@ def planned_by_snakemake(tmp_path_factory) -> dict[str, tuple[str, list[str]]]:
     return {outputs.split(", ")[0]: (rule, outputs.split(", ")) for rule, outputs in jobs if rule != "all"}
 
 
+@pytest.mark.slow
 def test_places_and_rules_are_those_of_the_rules(planned_by_snakemake):
     config = merge(read_yaml(MICRO[0]), merge(read_yaml(MICRO[1]), {"seeds": [1, 2]}))
     plan = Plan(configs.Config(config))
