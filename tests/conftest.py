@@ -115,6 +115,18 @@ def world(shared) -> Clone:
 
 
 @pytest.fixture(scope="session")
+def laid_out(shared) -> Clone:
+    """A clone with results that look like those of the main job of the micro config. Do not change it: take `made`."""
+    from tests.support.laid_out import MAIN_JOB, lay_out, plan_of
+
+    def make(folder: Path) -> None:
+        clone = make_clone(folder)
+        lay_out(clone, plan_of(clone), *MAIN_JOB)
+
+    return Clone(shared.folder("laid_out", make))
+
+
+@pytest.fixture(scope="session")
 def base(shared) -> Path:
     """The manifest of a base model with random weights."""
     return shared.folder("base", small_steps.write_base) / "manifest.json"
@@ -166,6 +178,13 @@ def clone(finished: Clone, tmp_path: Path) -> Clone:
 
 
 @pytest.fixture
+def made(laid_out: Clone, tmp_path: Path) -> Clone:
+    """A copy of the clone that looks finished."""
+    shutil.copytree(laid_out.folder, tmp_path / "phaseline", symlinks=True)
+    return Clone(tmp_path / "phaseline")
+
+
+@pytest.fixture
 def fresh(tmp_path: Path) -> Clone:
     return make_clone(tmp_path / "phaseline")
 
@@ -176,11 +195,12 @@ def fresh(tmp_path: Path) -> Clone:
 # alone with it at the end.
 SLOW = (
     "dag/test_tiny_gains", "slurm/", "dag/test_kills", "dag/", "profiles/", "training/", "rl/test_ppo", "rl/test_reward_model",
-    "gpu/", "models/test_adapters", "models/test_models", "models/test_chat", "report/test_trained", "report/test_report_browser",
+    "gpu/", "models/test_adapters", "models/test_models", "models/test_chat", "models/test_qwen_tokenizer",
+    "report/test_trained", "report/test_report_browser",
     "evaluation/test_lm_eval_task", "tools/test_tools", "tools/test_push", "tools/test_adopt", "tools/test_accept",
     "steps/test_shards",
 )  # fmt: skip
-SNAKEMAKE = {"finished", "fresh", "world"}  # tests elsewhere that take such a clone
+SNAKEMAKE = {"finished", "laid_out", "fresh", "clone", "world"}  # tests elsewhere that take such a clone
 
 
 @pytest.hookimpl(tryfirst=True)

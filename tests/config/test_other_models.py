@@ -84,6 +84,7 @@ def test_what_a_model_must_not_be(tmp_path, old, new, words):
     assert words in str(error.value) and "over.yaml" in str(error.value)
 
 
+@pytest.mark.slow
 def test_it_can_be_the_positive_control_and_stands_in_the_tables(tmp_path):
     import yaml
 

@@ -216,6 +216,7 @@ def mine(tmp_path):
     return tmp_path / "mine.yaml"
 
 
+@pytest.mark.slow
 def test_the_example_runs_from_its_marked_lines_on_ones_own_files(mine, clone):
     done = snakemake(clone, "-n", f"{mine.parent}/results/ifeval_dpo.json", "--configfile", str(mine))
     assert done.returncode == 0, done.stdout + done.stderr

@@ -248,6 +248,7 @@ def settings(adapter) -> dict:
     return json.loads((adapter.folder / "adapter_config.json").read_text())
 
 
+@pytest.mark.slow
 def test_adapters_of_rank_8_are_trained_merged_and_built_upon(tmp_path, plan):
     """SFT, its merge, and on that DPO, a reward model and PPO, whose three adapters all have rank 8."""
     from workflow_scripts.rl import ppo_trainer
@@ -295,6 +296,7 @@ def section(html: str) -> str:
     return html[html.index('<h2 id="capacity">') : html.index('<h2 id="kinds">')]
 
 
+@pytest.mark.slow
 def test_the_report_shows_capacity_against_accuracy_where_a_sweep_is_declared(tmp_path):
     accuracy = {"dpo_r8": 0.55, "dpo_r32": 0.8}
     config = report_world.write_config(tmp_path, overlay=yaml.safe_load(SWEEP.read_text()))

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.data.test_slice_data import Slicer, Words, turn
+from tests.support.slicer import Slicer, Words, turn
 from workflow_scripts.artifacts import manifests
 from workflow_scripts.data import slicing
 from workflow_scripts.models import chat

@@ -5,12 +5,11 @@ from pathlib import Path
 
 import pytest
 
-from tests.data.test_slice_data import Slicer, turn
 from tests.support import small_steps
+from tests.support.slicer import turn
 from workflow_scripts.artifacts import manifests
 from workflow_scripts.config.schema import SCHEMA
 from workflow_scripts.data import formats, parts
-from workflow_scripts.models import chat
 
 ROOT = Path(__file__).resolve().parents[2]
 FILES = ROOT / "tests/files/formats"
@@ -120,23 +119,6 @@ REAL = {
 LOST = {"hh.jsonl": {"with turns out of order": 1}}
 
 
-@pytest.fixture(scope="module")
-def base(tmp_path_factory):
-    return small_steps.write_base(tmp_path_factory.mktemp("formats") / "base", shape={"max_position_embeddings": 8192})
-
-
-@pytest.fixture(scope="module")
-def tokenizer(base):
-    return chat.tokenizer_of(manifests.read(base))
-
-
-@pytest.fixture
-def slicer(tmp_path, monkeypatch, tokenizer):
-    """Slices with the tiny world's tokenizer and template."""
-    monkeypatch.setattr(chat, "tokenizer_of", lambda base: tokenizer)
-    return Slicer(tmp_path)
-
-
 def cut(slicer, file, kind, **config):
     path = ROOT / file if "/" in file else FILES / file
     config = {"rows": 12, "max_prompt_tokens": 10_000, "name": path.name} | config
@@ -147,7 +129,13 @@ def cut(slicer, file, kind, **config):
     return manifests.read(job.out)
 
 
-@pytest.mark.parametrize(("file", "kind"), REAL, ids=[f"{file.rsplit('/')[-1]}-{kind}" for file, kind in REAL])
+def in_a_ring(file: str, kind: str):
+    """The slices that ship here are large."""
+    marks = [pytest.mark.slow] if file.startswith("data/preference/") else []
+    return pytest.param(file, kind, marks=marks, id=f"{file.rsplit('/')[-1]}-{kind}")
+
+
+@pytest.mark.parametrize(("file", "kind"), [in_a_ring(*one) for one in REAL])
 def test_a_real_file_becomes_canonical_rows_and_masked_tokens(file, kind, slicer, base, tokenizer, tmp_path):
     name, by_hand = REAL[file, kind]
     made = cut(slicer, file, kind)

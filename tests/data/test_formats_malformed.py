@@ -4,8 +4,8 @@ import json
 
 import pytest
 
-from tests.data.test_formats import BOTH_SIDES, CONVERSATION, base, said, slicer, talk, tokenizer  # noqa: F401
-from tests.data.test_slice_data import lines, turn
+from tests.data.test_formats import BOTH_SIDES, CONVERSATION, talk
+from tests.support.slicer import lines, turn
 
 
 def hh(chosen: str, rejected: str) -> dict:

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 
 from tests.data.test_formats import FILES, REAL, talk
-from tests.data.test_slice_data import Slicer, Words, chat_row, good, lines
+from tests.support.slicer import Slicer, Words, chat_row, good, lines
 from workflow_scripts.artifacts import manifests
 from workflow_scripts.data import slicing
 from workflow_scripts.models import chat

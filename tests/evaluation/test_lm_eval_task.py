@@ -9,9 +9,9 @@ import torch
 import yaml
 from safetensors.torch import load_file, save_file
 
-from tests.data.test_slice_data import chat_row
 from tests.support import small_steps
 from tests.support.choice_rows import DEV, MMLU, SHOTS, SUBJECTS, TRUTH, question, scored, truth
+from tests.support.slicer import chat_row
 from workflow_scripts.evaluation import lm_tasks
 
 

@@ -152,6 +152,7 @@ def letter_of(key):
     return random.Random(key).choice(list(string.ascii_letters)).lower()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("key", RANDOM_KEYS)
 def test_a_random_letter_follows_from_the_key_alone(real, key):
     prompts, responses, _ = real
@@ -173,6 +174,7 @@ def test_a_random_letter_follows_from_the_key_alone(real, key):
         assert len(free) == 2
 
 
+@pytest.mark.slow
 def test_a_language_that_langdetect_wavers_on_is_judged_alike_each_time():
     from langdetect import detect
 
@@ -227,6 +229,7 @@ assert "torch" not in sys.modules
 """
 
 
+@pytest.mark.slow
 def test_the_command_gives_the_same_bytes_in_any_process_without_network(real, tmp_path):
     _, responses, scores = real
     found = []

@@ -109,6 +109,7 @@ def test_chatml_as_text_closes_a_turn_with_the_tokens_that_are_there(stories, tm
     assert ids[inside[-1]] == tokenizer.eos_token_id == 2
 
 
+@pytest.mark.slow
 def test_a_folder_model_trains_two_sft_steps_and_one_dpo_step(stories, tmp_path):
     long = talk("Go on.", "The cat was happy. " * 300)  # above the context: cut to max_length, and still trained on
     sft_rows = small_steps.write_slice(tmp_path, "sft", [long] + [talk(f"Tell me about cat {i}.") for i in range(11)], heldout=4)

@@ -8,9 +8,9 @@ import pytest
 import yaml
 
 from tests.conftest import MICRO, ROOT
-from tests.data.test_slice_data import Slicer, chat_row
 from tests.support import report_world, small_steps
 from tests.support.choice_rows import DEV, MMLU, SHOTS, TRUTH, question, scored, truth
+from tests.support.slicer import Slicer, chat_row
 from workflow_scripts.artifacts import manifests
 from workflow_scripts.config import config
 from workflow_scripts.config.written import merge
@@ -319,6 +319,7 @@ def shots(folder: Path, n: int) -> str:
     return "shots.yaml"
 
 
+@pytest.mark.slow
 def test_the_report_takes_multiple_choice_in_a_family(tmp_path):
     families = {
         task: {"title": f"What of {task} is left?", "task": task, "reference": "sft_v2", "runs": ["dpo", "kto"]}

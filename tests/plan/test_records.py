@@ -1,7 +1,6 @@
 """Snakemake's records as this pipeline reads and writes them: those of the pinned Snakemake, key by key."""
 
 import json
-import os
 import re
 import shutil
 from pathlib import Path
@@ -11,80 +10,15 @@ from snakemake.persistence import RECORD_FORMAT_VERSION, MetadataRecord
 from snakemake.persistence.file import FilePersistence
 from snakemake.settings.types import DAGSettings
 
-from tests.conftest import MICRO, Clone, make_clone
-from workflow_scripts.artifacts import manifests
-from workflow_scripts.artifacts.fingerprint import canonical, file_sha256, fingerprint
+from tests.conftest import MICRO, make_clone
+from workflow_scripts.artifacts.fingerprint import canonical
 from workflow_scripts.config import config as configs
 from workflow_scripts.config.written import merge
 from workflow_scripts.config.yaml_files import read_yaml
 from workflow_scripts.plan import records
 from workflow_scripts.plan.plan import Plan
 from workflow_scripts.plan.records import place_of
-from workflow_scripts.tools import adopt, verify
-
-
-def plan_of(clone: Clone, *overlays: str) -> Plan:
-    return Plan(configs.load(*(clone.folder / file for file in [*MICRO, *overlays])))
-
-
-def lay_out(clone: Clone, plan: Plan, *keys: tuple[str, str]) -> None:
-    """Artifacts as the config plans them, and all that they are made from, with made-up files; and Snakemake's records."""
-    known = [("slice", name) for name in plan.config.data["data"]["slices"]] + [("base", "base")]
-    known += [(kind, run) for run in plan.runs() for kind in ("train", "merge")]
-    known += [(f"generate_{task}", run) for run in ["base", *plan.runs()] for task in plan.config.evaluations]
-    by_mark = {plan.fingerprint(*key): key for key in known}
-    new: list[records.Place] = []
-
-    def visit(key: tuple[str, str]) -> dict:
-        kind, name = key
-        place = place_of(plan.results, kind, name)
-        out = clone.folder / place.manifest
-        if out.exists():
-            return json.loads(out.read_text())
-        step, parents = plan.step(kind, name), {}
-        for role, mark in step["parents"].items():
-            parent = place_of(plan.results, *by_mark[mark]).manifest
-            parents[role] = {"path": parent, "fingerprint": visit(by_mark[mark])["fingerprint"]}
-        out.parent.mkdir(parents=True, exist_ok=True)
-        names = [Path(file).name for file in place.outputs[1:]] or (["model.safetensors"] if kind == "merge" else [])
-        files = {}
-        for file in [*names, *(["adapter_config.json"] if kind == "train" else [])]:
-            (out.parent / file).write_text(f"{file} of {kind} {name}\n")
-            files[file] = file_sha256(out.parent / file)
-        sort = {"slice": "slice", "base": "base", "train": "adapter", "merge": "merged"}.get(kind, kind)
-        manifest = {"format": 1, "kind": sort, "fingerprint": fingerprint(step), "step": step, "files": files, "parents": parents}
-        out.write_text(manifests.dump(manifest))
-        new.append(place)
-        return manifest
-
-    for key in keys:
-        visit(key)
-    cwd = os.getcwd()
-    os.chdir(clone.folder)
-    try:
-        for place in new:
-            finding = verify.examine(place)
-            assert not finding.problems and finding.artifact is not None, (place, finding.problems)
-            records.write(place, finding.step, verify.ancestors(place, finding.artifact))
-    finally:
-        os.chdir(cwd)
-
-
-MAIN_JOB = [("score_ifeval", run) for run in ("base", "sft_v2", "dpo")]
-
-
-@pytest.fixture(scope="session")
-def laid_out(tmp_path_factory) -> Clone:
-    """A clone with results that look like those of the main job of the micro config. Do not change it: take `made`."""
-    made = make_clone(tmp_path_factory.mktemp("laid_out") / "phaseline")
-    lay_out(made, plan_of(made), *MAIN_JOB)
-    return made
-
-
-@pytest.fixture
-def made(laid_out: Clone, tmp_path: Path) -> Clone:
-    shutil.copytree(laid_out.folder, tmp_path / "phaseline", symlinks=True)
-    return Clone(tmp_path / "phaseline")
+from workflow_scripts.tools import adopt
 
 
 def recorded(folder: Path) -> dict[str, dict]:
@@ -142,6 +76,7 @@ def planned_by_snakemake(tmp_path_factory) -> dict[str, tuple[str, list[str]]]:
     return {outputs.split(", ")[0]: (rule, outputs.split(", ")) for rule, outputs in jobs if rule != "all"}
 
 
+@pytest.mark.slow
 def test_places_and_rules_are_those_of_the_rules(planned_by_snakemake):
     config = merge(read_yaml(MICRO[0]), merge(read_yaml(MICRO[1]), {"seeds": [1, 2]}))
     plan = Plan(configs.Config(config))

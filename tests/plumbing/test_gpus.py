@@ -92,6 +92,7 @@ def host(tmp_path):
         (gpus.LOCKS / f"{gpu}.lock").unlink(missing_ok=True)
 
 
+@pytest.mark.slow
 def test_four_jobs_at_once_on_two_gpus_never_share_one(host):
     """As a user who offers Snakemake more than there is: the jobs take turns."""
     (host.folder / "Snakefile").write_text(

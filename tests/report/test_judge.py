@@ -34,6 +34,7 @@ def load(tmp_path, text: str) -> configs.Config:
     return configs.load(*[ROOT / name for name in MICRO], tmp_path / "over.yaml")
 
 
+@pytest.mark.slow
 def test_rewards_are_those_of_the_evaluation_of_the_reward_model(tmp_path):
     """The chosen answers of its held-out pairs, given as a run's answers, get the rewards that eval_rm gave them."""
     base = small_steps.write_base(tmp_path / "base")
@@ -130,6 +131,7 @@ def test_a_win_is_a_higher_reward_and_a_tie_half_a_win():
     assert winning.share(score, other) == [1.0, 0.5, 0.0] and winning.share(other, score) == [1.0, 0.5, 0.0]
 
 
+@pytest.mark.slow
 def test_the_page_has_win_rates_that_say_what_they_are(tmp_path, overlay):
     (tmp_path / "made").mkdir()
     config = report_world.write_config(tmp_path, overlay=yaml.safe_load(overlay))

@@ -76,16 +76,19 @@ def test_the_line_of_links_names_each_section_in_the_page_s_order(html):
     assert links == re.findall(r'<h2 id="(\w+)"', html) and {"trained", "budget", "how"} < set(links)
 
 
+@pytest.mark.slow
 def test_the_same_results_give_the_same_bytes(copy, html):
     assert report_world.report(*copy) == html
 
 
+@pytest.mark.slow
 def test_a_failed_control_says_in_red_that_the_comparison_is_not_to_be_trusted(tmp_path):
     plan = report_world.make(tmp_path, report_world.write_config(tmp_path), accuracy={"dpo_flipped": 0.6})
     html = report_world.report(tmp_path, plan)
     assert 'class="box alarm"><strong>Do not trust this comparison:' in html and "negative: FAILED" in html
 
 
+@pytest.mark.slow
 def test_costs_are_gpu_hours_and_money_where_there_is_a_gpu_and_a_price(tmp_path):
     """A DPO run trains 33 s and answers two tasks in 12.5 s each: 58 s for each of three seeds."""
     overlay = {"device": "cuda", "precision": "bf16", "report": {"price": 36.0, "currency": "EUR"}}

@@ -35,6 +35,7 @@ def gsm8k():
 # -- GSM8K's own answers -------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_every_answer_of_gsm8k_is_right_as_text_and_as_number(gsm8k):
     for _, answer, final in gsm8k:
         assert numeric(answer, final) and numeric(answer, int(final)) and numeric(answer, Decimal(final)), answer
@@ -46,6 +47,7 @@ def changed(final: str) -> set[str]:
     return {text for text in texts - {"", "-"} if Decimal(text) != number}
 
 
+@pytest.mark.slow
 def test_no_answer_of_gsm8k_is_right_once_its_number_is_changed(gsm8k):
     assert changed("18") == {"19", "17", "-18", "180", "18.5", "1", "8"}
     for _, answer, final in gsm8k:
@@ -80,6 +82,7 @@ def test_both_filters_of_lm_eval_find_the_same_number_in_every_answer_of_gsm8k(g
             assert Decimal(text.replace(",", "")) == final_number(answer), (name, answer)
 
 
+@pytest.mark.slow
 def test_without_the_mark_we_differ_from_flexible_extract_on_times_and_fractions_alone(gsm8k):
     flexible = lm_eval_filters()["flexible-extract"]
     bodies = [answer.rpartition("\n####")[0] for _, answer, _ in gsm8k]

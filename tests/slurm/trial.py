@@ -286,7 +286,7 @@ class Trial:
                 assert asked == visible, f"{rule} asked for {asked} GPUs and sees CUDA_VISIBLE_DEVICES={devices}"
                 evidence += [f"{rule} CUDA_VISIBLE_DEVICES={devices}"]
         with self.check("equal") as evidence:
-            assert self.undisturbed.wait(300) == 0, self.local.said(self.undisturbed)[-3000:]
+            assert self.undisturbed.wait(600) == 0, self.local.said(self.undisturbed)[-3000:]
             expected = kills.results(self.local)
             kills.check_whole(self.chain, expected)
             missing = set(expected) - set(kills.results(self.chain))
@@ -305,7 +305,7 @@ class Trial:
             first = self.chain.submit()
             self.disturb_sft()
             again = first if self.short else self.disturb_dpo(first)
-            code = again.wait(200)
+            code = again.wait(600)
             self.said += self.chain.said(again)
             assert code == 0, self.said[-4000:]
             self.judge()

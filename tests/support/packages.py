@@ -7,16 +7,29 @@ import subprocess
 import sys
 from pathlib import Path
 
+from filelock import FileLock
+
 
 def packages(requirements: Path) -> Path:
     """The folder. OSError if they can't be had from a package index."""
     made = Path(sys.prefix) / f"for-tests-{hashlib.sha256(requirements.read_bytes()).hexdigest()[:12]}"
-    if not (made / "complete").exists():
-        pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--upgrade", "--target", str(made / "packages")]
-        done = subprocess.run([*pip, "--requirement", str(requirements)], capture_output=True, text=True)
-        if done.returncode:
-            raise OSError(f"{requirements.name}: can't be installed from a package index: {done.stderr.strip()[-300:]}")
-        (made / "complete").touch()
+    with FileLock(f"{made}.lock"):  # of two processes of tests
+        if not (made / "complete").exists():
+            pip = [
+                sys.executable,
+                "-m",
+                "pip",
+                "install",
+                "--quiet",
+                "--no-deps",
+                "--upgrade",
+                "--target",
+                str(made / "packages"),
+            ]
+            done = subprocess.run([*pip, "--requirement", str(requirements)], capture_output=True, text=True)
+            if done.returncode:
+                raise OSError(f"{requirements.name}: can't be installed from a package index: {done.stderr.strip()[-300:]}")
+            (made / "complete").touch()
     return made / "packages"
 
 

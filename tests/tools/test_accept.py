@@ -6,7 +6,7 @@ import shutil
 import pytest
 
 from tests.conftest import Clone
-from tests.plan.test_records import laid_out, lay_out, made, plan_of  # noqa: F401 (fixtures)
+from tests.support.laid_out import lay_out, plan_of
 from tests.tools.test_adopt import ALONE, BETA, DPO, FROM_SFT, adopted, forget, verified
 from workflow_scripts.artifacts import fingerprint, manifests
 from workflow_scripts.plan import records
@@ -39,7 +39,7 @@ def note(clone: Clone, manifest: str) -> list[dict]:
 # -- accepting ----------------------------------------------------------------------------------------------------------------
 
 
-def test_a_change_is_accepted_with_what_differs_only_by_it_and_later_changes_count(made):  # noqa: F811
+def test_a_change_is_accepted_with_what_differs_only_by_it_and_later_changes_count(made):
     edit(made)
     assert made.plan(DPO) == FROM_SFT
     said = accept(made, SFT)
@@ -53,7 +53,7 @@ def test_a_change_is_accepted_with_what_differs_only_by_it_and_later_changes_cou
     assert made.plan(DPO) == FROM_SFT
 
 
-def test_the_note_says_what_why_when_and_from_which_fingerprint_to_which(made):  # noqa: F811
+def test_the_note_says_what_why_when_and_from_which_fingerprint_to_which(made):
     before = json.loads((made.folder / SFT).read_text())
     edit(made)
     accept(made, SFT)
@@ -71,7 +71,7 @@ def test_the_note_says_what_why_when_and_from_which_fingerprint_to_which(made): 
     assert made.run("python", "-m", "workflow_scripts.tools.status").stdout.count("ifeval") == 0  # no run called accepted
 
 
-def test_what_has_a_change_of_its_own_stays_stale(made):  # noqa: F811
+def test_what_has_a_change_of_its_own_stays_stale(made):
     edit(made)
     configs = made.overlay(BETA)
     said = accept(made, SFT, configs=configs)
@@ -83,7 +83,7 @@ def test_what_has_a_change_of_its_own_stays_stale(made):  # noqa: F811
     assert made.plan(DPO) == ALONE  # back at 0.1: accepted is one value, not every value
 
 
-def test_one_leaf_of_many(made):  # noqa: F811
+def test_one_leaf_of_many(made):
     made.edit("workflow_scripts/steps/generate.py", "bar.close()", "bar.close()\n    del bar")
     said = accept(made, "results/dpo/ifeval_responses.jsonl")  # any output of the artifact names it
     assert said.count("accepted ") == 2
@@ -91,7 +91,7 @@ def test_one_leaf_of_many(made):  # noqa: F811
     assert made.plan("results/ifeval_sft_v2.json") == {"generate": 1, "score": 1}
 
 
-def test_of_two_experiments_with_equal_settings_the_one_that_is_named(made):  # noqa: F811
+def test_of_two_experiments_with_equal_settings_the_one_that_is_named(made):
     configs = made.overlay("experiments: {sft_copy: {extends: sft_v2}, dpo_copy: {extends: dpo, start_from: sft_copy}}")
     lay_out(made, plan_of(made, "overlay.yaml"), ("train", "sft_copy"), ("merge", "sft_copy"), ("score_ifeval", "dpo_copy"))
     assert made.plan(DPO, "results/ifeval_dpo_copy.json", configs=configs) == {}
@@ -102,7 +102,7 @@ def test_of_two_experiments_with_equal_settings_the_one_that_is_named(made):  # 
     assert made.plan(DPO, configs=configs) == FROM_SFT
 
 
-def test_a_second_acceptance_adds_to_the_first(made):  # noqa: F811
+def test_a_second_acceptance_adds_to_the_first(made):
     edit(made)
     accept(made, SFT)
     made.edit(STEP, "LABEL = 'sft'", "LABEL = 'SFT'")
@@ -112,7 +112,7 @@ def test_a_second_acceptance_adds_to_the_first(made):  # noqa: F811
     assert "nothing to accept" in accept(made, SFT) and len(note(made, SFT)) == 2
 
 
-def test_taking_the_change_back_is_settled_by_accepting_it(made):  # noqa: F811
+def test_taking_the_change_back_is_settled_by_accepting_it(made):
     text = (made.folder / STEP).read_text()
     edit(made)
     accept(made, SFT)
@@ -122,7 +122,7 @@ def test_taking_the_change_back_is_settled_by_accepting_it(made):  # noqa: F811
     assert made.plan(DPO) == {}
 
 
-def test_a_kill_between_note_and_record_is_finished_by_the_same_command(made):  # noqa: F811
+def test_a_kill_between_note_and_record_is_finished_by_the_same_command(made):
     shutil.copytree(made.folder / ".snakemake", made.folder / "before")
     edit(made)
     accept(made, SFT)
@@ -133,7 +133,7 @@ def test_a_kill_between_note_and_record_is_finished_by_the_same_command(made):  
     assert made.plan(DPO) == {}
 
 
-def test_adopting_keeps_what_was_accepted(made):  # noqa: F811
+def test_adopting_keeps_what_was_accepted(made):
     edit(made)
     accept(made, SFT)
     forget(made)
@@ -146,7 +146,7 @@ def test_adopting_keeps_what_was_accepted(made):  # noqa: F811
     assert made.plan(DPO) == {}
 
 
-def test_an_artifact_that_was_made_again_is_not_what_was_accepted(made, monkeypatch):  # noqa: F811
+def test_an_artifact_that_was_made_again_is_not_what_was_accepted(made, monkeypatch):
     edit(made)
     accept(made, SFT)
     manifest = made.folder / SFT
@@ -161,7 +161,7 @@ def test_an_artifact_that_was_made_again_is_not_what_was_accepted(made, monkeypa
 # -- refusing -----------------------------------------------------------------------------------------------------------------
 
 
-def test_a_stale_ancestor_is_named_and_nothing_is_written(made):  # noqa: F811
+def test_a_stale_ancestor_is_named_and_nothing_is_written(made):
     edit(made)
     said = accept(made, DPO)
     assert said.startswith(
@@ -181,13 +181,13 @@ def test_a_stale_ancestor_is_named_and_nothing_is_written(made):  # noqa: F811
         ("config/config.yaml", WHY, "config/config.yaml: not an output of this config"),
     ],
 )
-def test_refusals_are_one_line(made, target, why, words):  # noqa: F811
+def test_refusals_are_one_line(made, target, why, words):
     edit(made)
     assert words in accept(made, target, why=why)
     assert not list(made.folder.rglob("*accepted*.json"))
 
 
-def test_an_altered_file_is_no_change_to_accept(made):  # noqa: F811
+def test_an_altered_file_is_no_change_to_accept(made):
     edit(made)
     (made.folder / "results/sft_v2/adapter/adapter_model.safetensors").write_text("tampered")
     said = accept(made, SFT)
@@ -198,14 +198,14 @@ def test_an_altered_file_is_no_change_to_accept(made):  # noqa: F811
     assert made.plan(DPO) == FROM_SFT
 
 
-def test_without_records_adopting_comes_first(made):  # noqa: F811
+def test_without_records_adopting_comes_first(made):
     edit(made)
     forget(made)
     assert "Snakemake has no record of it; run `make adopt` first" in accept(made, SFT)
     assert "Snakemake has no record of it; run `make adopt` first" in accept(made, ADAPTER)
 
 
-def test_what_is_planned_can_not_be_accepted_for_what_was_made_from_something_older(made):  # noqa: F811
+def test_what_is_planned_can_not_be_accepted_for_what_was_made_from_something_older(made):
     """DPO's adapter was made from an SFT of another learning rate, which has been made again since: a real difference."""
     path = made.folder / "results/sft_v2"
     shutil.rmtree(path)

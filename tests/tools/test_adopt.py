@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import Clone, make_clone
-from tests.plan.test_records import laid_out, lay_out, made, plan_of  # noqa: F401 (fixtures)
+from tests.support.laid_out import lay_out, plan_of
 from workflow_scripts.plan import records
 from workflow_scripts.tools import adopt
 
@@ -46,13 +46,13 @@ def stopped(clone: Clone, **options) -> str:
 # -- noticing -----------------------------------------------------------------------------------------------------------------
 
 
-def test_results_without_records_stop_the_pipeline_with_one_line(made):  # noqa: F811
+def test_results_without_records_stop_the_pipeline_with_one_line(made):
     forget(made)
     line = stopped(made)
     assert line.startswith("results/data/ifeval.manifest.json and 13 more: here without a record") and "`make adopt`" in line
 
 
-def test_one_lost_record_is_noticed_and_so_is_one_of_the_two_of_an_adapter(made):  # noqa: F811
+def test_one_lost_record_is_noticed_and_so_is_one_of_the_two_of_an_adapter(made):
     lost = records.record_file("results/dpo/adapter/adapter_model.safetensors")
     (made.folder / lost).unlink()
     assert stopped(made).startswith("results/dpo/adapter/manifest.json: here without")
@@ -61,7 +61,7 @@ def test_one_lost_record_is_noticed_and_so_is_one_of_the_two_of_an_adapter(made)
     assert stopped(made).startswith("results/sft_v2/merged/manifest.json: here without")
 
 
-def test_no_false_alarm(made):  # noqa: F811
+def test_no_false_alarm(made):
     """Other people's files, runs of another config, an artifact whose manifest is gone, and what Snakemake itself will redo."""
     results = made.folder / "results"
     for file in (
@@ -81,7 +81,7 @@ def test_no_false_alarm(made):  # noqa: F811
     assert made.plan(DPO)["train_dpo"] == 1
 
 
-def test_results_that_were_copied_over_others_are_noticed_and_judged_by_what_they_are(made, tmp_path):  # noqa: F811
+def test_results_that_were_copied_over_others_are_noticed_and_judged_by_what_they_are(made, tmp_path):
     other = make_clone(tmp_path / "other")
     other.overlay(BETA)
     lay_out(other, plan_of(other, "overlay.yaml"), ("score_ifeval", "dpo"))
@@ -93,7 +93,7 @@ def test_results_that_were_copied_over_others_are_noticed_and_judged_by_what_the
     assert made.plan(DPO, configs=made.overlay(BETA)) == {}
 
 
-def test_touched_and_copied_files_are_no_reason_to_stop(made, tmp_path):  # noqa: F811
+def test_touched_and_copied_files_are_no_reason_to_stop(made, tmp_path):
     for path in (made.folder / "results").rglob("*"):
         os.utime(path)
     assert made.plan(DPO) == {}
@@ -107,7 +107,7 @@ def test_touched_and_copied_files_are_no_reason_to_stop(made, tmp_path):  # noqa
 
 
 @pytest.mark.parametrize("order", ["as made", "reversed", "scrambled", "one second"])
-def test_after_adopting_a_change_is_planned_as_ever_whatever_the_times(made, order):  # noqa: F811
+def test_after_adopting_a_change_is_planned_as_ever_whatever_the_times(made, order):
     forget(made)
     files = sorted(path for path in (made.folder / "results").rglob("*") if path.is_file())
     now = time.time() - 1000
@@ -121,7 +121,7 @@ def test_after_adopting_a_change_is_planned_as_ever_whatever_the_times(made, ord
     assert "0 artifacts adopted, 0 left" in adopted(made)  # it is done once
 
 
-def test_an_altered_adapter_is_named_and_made_again(made):  # noqa: F811
+def test_an_altered_adapter_is_named_and_made_again(made):
     forget(made)
     (made.folder / "results/dpo/adapter/adapter_model.safetensors").write_text("tampered")
     code, said = verified(made, "results", "--quick")
@@ -138,7 +138,7 @@ def test_an_altered_adapter_is_named_and_made_again(made):  # noqa: F811
 
 
 @pytest.mark.parametrize("change", ["step", "no json", "file list"])
-def test_an_edited_manifest_is_named_and_made_again(made, change):  # noqa: F811
+def test_an_edited_manifest_is_named_and_made_again(made, change):
     forget(made)
     path = made.folder / "results/dpo/adapter/manifest.json"
     data = json.loads(path.read_text())
@@ -156,7 +156,7 @@ def test_an_edited_manifest_is_named_and_made_again(made, change):  # noqa: F811
     assert made.plan(DPO) == ALONE
 
 
-def test_what_lacks_its_ancestor_or_has_another_one_is_named_and_made_again(made):  # noqa: F811
+def test_what_lacks_its_ancestor_or_has_another_one_is_named_and_made_again(made):
     forget(made)
     for path in ("results/sft_v2/merged", "results/sft_v2/adapter"):
         shutil.rmtree(made.folder / path)
@@ -170,7 +170,7 @@ def test_what_lacks_its_ancestor_or_has_another_one_is_named_and_made_again(made
     assert code == 1 and "results/dpo/adapter/manifest.json: made from another start (" in said
 
 
-def test_deleted_outputs_are_made_again_when_something_needs_them_and_only_then(made):  # noqa: F811
+def test_deleted_outputs_are_made_again_when_something_needs_them_and_only_then(made):
     forget(made)
     for file in ("dpo/adapter/adapter_model.safetensors", "sft_v2/merged/model.safetensors"):
         (made.folder / "results" / file).unlink()
@@ -183,7 +183,7 @@ def test_deleted_outputs_are_made_again_when_something_needs_them_and_only_then(
     assert "adapter_config.json is gone; snakemake makes it again" in adopted(made)
 
 
-def test_another_results_folder_is_adopted_under_the_name_that_the_config_gives_it(made):  # noqa: F811
+def test_another_results_folder_is_adopted_under_the_name_that_the_config_gives_it(made):
     configs = made.overlay("pathvars: {results: results/deep}")
     shutil.copytree(made.folder / "results", made.folder / "deep")
     shutil.move(made.folder / "deep", made.folder / "results/deep")
@@ -196,7 +196,7 @@ def test_another_results_folder_is_adopted_under_the_name_that_the_config_gives_
     assert made.plan("results/deep/ifeval_dpo.json", configs=configs) == {} == made.plan(DPO)
 
 
-def test_snakemakes_working_directory_is_where_records_are_looked_for(made, tmp_path):  # noqa: F811
+def test_snakemakes_working_directory_is_where_records_are_looked_for(made, tmp_path):
     for name in ("results", ".snakemake", "config", "profiles", "envs", "tests"):
         (tmp_path / "work").mkdir(exist_ok=True)
         shutil.move(made.folder / name, tmp_path / "work" / name)
@@ -254,7 +254,7 @@ def test_scores_are_checked_against_the_responses(clone):
     assert code == 0 and f"note   {DPO}: not scored again: the scorer has changed since" in said
 
 
-def test_a_copy_elsewhere_is_verified_by_itself(made, tmp_path):  # noqa: F811
+def test_a_copy_elsewhere_is_verified_by_itself(made, tmp_path):
     shutil.copytree(made.folder / "results", tmp_path / "elsewhere")
     shutil.rmtree(made.folder / "results")
     assert verified(made, str(tmp_path / "elsewhere"), "--quick")[0] == 0
@@ -266,7 +266,7 @@ def test_a_copy_elsewhere_is_verified_by_itself(made, tmp_path):  # noqa: F811
     assert wrong == {"base": {"altered": ["model.safetensors has another content than when it was made"]}}
 
 
-def test_what_manifests_state_is_said_and_is_not_wrong(made):  # noqa: F811
+def test_what_manifests_state_is_said_and_is_not_wrong(made):
     path = made.folder / "results/sft_v2/merged/manifest.json"
     data = json.loads(path.read_text())
     path.write_text(
@@ -284,13 +284,13 @@ def test_what_manifests_state_is_said_and_is_not_wrong(made):  # noqa: F811
         assert f"note   results/sft_v2/merged/manifest.json: {words}" in said.replace("its source had ", "")
 
 
-def test_a_record_that_was_touched_over_a_change_is_wrong(made):  # noqa: F811
+def test_a_record_that_was_touched_over_a_change_is_wrong(made):
     made.snakemake("--touch", DPO, configs=made.overlay("methods: {sft: {train: {learning_rate: 1.0e-4}}}"))
     code, said = verified(made, "results", "--quick")
     assert code == 1 and "results/sft_v2/adapter/manifest.json: Snakemake's record of manifest.json is of another step" in said
 
 
-def test_a_manifest_that_was_edited_where_its_fingerprint_does_not_see_it(made):  # noqa: F811
+def test_a_manifest_that_was_edited_where_its_fingerprint_does_not_see_it(made):
     path = made.folder / "results/sft_v2/adapter/manifest.json"
     data = json.loads(path.read_text())
     path.write_text(json.dumps(data | {"objective": {"before": {"loss": 1}, "after": {"loss": 0}}}))
@@ -337,7 +337,7 @@ def test_two_users_with_the_same_clone_config_and_data_get_the_same_fingerprints
     assert found[0]["slice mine"] != found[0]["slice pairs"]
 
 
-def test_looking_for_lost_records_costs_next_to_nothing(laid_out, monkeypatch):  # noqa: F811
+def test_looking_for_lost_records_costs_next_to_nothing(laid_out, monkeypatch):
     """Two names and a time for each artifact: nothing is opened."""
     monkeypatch.chdir(laid_out.folder)
     plan = plan_of(laid_out)
@@ -348,7 +348,7 @@ def test_looking_for_lost_records_costs_next_to_nothing(laid_out, monkeypatch): 
     assert opened == []
 
 
-def test_hashes_are_of_bytes(made):  # noqa: F811
+def test_hashes_are_of_bytes(made):
     manifest = json.loads((made.folder / "results/base/manifest.json").read_text())
     content = (made.folder / "results/base/model.safetensors").read_bytes()
     assert manifest["files"]["model.safetensors"] == hashlib.sha256(content).hexdigest()

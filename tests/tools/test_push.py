@@ -8,7 +8,7 @@ import pytest
 import yaml
 from huggingface_hub import errors
 
-from tests.tools.test_tools import edit, home, made, read_only, tool  # noqa: F401
+from tests.support.tool import edit, tool
 from workflow_scripts.artifacts.fingerprint import file_sha256
 from workflow_scripts.plumbing.messages import InputError
 from workflow_scripts.tools import card, push, runs
