@@ -1,5 +1,6 @@
 """Clones of the repository in a temporary folder, Snakemake run in them as a user would, and what is made once for all tests."""
 
+import functools
 import json
 import os
 import re
@@ -10,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support import gains, processors, small_steps
+from tests.support import gains, processors, small_steps, warm
 from tests.support.right_way import RightWay
 from tests.support.shared import Shared
 
@@ -33,9 +34,12 @@ class Clone:
         return {**os.environ, "PYTHONPATH": str(self.folder), "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
 
     def run(self, *command: str, check: bool = True) -> subprocess.CompletedProcess:
-        done = subprocess.run(
-            command, cwd=self.folder, env=self.environment(), capture_output=True, text=True, timeout=self.limit
-        )
+        if warm.can_run(command):
+            done = warm_process().run(command, self.folder, self.environment())
+        else:
+            done = subprocess.run(
+                command, cwd=self.folder, env=self.environment(), capture_output=True, text=True, timeout=self.limit
+            )
         if check and done.returncode:
             tail = f"{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
             raise AssertionError(f"{' '.join(command)} ended with {done.returncode}:\n{tail}")
@@ -66,6 +70,11 @@ class Clone:
         (self.folder / path).write_text(text.replace(old, new))
 
 
+@functools.cache
+def warm_process() -> warm.Warm:
+    return warm.Warm()
+
+
 def make_clone(folder: Path) -> Clone:
     names = subprocess.run(
         ["git", "-C", str(ROOT), "ls-files", "-co", "--exclude-standard"], capture_output=True, text=True, check=True
@@ -92,26 +101,26 @@ def finished(shared) -> Clone:
     return Clone(shared.folder("finished", lambda folder: make_clone(folder).snakemake(*targets)))
 
 
-def run_world(shared: Shared, name: str, seeds: tuple[int, ...], configs: list[str]) -> Clone:
-    """A clone in which every method has run."""
+def run_world(shared: Shared, name: str, targets: list[str], configs: list[str]) -> Clone:
+    """A clone in which these have been made, which may take hours."""
 
     def make(folder: Path) -> None:
         made = make_clone(folder)
         made.limit = 3 * 3600
-        made.snakemake(*gains.targets(*seeds), configs=configs)
+        made.snakemake(*targets, configs=configs)
 
     return Clone(shared.folder(name, make))
 
 
 @pytest.fixture(scope="session")
 def world(shared) -> Clone:
-    """A clone in which every method of the tiny world has run, from the base in tests/files/tiny_base. Do not change it."""
+    """A clone in which most methods of the tiny world have run, from the base in tests/files/tiny_base. Do not change it."""
     if processors.WORLD:  # kept from run to run: what is stale in it is made again
         made = make_clone(Path(processors.WORLD))
         made.limit = 3 * 3600
-        made.snakemake(*gains.targets(processors.SEED), "--cores", "1", configs=WORLD)
+        made.snakemake(*gains.targets(gains.METHODS, processors.SEED), "--cores", "1", configs=WORLD)
         return made
-    return run_world(shared, "world", (processors.SEED,), WORLD)
+    return run_world(shared, "world", gains.targets(gains.MOST, processors.SEED), WORLD)
 
 
 @pytest.fixture(scope="session")
