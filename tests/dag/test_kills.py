@@ -75,6 +75,7 @@ def rarely(clone):
 REST = tuple(stratum for stratum in STRATA if stratum not in SAMPLE)
 
 
+@pytest.mark.timeout(3600)
 @pytest.mark.parametrize("strata, of", [(SAMPLE, "reference"), pytest.param(REST, "whole", marks=pytest.mark.long)])
 def test_random_kills(prepared, tmp_path, request, strata, of):
     count, notes = kills.campaign(strata, 1, tmp_path, prepared, request.getfixturevalue(of))

@@ -8,15 +8,14 @@ from tests.support import small_steps
 from workflow_scripts.tiny import world
 
 
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory):
-    """A folder with results/: base, sft_v2 (adapter, merged) and dpo (adapter, answers, score), made by the real steps."""
-    home = tmp_path_factory.mktemp("trained")
+def train_chain(home: Path, speaking_base: Path) -> None:
+    """results/: base, sft_v2 (adapter, merged) and dpo (adapter, answers, score), made by the real steps."""
+    home.mkdir()
     before = os.getcwd()
     os.chdir(home)  # manifests name their parents by paths from here
     try:
         results = Path("results")
-        base = small_steps.write_base(results / "base", steps=150, batch=16, warmup_steps=5)
+        base = Path(shutil.copytree(speaking_base.parent, results / "base")) / "manifest.json"
         sft = small_steps.train(results / "sft_v2", "sft_v2", base, small_steps.sft_slice(results / "data"))
         merged = small_steps.merge(results / "sft_v2", base, sft.path)
         dpo = small_steps.train(results / "dpo", "dpo", merged.path, small_steps.pairs_slice(results / "data"))
@@ -37,7 +36,12 @@ def trained(tmp_path_factory):
         os.chdir(before)
     for left in home.rglob(".work"):
         shutil.rmtree(left)
-    return home
+
+
+@pytest.fixture(scope="session")
+def trained(shared, speaking_base) -> Path:
+    """A folder with such results. Do not change it: take `home`."""
+    return shared.folder("trained", lambda home: train_chain(home, speaking_base))
 
 
 @pytest.fixture
