@@ -155,6 +155,12 @@ def right_way(shared, speaking_base) -> RightWay:
 
 
 @pytest.fixture(scope="session")
+def stammering_base(shared) -> Path:
+    """The manifest of a model that was pretrained a little: its answers end, at different lengths."""
+    return shared.folder("stammering/base", lambda folder: small_steps.write_base(folder, steps=200)) / "manifest.json"
+
+
+@pytest.fixture(scope="session")
 def slices(shared) -> dict[str, Path]:
     """Slices of 40 rows, 8 of them held out: name, or experiment that trains on it -> manifest."""
     return small_steps.slices_in(shared.folder("data", small_steps.write_slices))

@@ -20,9 +20,8 @@ PARTS = ("default", "value", "reward_rm")
 
 
 @pytest.fixture(scope="module")
-def base(speaking_base):
-    """Its answers end at different lengths."""
-    return speaking_base
+def base(stammering_base):
+    return stammering_base
 
 
 @pytest.fixture(scope="module")

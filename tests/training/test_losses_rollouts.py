@@ -21,9 +21,8 @@ SIZES = {"per_device_train_batch_size": 12, "num_generations": G, "max_completio
 
 
 @pytest.fixture(scope="module")
-def base(speaking_base):
-    """Its answers end at different lengths."""
-    return speaking_base
+def base(stammering_base):
+    return stammering_base
 
 
 def stir(trainer, seed, std):
