@@ -53,7 +53,7 @@ def test_flipped_labels_move_the_objective_the_other_way(right_way, flipped_pair
     figure("margin", right["after"]["margin"], at_least=0.08)
     figure("margin, labels flipped", flipped["after"]["margin"], at_most=-0.08)
     figure("accuracy", right["after"]["accuracy"], at_least=0.65)
-    figure("accuracy, labels flipped", flipped["after"]["accuracy"], at_most=0.35)
+    figure("accuracy, labels flipped", flipped["after"]["accuracy"], at_most=0.42)
 
 
 # -- reward negated ---------------------------------------------------------------------------------------------------
