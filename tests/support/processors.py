@@ -124,8 +124,12 @@ def table(runs: dict[str, dict[str, dict] | None]) -> tuple[list[str], bool]:
         for test, outcome in (tests or {}).items():
             for one in outcome["figures"]:
                 rows.setdefault((test.removeprefix("tests."), one["name"]), {})[run_] = Figure(**one)
-    columns = [*runs, "threshold", "margin", "sd"]
-    lines, last = [" ".join([" " * 44, *(f"{name:>9}" for name in columns)])], ""
+
+    def line(*cells: str) -> str:
+        *values, threshold, margin, spread = cells
+        return " ".join([*(f"{cell:>9}" for cell in values), f"{threshold:>18}", f"{margin:>9}", f"{spread:>8}"])
+
+    lines, last = [" " * 45 + line(*runs, "threshold", "margin", "sd")], ""
     for (test, name), figures in rows.items():
         if test != last:
             lines.append(test)
@@ -136,10 +140,13 @@ def table(runs: dict[str, dict[str, dict] | None]) -> tuple[list[str], bool]:
         cells = [shown(figures[run_].value) if run_ in figures else "-" for run_ in runs]
         cells += [worst.thresholds(), shown(worst.margin()), shown(spread)]
         verdict = "" if worst.margin() >= 0 else "  RED"
-        lines.append(" ".join([f"  {name:42}", *(f"{cell:>9}" for cell in cells)]) + verdict)
+        lines.append(f"  {name:43}{line(*cells)}{verdict}")
     lines += ["", "threshold: what the test asserts; margin: of the worst run, in the figure's own unit; sd: between the runs"]
     red = [f"{run_}: no outcome" for run_, tests in runs.items() if not tests]
+    known = {test for tests in runs.values() for test in tests or {}}
     for run_, tests in runs.items():
+        if tests and (missing := sorted(known - set(tests))):
+            red.append(f"{run_}: {len(missing)} of {len(known)} tests have not run, {missing[0]} among them")
         red += [f"{run_}: {test}: {' '.join(one['said'])}" for test, one in (tests or {}).items() if not one["passed"]]
     passed = [f"{run_} {sum(one['passed'] for one in tests.values())} of {len(tests)}" for run_, tests in runs.items() if tests]
     lines += ["tests that passed: " + ", ".join(passed)]

@@ -12,12 +12,12 @@ from tests.support.shared import Shared
 from workflow_scripts.artifacts import manifests
 from workflow_scripts.tiny import world
 
-HELDOUT = 50
+HELDOUT = 100
 ROLLOUTS = ("ppo_ifeval", "grpo", "rloo")
 SETTINGS: dict[str, dict[str, Any]] = {
     "sft_v2": {"learning_rate": 3.0e-3, "per_device_eval_batch_size": 5},
     "dpo": {"learning_rate": 1.0e-3, "per_device_eval_batch_size": 5},
-    "kto": {"learning_rate": 1.0e-3, "per_device_eval_batch_size": 5},
+    "kto": {"learning_rate": 2.0e-3, "per_device_eval_batch_size": 5},
     "rm": {"learning_rate": 3.0e-3, "per_device_eval_batch_size": 5, "num_train_epochs": 2},
     "ppo_ifeval": {"learning_rate": 2.0e-3, "max_steps": 40, "max_completion_length": 36},
     "grpo": {"learning_rate": 3.0e-3, "max_steps": 6, "max_completion_length": 36},

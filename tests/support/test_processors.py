@@ -53,6 +53,13 @@ def test_a_run_without_an_outcome_is_red(tests):
     assert not green and "RED own.2: no outcome" in lines
 
 
+def test_a_test_that_ran_in_one_run_alone_is_red():
+    lines, green = processors.table(
+        {"own.1": outcome(0.3) | {"tests.x::y": {"passed": True, "figures": []}}, "own.2": outcome(0.3)}
+    )
+    assert not green and "RED own.2: 1 of 2 tests have not run, tests.x::y among them" in lines
+
+
 def test_a_test_that_failed_is_red_with_what_it_said():
     lines, green = processors.table({"own.1": outcome(0.3), "own.2": outcome(0.05, passed=False)})
     assert not green and "RED own.2: tests.rl.test_x::test_y: gained: too little" in lines
@@ -86,6 +93,7 @@ def planted(tmp_path):
     return tmp_path / "test_planted.py"
 
 
+@pytest.mark.slow
 def test_each_run_has_its_switches_and_its_seed_and_any_red_is_the_exit_status(planted, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("ATEN_CPU_CAPABILITY", "avx2")  # of whoever calls it: not those of the run
     for name, seed, code in (("default", 1, 0), ("own", 1, 0), ("own", 2, 1)):

@@ -47,13 +47,13 @@ def test_flipped_labels_move_the_objective_the_other_way(right_way, flipped_pair
     assert right["before"] == flipped["before"]
     start = right["before"]["loss"]
     assert start == pytest.approx({"dpo": math.log(2), "kto": 0.5, "rm": math.log(2)}[method], abs=0.03)
-    # By a twentieth of the loss and more, each its own way; the margin turns its sign.
-    figure("loss over that of the start", right["after"]["loss"] / start, at_most=0.95)
-    figure("loss over that of the start, labels flipped", flipped["after"]["loss"] / start, at_least=1.05)
-    figure("margin", right["after"]["margin"], at_least=0.1)
-    figure("margin, labels flipped", flipped["after"]["margin"], at_most=-0.1)
+    # Loss and margin of an adapter that learns nothing are those of the start, to the last bit but one.
+    figure("loss over that of the start", right["after"]["loss"] / start, at_most=0.97)
+    figure("loss over that of the start, labels flipped", flipped["after"]["loss"] / start, at_least=1.03)
+    figure("margin", right["after"]["margin"], at_least=0.08)
+    figure("margin, labels flipped", flipped["after"]["margin"], at_most=-0.08)
     figure("accuracy", right["after"]["accuracy"], at_least=0.65)
-    figure("accuracy, labels flipped", flipped["after"]["accuracy"], at_most=0.35)
+    figure("accuracy, labels flipped", flipped["after"]["accuracy"], at_most=0.42)
 
 
 # -- reward negated ---------------------------------------------------------------------------------------------------
@@ -79,7 +79,7 @@ def test_a_negated_reward_is_seen_in_the_held_out_reward(right_way, method, tmp_
     before = right["before"]["reward"]
     assert -negated["before"]["reward"] == before
     figure("what there is to win or lose", before, at_least=0.05)
-    figure("won", right["after"]["reward"] - before, at_least=0.1)
+    figure("won", right["after"]["reward"] - before, at_least=0.18)
     figure("won, reward negated", -negated["after"]["reward"] - before, at_most=-0.03)
 
 
@@ -100,8 +100,8 @@ def test_a_constant_reward_moves_nothing_but_the_kl_in_ppo(right_way, tmp_path, 
     made = right_way.train(tmp_path, "ppo_ifeval").data["objective"]
     before = right["before"]["reward"]
     assert made["before"]["reward"] == before
-    figure("won", right["after"]["reward"] - before, at_least=0.1)
-    figure("won, reward constant", made["after"]["reward"] - before, at_least=-0.06, at_most=0.06)
+    figure("won", right["after"]["reward"] - before, at_least=0.18)
+    figure("won, reward constant", made["after"]["reward"] - before, at_least=-0.15, at_most=0.15)
 
 
 # -- mask off ---------------------------------------------------------------------------------------------------------
