@@ -151,7 +151,7 @@ def test_advantages_and_returns_equal_those_worked_by_hand(case):
     assert case.trainer._metrics["train"]["kl"][-1] == pytest.approx(kl, rel=1e-4)
 
 
-def test_the_policy_loss_equals_the_one_worked_by_hand_at_first_sight_and_once_it_has_moved(case):
+def test_the_policy_loss_equals_the_one_worked_by_hand_at_first_sight_and_once_it_has_moved(case, base):
     trainer, mask = case.trainer, case.rollout["completion_mask"].bool()
     advantage = [case.rollout["advantages"][i][mask[i]].numpy() for i in range(12)]
 
@@ -166,7 +166,7 @@ def test_the_policy_loss_equals_the_one_worked_by_hand_at_first_sight_and_once_i
     try:
         stir(trainer, "default", seed=9)
         trainer.model.save_pretrained(case.place / "moved")
-        moved = plain(case.place.parent / "base/manifest.json", case.place / "moved")
+        moved = plain(base, case.place / "moved")
         with torch.no_grad():
             loss = trainer._compute_loss(trainer.model, case.rollout).item()
             wanted, ratios = by_hand([log_probs(moved, *one).numpy() for one in case.answers])
@@ -314,14 +314,12 @@ def test_each_epoch_takes_the_answers_in_a_new_order(base, instructions, tmp_pat
 
 
 @pytest.mark.parametrize("quantise", ["none", "nf4"])
-def test_a_reward_model_on_the_policys_backbone_scores_as_the_one_that_was_trained(base, instructions, rm, tmp_path, quantise):
-    trainer = with_rm(tmp_path, base, instructions, rm, quantise)
+def test_a_reward_model_on_the_policys_backbone_scores_as_the_one_that_was_trained(base, slices, rm, tmp_path, quantise):
+    trainer = with_rm(tmp_path, base, slices["ppo"], rm, quantise)
     stir(trainer, "default", std=0.5)
     quant = small_steps.QUANT if quantise == "nf4" else None
     alone, tokenizer = reward_model.load(manifests.read(base), rm[quantise], tmp_path, "cpu", "fp32", quant)
-    talks = [
-        row["prompt"] + row["chosen"] for row in manifests.read(rm[quantise].path.parents[2] / "data/pairs.manifest.json").rows()
-    ]
+    talks = [row["prompt"] + row["chosen"] for row in manifests.read(slices["rm"]).rows()]
     wanted = reward_model.score(alone, tokenizer, talks, 8, 128)
     found = reward_model.score(trainer.reward_models["rm"], tokenizer, talks, 8, 128)
     assert numpy.std(wanted) > 0.1

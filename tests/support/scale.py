@@ -21,6 +21,7 @@ from pathlib import Path
 import yaml
 
 from tests.conftest import ROOT, Clone, make_clone
+from workflow_scripts.artifacts import manifests
 from workflow_scripts.artifacts.fingerprint import canonical, file_sha256
 from workflow_scripts.config import config as configs
 from workflow_scripts.plan import records
@@ -100,7 +101,7 @@ def finish(folder: Path) -> int:
     with contextlib.chdir(folder):
         plan = Plan(configs.load(NAME))
         keys = steps_of(plan)
-        manifests = {plan.fingerprint(*key): place_of(plan.results, *key).manifest for key in keys}
+        made = {plan.fingerprint(*key): place_of(plan.results, *key).manifest for key in keys}
         for key in keys:
             place, step = place_of(plan.results, *key), plan.step(*key)
             out = Path(place.manifest)
@@ -109,7 +110,7 @@ def finish(folder: Path) -> int:
             files += [out.parent / "model.safetensors"] if key[0] == "merge" else []
             for file in files:
                 file.write_text(f"{file}\n")
-            parents = {role: {"path": manifests[mark], "fingerprint": mark} for role, mark in step["parents"].items()}
+            parents = {role: {"path": made[mark], "fingerprint": mark} for role, mark in step["parents"].items()}
             manifest = {"format": 1, "kind": key[0], "fingerprint": plan.fingerprint(*key), "step": step, "parents": parents}
             out.write_text(manifests.dump(manifest | {"files": {file.name: file_sha256(file) for file in files}}))
             inputs = [one["path"] for one in parents.values()]
