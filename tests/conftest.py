@@ -150,8 +150,8 @@ def speaking_base(shared) -> Path:
 
 
 @pytest.fixture(scope="session")
-def right_way(shared, speaking_base) -> RightWay:
-    return RightWay(shared, speaking_base)
+def right_way(shared) -> RightWay:
+    return RightWay(shared)
 
 
 @pytest.fixture(scope="session")

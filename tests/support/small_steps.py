@@ -6,6 +6,7 @@ The settings are the tiny world's own, read from config/config.yaml, so that a t
 import copy
 import importlib
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +54,12 @@ def write_base(folder: Path, seed: int = SEED, steps: int = 0, shape: dict | Non
     tokenizer.save_pretrained(folder)
     names = sorted(path.name for path in folder.iterdir())
     return write_manifest(folder / "manifest.json", "base", f"base of {folder.name}", names)
+
+
+def copy_tiny_base(folder: Path) -> Path:
+    """The tiny world's own base, the same bytes on every processor. Returns its manifest."""
+    shutil.copytree(ROOT / "tests/files/tiny_base", folder, ignore=shutil.ignore_patterns("README.md"))
+    return write_manifest(folder / "manifest.json", "base", "tiny base", sorted(path.name for path in folder.iterdir()))
 
 
 def write_slice(folder: Path, name: str, rows: list[dict], heldout: int = 8) -> Path:
@@ -166,8 +173,6 @@ def built_trainer(out: Path, experiment: str, start: Path, rows: Path, seed: int
 
 def copy_base(base: Path, folder: Path, template: tuple[str, str] = ("", ""), **tokenizer_config) -> Path:
     """A copy of a base model with a piece of its chat template replaced, or other keys in its tokenizer config."""
-    import shutil
-
     shutil.copytree(base.parent, folder)
     jinja, settings = folder / "chat_template.jinja", folder / "tokenizer_config.json"
     assert template[0] in jinja.read_text()
