@@ -112,9 +112,9 @@ def test_only_the_copies_and_the_report_have_other_steps():
     for step in steps:
         assert plain.fingerprint(*step) == marked.fingerprint(*step) == swept.fingerprint(*step), step
     assert plain.report() == marked.report() != swept.report()
-    assert "sweep" not in plain.step("report")["config"]
-    assert swept.step("report")["config"]["sweep"]["dpo_r32"] == {"of": "dpo", "r": 32}
-    assert swept.step("report")["config"]["sweep"]["dpo"] == {"of": "dpo", "r": 16}
+    assert "sweep" not in plain.step("report", "")["config"]
+    assert swept.step("report", "")["config"]["sweep"]["dpo_r32"] == {"of": "dpo", "r": 32}
+    assert swept.step("report", "")["config"]["sweep"]["dpo"] == {"of": "dpo", "r": 16}
     for name in swept.config.experiments:
         text = swept.train(name)
         assert '"sweep' not in text and json.loads(text)["config"]["lora"]["r"] == (

@@ -49,8 +49,8 @@ class Estimates:
         self.ask = cache(self._ask)
 
     def _ask(self, kind: str, name: str, attempt: int) -> dict[str, int]:
-        """mem_mb, runtime (minutes), disk_mb that a job asks for; name: a slice's, or a run's."""
-        name = name if kind == "slice" or name in self.config.models else self.config.run(name)[0]
+        """mem_mb, runtime (minutes), disk_mb that a job asks for; name: a slice's, or a run's, and "" for the report."""
+        name = name if kind == "slice" or name in ("", *self.config.models) else self.config.run(name)[0]
         found = self.of(kind, name)
         return {
             "mem_mb": _up(attempt * self.requests["memory"] * found["memory_mb"], 100),
