@@ -72,7 +72,9 @@ def svg() -> str:
             boxes.append((room, text))
         rows.append((width, boxes, (max(len(text) for _, text in boxes) + 2) * LINE))
     height = sum(tall + GAP for _, _, tall in rows)
-    with matplotlib.rc_context(STYLE):
+    with matplotlib.rc_context():
+        matplotlib.rcdefaults()  # the report's figures have settings of their own
+        matplotlib.rcParams.update(STYLE)
         figure = Figure(figsize=(12, 12 * height / WIDTH))
         axes = figure.add_axes((0.04, 0, 0.95, 1))
         axes.set(xlim=(0, WIDTH), ylim=(0, height))
