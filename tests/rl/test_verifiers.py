@@ -75,6 +75,7 @@ def lm_eval_filters():
     return made
 
 
+@pytest.mark.slow
 def test_both_filters_of_lm_eval_find_the_same_number_in_every_answer_of_gsm8k(gsm8k):
     for name, pattern in lm_eval_filters().items():
         found = pattern.apply([[answer] for _, answer, _ in gsm8k], [{}] * len(gsm8k))

@@ -251,6 +251,7 @@ def test_accuracy_of_an_arm_covers_prompts_and_seeds():
     assert accuracy.of_arm([[[True, False]], [[True, True]]]).stderr is None  # one prompt
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("pairs", [False, True])
 def test_a_family_of_equal_arms_keeps_its_level(pairs):
     families, wrong, covered, total = 300, 0, 0, 0
