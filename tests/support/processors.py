@@ -4,10 +4,10 @@ A sum of floats depends on the order in which a processor adds, so the same seed
 plays several: torch, oneDNN and MKL are held to older instruction sets than they would choose. A test with the marker `trained`
 says by the fixture `figure` what it measures, with the threshold that it asserts; the table has a row for each.
 
-A threshold is not one machine's number less a bit. What is to grow grows by twice the threshold or more in the worst of the nine
-runs, or the worst of them is two of their standard deviations beyond it; and a broken trainer does not reach it.
-docs/processors.md has what was measured. Where there is no such place, the fixture is too small to show its effect, and is the
-thing to mend.
+A threshold is not one machine's number less a bit. The rule: what is to grow grows by twice the threshold or more in the worst of
+the nine runs, or the worst of them is two of their standard deviations beyond it; and a broken trainer does not reach it. Today's
+thresholds rest on fewer runs: docs/processors.md says which. Where there is no such place, the fixture is too small to show its
+effect, and is the thing to mend.
 
     python -m tests.support.processors [--sets own] [--seeds 1] [--jobs 1] [--show] [tests/report ...]
 """
