@@ -28,10 +28,11 @@ class Clone:
 
     def __init__(self, folder: Path):
         self.folder = folder
+        self.variables: dict[str, str] = {}  # of its commands alone
 
     def environment(self) -> dict[str, str]:
         """The copy's own package comes before the installed one, in Snakemake and in the steps."""
-        return {**os.environ, "PYTHONPATH": str(self.folder), "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+        return {**os.environ, **self.variables, "PYTHONPATH": str(self.folder), "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
 
     def run(self, *command: str, check: bool = True) -> subprocess.CompletedProcess:
         if warm.can_run(command):

@@ -40,20 +40,17 @@ def test_only_sizes_and_paths_differ_from_the_study():
 
 
 @pytest.fixture
-def hub(tmp_path, monkeypatch):
-    """A running hub of the study's repositories; what was asked of it."""
-    for name in ("HF_ENDPOINT", "HF_HOME"):
-        monkeypatch.setenv(name, "")  # so that it is put back
-    for name in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE"):
-        monkeypatch.delenv(name, raising=False)
+def hub(tmp_path):
+    """A running hub of the study's repositories: (what was asked of it, the variables by which it is found)."""
     study.make_hub(tmp_path / "hub")
-    server = study.serve(tmp_path / "hub")
-    yield server.RequestHandlerClass.asked
+    server, address = study.serve(tmp_path / "hub")
+    yield server.RequestHandlerClass.asked, address
     server.shutdown()
 
 
 def test_its_models_and_rows_come_from_the_hub_at_their_revisions(hub, tmp_path):
     clone = make_clone(tmp_path / "phaseline")
+    asked, clone.variables = hub
     plan = Plan(configs.load(*[ROOT / name for name in STUDY]))
     targets = [
         "base/manifest.json",
@@ -72,7 +69,7 @@ def test_its_models_and_rows_come_from_the_hub_at_their_revisions(hub, tmp_path)
         lines = [json.loads(line) for line in (clone.folder / f"results/study/data/{name}.jsonl").read_text().splitlines()]
         dropped = sum(made[f"data/{name}"]["dropped"].values())
         assert len(lines) + dropped == rows and len(lines) > rows / 2
-    pinned = {line.split(" ", 1)[1] for line in hub}
+    pinned = {line.split(" ", 1)[1] for line in asked}
     wanted = {(body["hub"]["id"], body["hub"]["revision"]) for body in plan.config.models.values()}
     slices = plan.config.data["data"]["slices"].values()
     wanted |= {(body["source"]["hub"], body["source"]["revision"]) for body in slices if "hub" in body["source"]}
@@ -88,7 +85,7 @@ def test_its_models_and_rows_come_from_the_hub_at_their_revisions(hub, tmp_path)
 @pytest.mark.timeout(study.LIMIT)
 def test_every_target_of_the_study(tmp_path, hub):
     clone = make_clone(tmp_path / "phaseline")
-    clone.limit = study.LIMIT
+    clone.limit, clone.variables = study.LIMIT, hub[1]
     clone.snakemake("all", "results/study/report/comparison.html", "--cores", "2", configs=STUDY)
     plan = Plan(configs.load(*[ROOT / name for name in STUDY]))
     for run in ["base", "instruct", *plan.runs()]:

@@ -12,7 +12,6 @@ tests/support/config/study_small.yaml: `differences` lists every key.
 
 import argparse
 import json
-import os
 import threading
 import time
 from pathlib import Path
@@ -134,11 +133,15 @@ def flat(data: dict, path: str = "") -> dict[str, object]:
     return found
 
 
-def serve(folder: Path) -> local_hub.ThreadingHTTPServer:
+def serve(folder: Path) -> tuple[local_hub.ThreadingHTTPServer, dict[str, str]]:
+    """A running hub of what is in the folder, and the variables by which a command finds it.
+
+    They are not this process's: a hub's library reads them once, when it is imported, for every test that comes after.
+    """
     server = local_hub.serve(folder)
     threading.Thread(target=server.serve_forever, daemon=True).start()
-    os.environ |= {"HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}", "HF_HOME": str(folder.parent / "home")}
-    return server
+    address = {"HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}", "HF_HOME": str(folder.parent / "home")}
+    return server, address | {"HF_HUB_OFFLINE": "0", "HF_DATASETS_OFFLINE": "0"}
 
 
 def main() -> None:
@@ -152,9 +155,9 @@ def main() -> None:
     print("\n".join(differences()))
     if not (folder / "hub").exists():
         make_hub(folder / "hub", arguments.qwen)
-    server = serve(folder / "hub")
+    server, address = serve(folder / "hub")
     clone = make_clone(folder / "phaseline")
-    clone.limit = LIMIT
+    clone.limit, clone.variables = LIMIT, address
     started = time.monotonic()
     targets = arguments.targets or ["all", "results/study/report/comparison.html"]
     done = clone.snakemake(*targets, "--cores", arguments.cores, "--quiet", "rules", configs=STUDY, check=False)

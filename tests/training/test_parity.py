@@ -119,17 +119,7 @@ metric_list:
 """
 
 
-@pytest.fixture
-def offline(monkeypatch):
-    """As steps are. Both libraries read the environment when they are imported, perhaps by a test that has one of its own."""
-    import datasets.config
-    import huggingface_hub.constants
-
-    for constants in (datasets.config, huggingface_hub.constants):
-        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-
-
-def test_scores_and_verdicts_equal_those_of_lm_evals_own_runner(model, tokenizer, rows, responses, tmp_path, figure, offline):
+def test_scores_and_verdicts_equal_those_of_lm_evals_own_runner(model, tokenizer, rows, responses, tmp_path, figure):
     with ifeval.reference():
         import lm_eval
         from lm_eval.models.huggingface import HFLM
