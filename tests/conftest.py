@@ -32,15 +32,20 @@ class Clone:
 
     def environment(self) -> dict[str, str]:
         """The copy's own package comes before the installed one, in Snakemake and in the steps."""
-        return {**os.environ, **self.variables, "PYTHONPATH": str(self.folder), "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+        path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+        return {**os.environ, **self.variables, "PYTHONPATH": str(self.folder), "PATH": path}
+
+    def warmed(self) -> dict[str, str]:
+        """The same, and steps are forks of a process that has loaded torch: tests/support/warm.py."""
+        found = self.environment()
+        return found | {"PATH": f"{warm_steps().bin()}:{found['PATH']}"}
 
     def run(self, *command: str, check: bool = True) -> subprocess.CompletedProcess:
         if warm.can_run(command):
-            done = warm_process().run(command, self.folder, self.environment())
+            done = warm_snakemake().run(command, self.folder, self.environment())
         else:
-            done = subprocess.run(
-                command, cwd=self.folder, env=self.environment(), capture_output=True, text=True, timeout=self.limit
-            )
+            env = self.warmed() if command[0] == "snakemake" else self.environment()
+            done = subprocess.run(command, cwd=self.folder, env=env, capture_output=True, text=True, timeout=self.limit)
         if check and done.returncode:
             tail = f"{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
             raise AssertionError(f"{' '.join(command)} ended with {done.returncode}:\n{tail}")
@@ -72,8 +77,13 @@ class Clone:
 
 
 @functools.cache
-def warm_process() -> warm.Warm:
-    return warm.Warm()
+def warm_snakemake() -> warm.Warm:
+    return warm.Warm(warm.SNAKEMAKE)
+
+
+@functools.cache
+def warm_steps() -> warm.Warm:
+    return warm.Warm(warm.STEPS, warm.QUIET)
 
 
 def make_clone(folder: Path) -> Clone:

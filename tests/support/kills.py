@@ -50,23 +50,20 @@ def targets(trainers: Iterable[str]) -> list[str]:
 class Runs(Clone):
     """A clone in which Snakemake runs are started, watched and killed."""
 
-    def start(self, *targets: str, configs: list[str] = CONFIGS, cores: int = 1) -> subprocess.Popen:
+    def start(self, *targets: str, configs: list[str] = CONFIGS, warmed: bool = False) -> subprocess.Popen:
         """A Snakemake run; see `begin`."""
-        return self.begin("snakemake", "--cores", str(cores), *targets, "--configfile", *configs)
+        return self.begin("snakemake", "--cores", "1", *targets, "--configfile", *configs, warmed=warmed)
 
-    def begin(self, *command: str) -> subprocess.Popen:
-        """A command in a process group of its own, as from a terminal. What it says goes to `said.<process>`."""
+    def begin(self, *command: str, warmed: bool = False) -> subprocess.Popen:
+        """A command in a process group of its own, as from a terminal. What it says goes to `said.<process>`.
+        warmed: its steps are forks, which are quicker, and not of its group."""
         path = self.folder / f"said.{time.monotonic_ns()}"
         with open(path, "w") as file:
             process = subprocess.Popen(
-                command,
-                cwd=self.folder,
-                env=self.environment(),
-                stdout=file,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,
+                command, cwd=self.folder, env=self.warmed() if warmed else self.environment(),
+                stdout=file, stderr=subprocess.STDOUT, start_new_session=True,
                 preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background jobs ignore it
-            )
+            )  # fmt: skip
         path.rename(self.said_file(process))
         return process
 
@@ -78,7 +75,7 @@ class Runs(Clone):
 
     def finish(self, *targets: str, configs: list[str] = CONFIGS) -> str:
         """Run to the end. Returns what Snakemake said; AssertionError if it failed."""
-        process = self.start(*targets, configs=configs)
+        process = self.start(*targets, configs=configs, warmed=True)
         try:
             code = process.wait(600)
         finally:

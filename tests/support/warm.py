@@ -1,6 +1,8 @@
-"""Dry runs of Snakemake, and the tools, as forks of a process that has loaded their libraries: that is two thirds of such a run.
+"""Commands as forks of a process that has loaded their libraries: that is most of a dry run, and nearly all of a small step.
 
-Nothing of this project is loaded beforehand: a fork takes it from the clone that it runs in, as a process of its own would.
+A dry run of Snakemake, or a tool, is such a fork itself. Where Snakemake runs steps, the first `python` of its PATH is `CLIENT`,
+which asks for one. Nothing of this project is loaded beforehand: a fork takes it from the clone that it runs in, as a process of
+its own would. Who kills the client kills the fork, but a moment later: tests of kills start steps as users do.
 """
 
 import atexit
@@ -8,34 +10,71 @@ import importlib
 import json
 import os
 import runpy
+import select
+import signal
+import socket
 import subprocess
 import sys
 import tempfile
 import traceback
 from pathlib import Path
 
-# What a dry run imports; what is not here, it imports itself.
-LIBRARIES = (
+# What such a command imports; what is not here, it imports itself.
+SNAKEMAKE = (
     "snakemake.cli", "snakemake.api", "snakemake.workflow", "snakemake.dag", "snakemake.persistence.file", "snakemake.report",
     "snakemake.scheduling.greedy", "jsonschema", "yaml", "numpy", "scipy", "requests", "yte",
 )  # fmt: skip
+STEPS = (
+    "torch", "datasets", "peft", "bitsandbytes", "transformers.models.qwen2.modeling_qwen2", "transformers.trainer",
+    "trl.trainer.sft_trainer", "trl.trainer.dpo_trainer", "trl.trainer.kto_trainer", "trl.trainer.reward_trainer",
+    "trl.trainer.grpo_trainer", "trl.trainer.rloo_trainer", "numpy", "scipy", "jsonschema", "yaml",
+)  # fmt: skip
+# What steps/cli.py sets before a step loads its libraries. A step that was planned otherwise is a process of its own.
+QUIET = {
+    "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false",
+    "HF_HUB_DISABLE_TELEMETRY": "1", "HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "CUBLAS_WORKSPACE_CONFIG": ":4096:8",
+}  # fmt: skip
+CLIENT = """#!{python} -SE
+import json, os, socket, sys
+command = ["python", *sys.argv[1:]]
+if command[1:2] != ["-m"] or not command[2].startswith("workflow_scripts.steps.") or os.environ.get("HF_HUB_OFFLINE") == "0":
+    os.execv({python!r}, [{python!r}, *sys.argv[1:]])
+with socket.socket(socket.AF_UNIX) as server:
+    server.connect({address!r})
+    asked = json.dumps([command, os.getcwd(), dict(os.environ)]).encode()
+    socket.send_fds(server, [len(asked).to_bytes(4, "big")], [0, 1, 2])
+    server.sendall(asked)
+    sys.exit(int(server.recv(16)))
+"""
 
 
 class Warm:
-    """The process; it ends with the one that started it."""
+    """The process. It ends with the one that started it."""
 
-    def __init__(self) -> None:
-        pipe = subprocess.PIPE
-        self.process = subprocess.Popen([sys.executable, __file__], stdin=pipe, stdout=pipe, text=True)
+    def __init__(self, libraries: tuple[str, ...], env: dict[str, str] | None = None) -> None:
+        self.folder = tempfile.TemporaryDirectory(prefix="warm.")
+        self.address = f"{self.folder.name}/socket"
+        command = [sys.executable, __file__, self.address, *libraries]
+        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=os.environ | (env or {}))
+        assert self.process.stdout and self.process.stdout.readline() == b"ready\n"
+
+    def bin(self) -> str:
+        """A folder for the PATH, with the client as `python`."""
+        client = Path(self.folder.name, "bin/python")
+        if not client.exists():
+            client.parent.mkdir()
+            client.write_text(CLIENT.format(python=sys.executable, address=self.address))
+            client.chmod(0o755)
+        return str(client.parent)
 
     def run(self, command: tuple[str, ...], cwd: Path, env: dict[str, str]) -> subprocess.CompletedProcess:
-        with tempfile.TemporaryDirectory() as folder:
-            out, err = Path(folder, "out"), Path(folder, "err")
-            asked = {"command": command, "cwd": str(cwd), "env": env, "out": str(out), "err": str(err)}
-            assert self.process.stdin and self.process.stdout
-            print(json.dumps(asked), file=self.process.stdin, flush=True)
-            code = int(self.process.stdout.readline())
-            texts = [path.read_text(errors="replace") for path in (out, err)]
+        with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err, socket.socket(socket.AF_UNIX) as server:
+            server.connect(self.address)
+            asked = json.dumps([command, str(cwd), env]).encode()
+            socket.send_fds(server, [len(asked).to_bytes(4, "big")], [0, out.fileno(), err.fileno()])
+            server.sendall(asked)
+            code = int(server.recv(16))
+            texts = [file.seek(0) or file.read().decode(errors="replace") for file in (out, err)]
         return subprocess.CompletedProcess(command, code, *texts)
 
 
@@ -44,10 +83,11 @@ def can_run(command: tuple[str, ...]) -> bool:
     return dry or (command[:2] == ("python", "-m") and command[2].startswith("workflow_scripts.tools."))
 
 
-def become(command: list[str], cwd: str, env: dict[str, str], out: str, err: str) -> int:
-    """In a fork: run a command as a new process would, from its environment on. Its exit status."""
-    for number, path in ((1, out), (2, err)):
-        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT, 0o600), number)
+# -- in the process, and in its forks ------------------------------------------------------------------------------------
+
+
+def become(command: list[str], cwd: str, env: dict[str, str]) -> int:
+    """Run a command as a new process would, from its environment on. Its exit status."""
     os.chdir(cwd)
     os.environ.clear()
     os.environ.update(env)
@@ -70,19 +110,51 @@ def become(command: list[str], cwd: str, env: dict[str, str], out: str, err: str
     return 0
 
 
-def main() -> None:
-    for name in LIBRARIES:
+def serve(client: socket.socket) -> None:
+    """Fork what the client asks for, tell it how that ended; kill it if the client goes."""
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    size, descriptors, *_ = socket.recv_fds(client, 4, 3)
+    asked = b""
+    while len(asked) < int.from_bytes(size, "big"):
+        asked += client.recv(1 << 20)
+    if not (child := os.fork()):
+        client.close()
+        for number, descriptor in enumerate(descriptors):
+            os.dup2(descriptor, number)
+            os.close(descriptor)
+        code = become(*json.loads(asked))
+        atexit._run_exitfuncs()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    ended = os.pidfd_open(child)
+    ready, _, _ = select.select([ended, client], [], [])
+    if ended not in ready:
+        os.kill(child, signal.SIGKILL)
+    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    if ended in ready:
+        client.sendall(str(code if code >= 0 else 128 - code).encode())
+
+
+def main(address: str, *libraries: str) -> None:
+    for name in libraries:
         importlib.import_module(name)
-    for line in sys.stdin:
-        if child := os.fork():
-            print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
-        else:
-            code = become(**json.loads(line))
-            atexit._run_exitfuncs()
-            sys.stdout.flush()
-            sys.stderr.flush()
-            os._exit(code)
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for who serves a client
+    with socket.socket(socket.AF_UNIX) as server:
+        server.bind(address)
+        server.listen()
+        print("ready", flush=True)
+        while True:
+            ready, _, _ = select.select([server, sys.stdin], [], [])
+            if server not in ready:
+                return  # who started this has ended
+            client, _ = server.accept()
+            if not os.fork():
+                server.close()
+                serve(client)
+                os._exit(0)
+            client.close()
 
 
 if __name__ == "__main__":
-    main()
+    main(*sys.argv[1:])
