@@ -5,6 +5,7 @@ import logging
 import math
 import os
 import random
+import shutil
 import string
 import subprocess
 import sys
@@ -198,11 +199,12 @@ def test_the_order_of_rows_changes_no_verdict_and_no_number(real):
 def test_the_state_of_the_process_is_put_back():
     import langdetect
     import nltk.data
+    import nltk.pathsec
     import nltk.redos
 
     def state():
         logger = logging.getLogger("lm_eval.tasks.ifeval.instructions")
-        limits = (langdetect.DetectorFactory.seed, nltk.redos.DEFAULT_TIMEOUT, logger.disabled)
+        limits = (langdetect.DetectorFactory.seed, nltk.redos.DEFAULT_TIMEOUT, nltk.pathsec.ENFORCE, logger.disabled)
         return random.getstate(), list(nltk.data.path), os.environ.get("NLTK_DATA"), limits
 
     before = state()
@@ -246,6 +248,38 @@ def test_the_command_gives_the_same_bytes_in_any_process_without_network(real, t
         found.append(output.read_bytes())
     assert found[0] == found[1]
     assert found[0].endswith(b"}\n") and json.loads(found[0]) == scores
+
+
+def writable_by_the_group(folder, tmp_path):
+    for path in [folder, *folder.rglob("*")]:
+        path.chmod(path.stat().st_mode | 0o020)  # a clone made under umask 0002
+
+
+def hard_linked(folder, tmp_path):
+    for i, path in enumerate(path for path in folder.rglob("*") if path.is_file()):
+        os.link(path, tmp_path / f"another name {i}")
+
+
+def of_another_account(folder, tmp_path):
+    if os.geteuid():
+        pytest.skip("only root may give files away")
+    for path in [folder, *folder.rglob("*")]:
+        os.chown(path, 12345, 12345)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("make", [writable_by_the_group, hard_linked, of_another_account])
+def test_the_tables_are_read_whatever_mode_owner_and_links_the_checkout_has(tmp_path, make):
+    shutil.copytree(ROOT / "workflow_scripts", tmp_path / "clone/workflow_scripts")
+    make(tmp_path / "clone", tmp_path)
+    jsonl.write_jsonl(tmp_path / "prompts.jsonl", HAND_PROMPTS)
+    jsonl.write_jsonl(tmp_path / "responses.jsonl", HAND_RESPONSES)
+    command = [sys.executable, "-m", "workflow_scripts.steps.score_ifeval", "--prompts", "prompts.jsonl"]
+    command += ["--responses", "responses.jsonl", "--output", "scores.json"]
+    env = {"PATH": os.environ["PATH"], "PYTHONPATH": str(tmp_path / "clone"), "PYTHONDONTWRITEBYTECODE": "1"}
+    run = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=60)
+    assert (run.returncode, run.stderr) == (0, "")
+    assert json.loads((tmp_path / "scores.json").read_text()) == ifeval.score(HAND_PROMPTS, HAND_RESPONSES, strip_think=False)
 
 
 # standard errors

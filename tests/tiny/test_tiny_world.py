@@ -1,30 +1,22 @@
 """The tiny world against lm-eval's own checkers, and its template and tokenizer against what the trainers rely on."""
 
-import os
 import random
 import re
 from collections import Counter
-from pathlib import Path
 
 import pytest
 
+from workflow_scripts.evaluation import ifeval
 from workflow_scripts.plumbing.messages import InputError
 from workflow_scripts.tiny import world
 from workflow_scripts.tiny.answers import default_answer, following_answer
-
-NLTK_DATA = Path(world.__file__).parents[1] / "evaluation" / "nltk_data"
 
 
 @pytest.fixture(scope="module")
 def follows():
     """follows(row, answer): lm-eval's strict verdict on all instructions of an IFEval row."""
-    os.environ["NLTK_DATA"] = str(NLTK_DATA)
-    from langdetect import DetectorFactory
-
-    DetectorFactory.seed = 0
-    from lm_eval.tasks.ifeval import utils
-
-    return lambda row, answer: utils.process_results(row, [answer])["prompt_level_strict_acc"]
+    with ifeval.reference() as utils:
+        yield lambda row, answer: utils.process_results(row, [answer])["prompt_level_strict_acc"]
 
 
 @pytest.fixture(scope="module")

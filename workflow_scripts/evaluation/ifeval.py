@@ -1,7 +1,9 @@
 """IFEval scores of responses that were generated before (Zhou et al. 2023, arXiv:2311.07911), offline and reproducible.
 
 The verdicts are lm-eval's own (`lm_eval.tasks.ifeval`). What is ours around them:
-- NLTK's Punkt tables are shipped. lm-eval looks for them at import and downloads them where they are missing.
+- NLTK's Punkt tables are shipped. lm-eval looks for them at import and downloads them where they are missing. NLTK reads no data
+  that another account could write: no checkout under umask 0002, of another owner, or with hard links. That is off here: the
+  tables are as trusted as the code beside them, and nothing else is read.
 - Python's `random` is seeded from the prompt's key before each verdict. The reference replaces a letter that is not a-z
   by a random one (in IFEval: keys 1122 and 1129), and draws whatever a prompt leaves open, so its verdicts on such rows
   change from run to run. Strict and loose see the same draw; in the reference they may see two, and loose can fail
@@ -31,7 +33,7 @@ def reference() -> Iterator[Any]:
     """lm-eval's module `lm_eval.tasks.ifeval.utils`, for as long as the block lasts under the conditions above.
 
     All that is changed is global to the process, so it is put back at the end: NLTK's search path (not NLTK_DATA, which
-    NLTK reads only once, at import), the state of `random`, langdetect's seed, NLTK's time limit, and the checkers'
+    NLTK reads only once, at import), the state of `random`, langdetect's seed, NLTK's time limit and distrust, and the checkers'
     logger, which is silenced because it prints each response whose language it cannot tell.
     The first call in a process imports lm-eval's task package and NLTK: 1.5 to 2 s, no torch, no network.
     """
@@ -39,19 +41,20 @@ def reference() -> Iterator[Any]:
         raise InputError(f"{_TOKENIZERS}/punkt_tab/english: not found; it belongs to this package, install it again")
     import langdetect
     import nltk.data
+    import nltk.pathsec
     import nltk.redos
 
     logger = logging.getLogger("lm_eval.tasks.ifeval.instructions")
-    factory, limits = langdetect.DetectorFactory, nltk.redos
-    before = (random.getstate(), list(nltk.data.path), factory.seed, limits.DEFAULT_TIMEOUT, logger.disabled)
+    factory, limits, trust = langdetect.DetectorFactory, nltk.redos, nltk.pathsec
+    before = (random.getstate(), list(nltk.data.path), factory.seed, limits.DEFAULT_TIMEOUT, trust.ENFORCE, logger.disabled)
     try:
         nltk.data.path.insert(0, str(_TOKENIZERS.parent))
-        factory.seed, limits.DEFAULT_TIMEOUT, logger.disabled = 0, None, True
+        factory.seed, limits.DEFAULT_TIMEOUT, trust.ENFORCE, logger.disabled = 0, None, False, True
         from lm_eval.tasks.ifeval import utils
 
         yield utils
     finally:
-        state, nltk.data.path[:], factory.seed, limits.DEFAULT_TIMEOUT, logger.disabled = before
+        state, nltk.data.path[:], factory.seed, limits.DEFAULT_TIMEOUT, trust.ENFORCE, logger.disabled = before
         random.setstate(state)
 
 
