@@ -5,6 +5,7 @@ import shlex
 import sys
 from functools import cache
 
+from workflow_scripts.artifacts.fingerprint import ROOT
 from workflow_scripts.config import bases, names
 from workflow_scripts.config import config as configs
 from workflow_scripts.plan import estimate
@@ -12,6 +13,11 @@ from workflow_scripts.plan.patterns import any_of
 from workflow_scripts.plan.plan import Plan
 from workflow_scripts.plumbing.messages import InputError
 from workflow_scripts.tools import adopt
+
+# Jobs run the code that was hashed: not that of another clone, in the environment or in the working folder.
+os.environ["PYTHONSAFEPATH"] = "1"
+if (path := os.environ.get("PYTHONPATH", "")).split(os.pathsep)[0] != str(ROOT):
+    os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), path]).rstrip(os.pathsep)
 
 try:
     PLAN = Plan(configs.Config(config, [str(file) for file in workflow.configfiles]))

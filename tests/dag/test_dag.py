@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import Clone
+from tests.conftest import Clone, make_clone
 from tests.support import cpu
 
 DPO = "results/ifeval_dpo.json"
@@ -229,6 +229,15 @@ def test_a_failing_step_leaves_nothing_half_written_and_says_why(clone):
     assert done.returncode == 1
     assert "results/data/pairs.jsonl: altered since it was made" in done.stderr
     assert not (clone.folder / "results/dpo/adapter/manifest.json").exists()
+
+
+def test_a_step_runs_the_code_of_the_snakefile_that_planned_it(fresh, tmp_path):
+    """Not that of another clone, in which the command is given and which the environment names."""
+    head = "def main(job: manifests.Job) -> None:\n"
+    fresh.edit("workflow_scripts/steps/slice_data.py", head, f'{head}    raise RuntimeError("the code that was hashed")\n')
+    other = make_clone(tmp_path / "other")
+    done = other.snakemake("-s", f"{fresh.folder}/Snakefile", "results/data/ifeval.manifest.json", check=False)
+    assert done.returncode == 1 and "RuntimeError: the code that was hashed" in done.stderr, done.stderr[-2000:]
 
 
 def test_every_file_of_the_package_is_small_and_imports_no_snakemake():

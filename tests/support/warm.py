@@ -91,8 +91,9 @@ def become(command: list[str], cwd: str, env: dict[str, str]) -> int:
     os.chdir(cwd)
     os.environ.clear()
     os.environ.update(env)
-    first = cwd if command[0] == "python" else str(Path(sys.executable).parent)
-    sys.path[:1] = [first, *env.get("PYTHONPATH", "").split(os.pathsep)]
+    first = [cwd] if command[0] == "python" else [str(Path(sys.executable).parent)]
+    path = env["PYTHONPATH"].split(os.pathsep)
+    sys.path[:1] = path if env.get("PYTHONSAFEPATH") else first + path
     try:
         if command[0] == "python":
             sys.argv = command[2:]
