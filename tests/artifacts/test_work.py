@@ -6,6 +6,8 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from tests.support.toy_step import Toys, step_of
 from workflow_scripts.artifacts import manifests, work
@@ -101,6 +103,19 @@ def test_files_are_listed_with_their_sha256_and_what_varies_is_not(tmp_path, ste
     assert "started" in json.loads((tmp_path / "out/run.json").read_text()) and "started" not in made.path.read_text()
     first = made.path.read_bytes()
     assert make(job_of(tmp_path, step), [("data.txt", "abc"), ("metrics.csv", "y")]).path.read_bytes() == first
+
+
+@pytest.mark.parametrize("umask, mode", [(0o022, 0o644), (0o002, 0o664), (0o077, 0o600)])
+def test_what_is_published_has_the_mode_that_the_umask_asks_for(tmp_path, step, umask, mode):
+    before = os.umask(umask)
+    try:
+        with manifests.complete(job_of(tmp_path, step), "thing", {}) as draft:
+            save_file({"weight": torch.zeros(1)}, draft.folder / "model.safetensors")  # writes 0600
+            (draft.folder / "executable").touch(0o777)
+    finally:
+        os.umask(before)
+    made = [path for path in (tmp_path / "out").iterdir() if path.is_file()]
+    assert len(made) == 4 and {path.stat().st_mode & 0o777 for path in made} == {mode}
 
 
 def test_a_file_that_was_altered_or_lost_is_refused(tmp_path, step):

@@ -195,5 +195,8 @@ def complete(job: Job, kind: str, parents: dict[str, Artifact]) -> Iterator[Draf
             dump(runinfo.collect(job.started, draft.run)), encoding="utf-8"
         )
     (stage / job.out.name).write_text(dump(manifest), encoding="utf-8")
+    mode = (stage / job.out.name).stat().st_mode  # what the umask asks for: safetensors writes 0600 whatever that is
+    for path in stage.iterdir():
+        path.chmod(mode)
     os.rename(stage, done)
     work.publish(done, job.out)
