@@ -8,6 +8,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 DEV_STAMP := $(VENV)/.installed-dev
+QUIET := $(shell test -t 2 || echo --quiet)# on a terminal pip shows its progress
 
 .PHONY: demo setup setup-dev setup-cuda setup-mac test-quick test test-all test-gpu test-slurm test-study test-processors lint report lock clean clean-checkpoints smollm2 status fits why accept adopt verify chat push pin
 
@@ -24,18 +25,25 @@ demo: setup
 
 setup: $(STAMP)
 
+# Commands in .venv name the folder that they were installed in: in a clone that was moved or copied they do not run.
+ifneq ($(shell cat $(STAMP) 2>/dev/null),$(CURDIR))
+.PHONY: $(STAMP)
+endif
+
 $(STAMP): envs/requirements.lock pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and f"phaseline needs Python 3.11 or later, {sys.executable} is {sys.version.split()[0]}; try: make PYTHON=python3.11 ...")'
-	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --requirement envs/requirements.lock
+	@echo "phaseline: installs $$(grep -c == envs/requirements.lock) packages into $(VENV), about 2 GB: two to five minutes"
+	$(PYTHON) -m venv --clear $(VENV)
+	$(BIN)/python -m pip install $(QUIET) --requirement envs/requirements.lock
 	$(BIN)/python -m pip install --quiet --no-deps --editable .
-	@touch $@
+	@echo $(CURDIR) > $@
 
 # What checks, beside it: pytest, linters, types. The targets that need it ask for it.
 setup-dev: $(DEV_STAMP)
 
 $(DEV_STAMP): $(STAMP) envs/dev.lock
-	$(BIN)/python -m pip install --quiet --constraint envs/requirements.lock --requirement envs/dev.lock
+	@echo "phaseline: installs $$(grep -c == envs/dev.lock) more, which check it: a minute"
+	$(BIN)/python -m pip install $(QUIET) --constraint envs/requirements.lock --requirement envs/dev.lock
 	@touch $@
 
 # The same lock as `setup`: on Linux, pip's default torch is the CUDA build. Then checks the GPU as every step will.
