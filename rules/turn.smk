@@ -5,6 +5,7 @@ from pathlib import Path
 
 from workflow_scripts.artifacts import work
 from workflow_scripts.plan import records
+from workflow_scripts.plumbing.messages import InputError
 
 _turn = []
 
@@ -20,8 +21,14 @@ def take_turn():
     try:
         _turn.append(work.turn(Path(PLAN.work), PLAN.results))
         records.clear_recorded(Path(PLAN.work))
+    except InputError as error:
+        stop(str(error))
     except OSError as error:
-        # Snakemake would wrap an exception or SystemExit from here in its own report of a broken input function.
-        sys.stderr.write(f"{error.filename}: {error.strerror}; make the results folder writable, or free some space\n")
-        sys.stderr.flush()
-        os._exit(1)
+        stop(f"{error.filename}: {error.strerror}; make the results folder writable, or free some space")
+
+
+def stop(words):
+    """Snakemake would wrap an exception or SystemExit from here in its own report of a broken input function."""
+    sys.stderr.write(f"{words}\n")
+    sys.stderr.flush()
+    os._exit(1)

@@ -1,5 +1,6 @@
 """Locks, and outputs that appear whole or not at all."""
 
+import errno
 import json
 import os
 import time
@@ -326,6 +327,20 @@ def test_steps_of_two_configs_that_make_one_output_take_turns_and_the_later_one_
     assert older.wait(30) == newer.wait(30) == 0
     assert (tmp_path / "out/data.txt").read_text() == "newer"
     assert json.loads((tmp_path / "out/manifest.json").read_text())["step"]["config"]["text"] == "newer"
+
+
+@pytest.mark.parametrize("number", [errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK])
+def test_a_file_system_without_locks_is_said_to_be_one(tmp_path, monkeypatch, number):
+    """As Lustre without `-o flock`."""
+
+    def flock(file, how):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(work.fcntl, "flock", flock)
+    said = rf"{tmp_path}/locks: its file system has no file locks \(flock: {os.strerror(number)}\).*-o flock.*pathvars: results"
+    for lock in (lambda: work.turn(tmp_path, "results"), work.exclusive(tmp_path, "mark", print).__enter__):
+        with pytest.raises(InputError, match=said):
+            lock()
 
 
 def test_other_steps_do_not_wait(tmp_path, step):

@@ -7,6 +7,7 @@ the same step, costs nothing: the same fingerprint is published again.
 """
 
 import contextlib
+import errno
 import fcntl
 import hashlib
 import json
@@ -20,6 +21,9 @@ from pathlib import Path
 from typing import IO
 
 from workflow_scripts.artifacts.fingerprint import file_sha256
+from workflow_scripts.plumbing.messages import InputError
+
+NO_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK)
 
 
 def place(out: Path) -> str:
@@ -30,14 +34,23 @@ def place(out: Path) -> str:
 def _lock(work: Path, name: str, taken: Callable[[str], None]) -> IO[str]:
     """An open file that holds the lock of this name. Who finds it taken waits, and is told who has it by `taken`.
 
-    The lock dies with its process, whatever ends that.
+    The lock dies with its process, whatever ends that. InputError where the file system has no locks: nothing weaker would do,
+    since a lock that outlives its process stops who comes next, and one that others do not see lets them in.
     """
     locks = work / "locks"
     locks.mkdir(parents=True, exist_ok=True)
     file = open(locks / f"{name}.lock", "a+")
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
+    except OSError as error:
+        if error.errno in NO_LOCKS:
+            raise InputError(
+                f"{locks}: its file system has no file locks (flock: {error.strerror}), and results need them: two runs would "
+                "write one file. Lustre has them when it is mounted with -o flock, NFS where its lock service runs: ask who "
+                "mounts it, or put `pathvars: results` of the config on a file system that has locks"
+            ) from None
+        if not isinstance(error, BlockingIOError):
+            raise
         file.seek(0)
         taken(file.read().strip() or "another process")
         fcntl.flock(file, fcntl.LOCK_EX)
