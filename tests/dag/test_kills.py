@@ -129,7 +129,7 @@ def test_sigterm_to_the_group_and_to_the_job_saves_and_ends_and_to_snakemake_let
         steps.append(step)
     assert steps[0] < steps[1]
     log.unlink()
-    process = clone.start(MERGED, configs=rarely)
+    process = clone.start(MERGED, configs=rarely, warmed=True)
     wait_for(lambda: log.exists() and "resumed at step" in log.read_text(), process)
     os.kill(process.pid, signal.SIGTERM)
     process.wait(120)
@@ -236,7 +236,7 @@ def test_a_step_that_was_made_before_is_not_made_twice_by_a_kill_before_the_reco
 
 def fails(clone: Runs, *targets: str) -> str:
     """The one line that a failing step says; AssertionError if it is none, or a traceback is shown."""
-    process = clone.start(*targets)
+    process = clone.start(*targets, warmed=True)
     assert process.wait(300) == 1, clone.said(process)
     lines = [line for line in clone.said(process).splitlines() if re.match(r"results/\S+: error: ", line)]
     assert len(lines) == 1 and "Traceback" not in clone.said(process), clone.said(process)
@@ -305,7 +305,7 @@ def test_a_full_disk_and_read_only_results_are_one_clear_line_and_the_run_goes_o
     clone.finish(SFT)
     kills.check_whole(clone, expected)
     assert small("ro")
-    process = clone.start(MERGED)
+    process = clone.start(MERGED, warmed=True)
     assert process.wait(120) == 1
     said = [line for line in clone.said(process).splitlines() if "ead-only" in line]
     assert len(said) == 1 and "results" in said[0] and "Traceback" not in clone.said(process), clone.said(process)

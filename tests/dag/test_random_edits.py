@@ -164,7 +164,14 @@ def test_random_edits_plan_what_the_oracle_says(made, seeds):
 @pytest.mark.parametrize(
     ("file", "old", "new", "edit", "needless"),
     [
-        ("profiles/default/profile.yaml", "triggers: [params]", "triggers: [params, code]", a_file_that_decides_nothing, True),
+        pytest.param(
+            "profiles/default/profile.yaml",
+            "triggers: [params]",
+            "triggers: [params, code]",
+            a_file_that_decides_nothing,
+            True,
+            marks=pytest.mark.long,  # it takes many trials to hit a file that a rule's command names
+        ),
         ("rules/common.smk", 'file if file.endswith("manifest.json") else ancient(file)', "ancient(file)", a_key, False),
     ],
 )

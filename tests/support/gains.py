@@ -1,7 +1,7 @@
 """The tiny world in full: the targets that show what each method gains."""
 
-MOST = ("dpo", "kto", "ppo", "grpo")  # ppo's reward is the reward model
-MORE = ("ppo_ifeval", "rloo")  # their reward, as grpo's: the share of followed instructions
+MOST = ("dpo", "kto", "grpo")
+MORE = ("ppo", "ppo_ifeval", "rloo")  # rewards: the reward model, and as grpo's, the share of followed instructions
 METHODS = (*MOST, *MORE)
 
 

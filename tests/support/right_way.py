@@ -7,6 +7,8 @@ what it needs to move far in a few steps; the constant block is as it always is.
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from tests.support import small_steps
 from tests.support.shared import Shared
 from workflow_scripts.artifacts import manifests
@@ -26,6 +28,11 @@ SETTINGS: dict[str, dict[str, Any]] = {
 # The base follows each of these now and then: rewards tell answers apart from the first on. Of the other kinds it follows some
 # never, and with all ten PPO won 0.13 on 50 prompts, as much as their 95 % interval is wide.
 KINDS = {"startend:quotation", "change_case:english_lowercase", "punctuation:no_comma"}
+
+
+def sample(*methods: str, n: int = 1) -> list:
+    """A test's methods: the first n in `make test`, all in the wider rings."""
+    return [pytest.param(method, marks=[pytest.mark.long] if i >= n else []) for i, method in enumerate(methods)]
 
 
 def instructions(n: int) -> list[dict]:

@@ -10,7 +10,7 @@ import torch
 
 from tests.models.test_chat import END_OUTSIDE
 from tests.support import small_steps
-from tests.support.right_way import HELDOUT, ROLLOUTS, ROWS
+from tests.support.right_way import HELDOUT, ROLLOUTS, ROWS, sample
 from workflow_scripts.models import chat, lora
 from workflow_scripts.plumbing.messages import InputError
 from workflow_scripts.rl import rewards
@@ -40,7 +40,7 @@ def flipped_pairs(folder):
 
 
 @pytest.mark.trained
-@pytest.mark.parametrize("method", ["dpo", "kto", "rm"])
+@pytest.mark.parametrize("method", sample("dpo", "kto", "rm"))
 def test_flipped_labels_move_the_objective_the_other_way(right_way, flipped_pairs, method, tmp_path, figure):
     right = right_way(method).data["objective"]
     flipped = right_way.train(tmp_path, method, flipped_pairs).data["objective"]
@@ -60,7 +60,7 @@ def test_flipped_labels_move_the_objective_the_other_way(right_way, flipped_pair
 
 
 @pytest.mark.trained
-@pytest.mark.parametrize("method", ROLLOUTS)
+@pytest.mark.parametrize("method", sample("grpo", "rloo", "ppo_ifeval"))
 def test_a_negated_reward_is_seen_in_the_held_out_reward(right_way, method, tmp_path, monkeypatch, figure):
     right, real = right_way(method).data["objective"], rewards.functions
 
@@ -83,6 +83,7 @@ def test_a_negated_reward_is_seen_in_the_held_out_reward(right_way, method, tmp_
     figure("won, reward negated", -negated["after"]["reward"] - before, at_most=-0.03)
 
 
+@pytest.mark.long
 @pytest.mark.trained
 def test_a_constant_reward_moves_nothing_but_the_kl_in_ppo(right_way, tmp_path, monkeypatch, figure):
     """What is left is noise: the whitened error of a value function that has nothing to learn, and the pull to the reference."""
