@@ -81,6 +81,8 @@ MISTAKES = {
     "lora: {bias: all}": ("lora.bias", "found the string 'all', expected 'none'"),
     "lora: {dropout: 1.0}": ("lora.dropout", "found 1.0, expected a number at least 0 below 1"),
     "methods: {sft: {quantise: null}}": ("methods.sft.quantise", r"found nothing \(null\), expected one of nf4, none"),
+    "pathvars: {results: ~/results}": ("pathvars.results", r"found the string '~/results'.*~ is no home here, write it out"),
+    "pathvars: {logs: ''}": ("pathvars.logs", "found the string '', expected a string .a folder"),
     "seeds: []": ("seeds", "expected a list of at least 1 entries"),
     "seeds: [1, 1]": ("seeds", "expected a list .*without repetition"),
     "experiments: {x: {method: sft, train: 5}}": ("experiments.x.train", "found 5, expected a mapping"),

@@ -240,6 +240,14 @@ def test_a_step_runs_the_code_of_the_snakefile_that_planned_it(fresh, tmp_path):
     assert done.returncode == 1 and "RuntimeError: the code that was hashed" in done.stderr, done.stderr[-2000:]
 
 
+def test_a_base_that_another_config_replaces_is_said_to_be_replaced(clone):
+    steps = clone.overlay("base: {scratch: {train: {steps: 2}}}")
+    assert clone.snakemake("results/base/manifest.json").stderr.count("is made anew") == 0
+    done = clone.snakemake("results/base/manifest.json", configs=steps)
+    said = [line for line in done.stderr.splitlines() if line.startswith("results/base/manifest.json: is made anew")]
+    assert len(said) == 1 and "base.scratch.train.steps: 30 -> 2" in said[0] and "`pathvars` of its own" in said[0]
+
+
 def test_every_file_of_the_package_is_small_and_imports_no_snakemake():
     root = Path(__file__).resolve().parents[2]
     names = subprocess.run(["git", "-C", str(root), "ls-files", "*.py", "*.smk"], capture_output=True, text=True).stdout.split()

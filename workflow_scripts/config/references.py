@@ -48,7 +48,7 @@ def _check_start(config: Written, experiments: dict[str, dict], name: str) -> No
 
 
 def _check_reward(config: Written, experiments: dict[str, dict], name: str) -> None:
-    """The rewards of an experiment are verifiers or reward models, and none of them is made from the experiment itconfig."""
+    """The rewards of an experiment are verifiers or reward models, and none of them is made from the experiment itself."""
     body = experiments[name]
     place = config.place(name, ["reward"])
     if len(verifiers := [reward for reward in rewards(body) if reward in VERIFIERS]) > 1:
