@@ -191,7 +191,7 @@ ROLLOUTS = ["train_ppo", "train_grpo", "train_rloo"]
 EVERY = [*SLICE, "make_base", *MODELS, *SCORE]
 # Plumbing; what plans; what only models from elsewhere need.
 NO_STEP = """steps/cli plumbing/content_cache plumbing/gpus plumbing/progress plumbing/messages plumbing/signals
-artifacts/runinfo artifacts/work artifacts/fingerprint data/hub config/__init__ config/config config/schema_errors
+artifacts/runinfo artifacts/work artifacts/fingerprint data/hub evaluation/rows config/__init__ config/config config/schema_errors
 config/yaml_files config/bases config/comparison config/choices config/judged config/names config/sweep config/written
 config/schema config/experiments config/references config/slices plan/__init__ plan/plan plan/places plan/graph plan/steps
 plan/records plan/estimate plan/gpu_memory plan/passes plan/patterns plan/shape models/sources models/templates""".split()
@@ -225,8 +225,9 @@ CODE: dict[str, list[str]] = {
     ),
     "data/__init__.py": [*SLICE, "make_base", "generate", "train_kto", "score_gsm8k"],
     "data/slicing.py": [*SLICE, "generate"],
-    **dict.fromkeys(("data/formats.py", "data/parts.py"), [*SLICE, "generate", "score_gsm8k"]),
-    **dict.fromkeys(("evaluation/__init__.py", "evaluation/scores.py"), [*SCORE, *ROLLOUTS]),
+    **dict.fromkeys(("data/formats.py", "data/parts.py", "data/words.py"), [*SLICE, "generate", "score_gsm8k"]),
+    "evaluation/__init__.py": [*SLICE, *SCORE, *ROLLOUTS],
+    "evaluation/scores.py": [*SCORE, *ROLLOUTS],
     "steps/scoring.py": SCORE,
     "evaluation/gsm8k.py": ["score_gsm8k"],
     "data/unpaired.py": ["train_kto"],
@@ -246,7 +247,7 @@ CODE: dict[str, list[str]] = {
 }
 # Modules that run when Snakemake plans: there a statement may be added, and nothing changed.
 PLANNING = set(NO_STEP) - {"models/templates"}
-PLANNING |= {"data/slicing", "data/formats", "data/parts", "artifacts/manifests", "plumbing/jsonl"}
+PLANNING |= {"data/slicing", "data/formats", "data/parts", "data/words", "artifacts/manifests", "plumbing/jsonl"}
 
 TORCH = [*SLICE, "make_base", *MODELS]
 IFEVAL = ["score_ifeval", *ROLLOUTS]

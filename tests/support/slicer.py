@@ -17,7 +17,12 @@ QUESTION = "name three rivers of the far north"
 class Words:
     """A tokenizer of one token a word, with one more for each turn and for the start of the answer."""
 
-    def apply_chat_template(self, turns, add_generation_prompt):
+    added_tokens_decoder: dict = {}
+    name_or_path = "words"
+
+    def apply_chat_template(self, turns, add_generation_prompt, tokenize=True):
+        if not tokenize:
+            return ""
         assert add_generation_prompt
         return {"input_ids": [word for turn in turns for word in ["<turn>", *turn["content"].split()]] + ["<answer>"]}
 

@@ -24,7 +24,10 @@ from workflow_scripts.plumbing.messages import InputError
 RESERVED = ("id", "heldout", "messages", "prompt", "chosen", "rejected", "completion", "label", "answer", "final")
 HH_SPEAKERS = {"Human": "user", "Assistant": "assistant"}
 HH_LABEL = re.compile(r"\n\n(Human|Assistant):")
-GSM8K_FINAL = re.compile(r"####\s*(-?[\d,]*\.?\d+)\s*$")
+GSM8K_FINAL = re.compile(r"####\s*(-?[0-9,]*\.?[0-9]+)\s*$")
+TOOLS = ("tools", "functions", "tool_calls", "function_call")
+NO_TOOLS = (None, "", "[]", [], {})
+TALKS = ("messages", "conversations", "prompt", "chosen", "rejected", "completion")  # keys that may hold turns
 
 
 class Unusable(Exception):
@@ -49,6 +52,8 @@ def convert(row: dict, kind: str, place: str, named: str | None = None) -> tuple
     InputError, beginning with `place`, on a row that no format or another one fits. Unusable as the docstring on top says.
     """
     given = {key: value for key, value in row.items() if value is not None}
+    if _with_tools(given):
+        raise Unusable("with tools")
     if named is None:
         form = _recognise(given, kind, place, row)
     else:
@@ -57,6 +62,14 @@ def convert(row: dict, kind: str, place: str, named: str | None = None) -> tuple
             has = f"a row of the format {named} has {', '.join(form.needs)}"
             raise InputError(f"{place}: {missing[0]} is missing; {has}, found {_keys(row)}")
     return form.name, form.convert(given, kind, place)
+
+
+def _with_tools(given: dict) -> bool:
+    """Whether a row has tools or calls of them, in any format: without them what is left would be trained as the whole answer."""
+    talks = [given[key] if isinstance(given.get(key), list) else [given.get(key)] for key in TALKS]
+    turns = [one for talk in talks for one in talk if isinstance(one, dict)]
+    speakers = {one.get(key) for one in turns for key in ("role", "from") if isinstance(one.get(key), str)}
+    return bool(speakers & parts.MACHINES) or any(one.get(key) not in NO_TOOLS for one in (given, *turns) for key in TOOLS)
 
 
 def _recognise(given: dict, kind: str, place: str, row: dict) -> Format:
@@ -99,7 +112,7 @@ def columns(kind: str, present: Iterable[str], place: str) -> list[str]:
     forms = [form for form in FORMATS if kind in form.kinds]
     if not any(set(form.needs) <= set(present) for form in forms):
         raise unknown(place, present, kind)
-    wanted = {key for form in forms for key in (*form.needs, *form.reads)}
+    wanted = {*TOOLS, *(key for form in forms for key in (*form.needs, *form.reads))}
     return [name for name in present if name in wanted]
 
 
@@ -116,8 +129,6 @@ def _from_kto_messages(row: dict, kind: str, place: str) -> dict:
 
 
 def _from_sharegpt(row: dict, kind: str, place: str) -> dict:
-    if row.get("tools"):
-        raise Unusable("with tools")
     return {"messages": parts.with_system(row, parts.spoken(row["conversations"], place), place)}
 
 
@@ -266,8 +277,8 @@ PAIR = ("chosen", "rejected")
 FORMATS = (
     Format("messages", ("messages",), ("sft",), _from_messages),
     Format("kto_messages", ("messages", "label"), ("unpaired",), _from_kto_messages),
-    Format("sharegpt", ("conversations",), ("sft",), _from_sharegpt, ("system", "tools")),
-    Format("sharegpt_pairs", ("conversations", *PAIR), ("preference",), _from_sharegpt_pairs, ("system", "tools")),
+    Format("sharegpt", ("conversations",), ("sft",), _from_sharegpt, ("system",)),
+    Format("sharegpt_pairs", ("conversations", *PAIR), ("preference",), _from_sharegpt_pairs, ("system",)),
     Format("alpaca", ("instruction", "output"), ("sft",), _from_alpaca, ("input", "system", "history")),
     Format("ultrafeedback_binarized", PAIR, ("preference",), _from_ultrafeedback, ("prompt",), _are_conversations),
     Format("pairs", ("prompt", *PAIR), ("preference",), _from_pairs),

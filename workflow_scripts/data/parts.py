@@ -8,6 +8,8 @@ import json
 from workflow_scripts.plumbing.messages import InputError
 
 ROLES = ("system", "user", "assistant")
+MACHINES = {"tool", "function", "ipython", "observation", "function_call", "tool_call", "function_response", "tool_response"}
+LABELS = {True: True, False: False, "1": True, "0": False, "true": True, "false": False}  # 1 and 0 are equal to True and False
 SPEAKERS = {"system": "system", "human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant"}
 
 
@@ -23,9 +25,14 @@ def text(row: dict, key: str, place: str) -> str:
 
 
 def label(row: dict, place: str) -> bool:
-    if not isinstance(row["label"], bool):
-        raise InputError(f"{place}: expected true or false under label, found {show(row['label'])}")
-    return row["label"]
+    """True or false, also as 1 or 0, or as a text of these."""
+    found = row["label"]
+    found = found.strip().lower() if isinstance(found, str) else found
+    if not isinstance(found, bool | int | float | str) or found not in LABELS:
+        raise InputError(
+            f"{place}: expected true or false (or 1 or 0) under label, found {show(row['label'])}; write true for what is wanted"
+        )
+    return LABELS[found]
 
 
 def turn(role: str, content: str) -> dict:

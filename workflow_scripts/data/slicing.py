@@ -17,6 +17,7 @@ from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 from workflow_scripts.data import formats
+from workflow_scripts.data.words import whole, words
 from workflow_scripts.plumbing.content_cache import ContentCache
 from workflow_scripts.plumbing.messages import InputError
 
@@ -113,10 +114,16 @@ def _take(file: str, wanted: list[int], kind: str, group_by: str | None) -> Iter
         yield from _take_parquet(file, wanted, kind, group_by)
     elif form == "json":
         objects = _objects(file)
-        yield from ((index + 1, json.dumps(objects[index], ensure_ascii=False)) for index in wanted)
+        yield from ((index + 1, _text(objects[index])) for index in wanted)
     else:
         chosen = set(wanted)
         yield from (numbered for index, numbered in enumerate(_lines(file)) if index in chosen)
+
+
+def _text(row: object) -> str:
+    """A row as JSON. Half a character stays an escape: as a character no text could be hashed or written."""
+    text = json.dumps(row, ensure_ascii=False)
+    return text if whole(text) else json.dumps(row)
 
 
 def _parquet(file: str):
@@ -177,6 +184,13 @@ def prompt_turns(row: dict) -> list[dict]:
     return [{"role": "user", "content": row["prompt"]}] if isinstance(row["prompt"], str) else row["prompt"]
 
 
+def conversations(row: dict) -> list[list[dict]]:
+    """The conversations that a row is trained on, each with an answer at its end: both sides of a pair."""
+    if "messages" in row:
+        return [row["messages"]]
+    return [row["prompt"] + row[key] for key in ("chosen", "rejected", "completion") if key in row]
+
+
 def answer_texts(row: dict) -> list[str]:
     """The texts of a row's answers: the last turn of a conversation, both sides of a pair."""
     if "answer" in row:
@@ -201,21 +215,21 @@ def avoided(row: dict, rule: str, ngram: int) -> str:
     has that phrase would be dropped. By n-grams such a question counts with its choices, lettered as it is asked.
     """
     text = prompt_of(row)
-    if "choices" in row and rule == "ngram" and len(text.split()) < ngram:
+    if "choices" in row and rule == "ngram" and len(words(text)) < ngram:
         return "\n".join([text, *(f"{letter}. {choice}" for letter, choice in zip("ABCD", row["choices"], strict=True))])
     return text
 
 
 def _ngrams(text: str, n: int) -> set[tuple[str, ...]]:
-    words = text.lower().split()
-    return {tuple(words[i : i + n]) for i in range(len(words) - n + 1)}
+    found = words(text)
+    return {tuple(found[i : i + n]) for i in range(len(found) - n + 1)}
 
 
 class Decontaminator:
     """Says whether a training row covers an evaluation prompt.
 
-    `ngram`: the row's text holds at least `share` of the n-grams (words, lower case) of an evaluation prompt, the rule of
-    Tulu 3 (Lambert et al. 2024, arXiv:2411.15124, section 3.2: 8-grams, 50 %). A prompt shorter than n words counts as
+    `ngram`: the row's text holds at least `share` of the n-grams (words, lower case; data/words.py) of an evaluation prompt, the
+    rule of Tulu 3 (Lambert et al. 2024, arXiv:2411.15124, section 3.2: 8-grams, 50 %). A prompt shorter than n words counts as
     one n-gram of its own length. `whole_prompt`: one of the row's user turns *is* an evaluation prompt, up to case and
     spaces; for worlds whose prompts share their phrases.
     """
@@ -223,7 +237,8 @@ class Decontaminator:
     def __init__(self, prompts: Iterable[str], rule: str, ngram: int, share: float):
         self.rule, self.n, self.share = rule, ngram, share
         self.whole = {" ".join(prompt.lower().split()) for prompt in prompts} - {""}
-        self.grams = [grams for prompt in sorted(self.whole) if (grams := _ngrams(prompt, min(ngram, len(prompt.split()))))]
+        counted = [(prompt, min(ngram, len(words(prompt)))) for prompt in sorted(self.whole)]
+        self.grams = [_ngrams(prompt, n) for prompt, n in counted if n]
         self.index: dict[tuple[str, ...], list[int]] = {}
         for i, grams in enumerate(self.grams):
             for gram in grams:

@@ -110,7 +110,7 @@ def score(
 
     with reference() as utils:
         for number, prompt in enumerate(prompts, start=1):
-            _check_instructions(utils, prompt, f"{prompts_name}, row {number} ({label(prompt)})")
+            check_instructions(utils, prompt, f"{prompts_name}, row {number} ({label(prompt)})")
         texts = [answer(row["response"]) if strip_think else row["response"] for row in joined]
         found = []
         for prompt, text in zip(prompts, texts, strict=True):
@@ -156,7 +156,7 @@ def _by_instruction(prompts: list[dict], lists: list[list[bool]]) -> dict[str, l
     return found
 
 
-def _check_instructions(utils: Any, prompt: dict, place: str) -> None:
+def check_instructions(utils: Any, prompt: dict, place: str) -> None:
     """Build each instruction once, so that what lm-eval would trip over is told with its place."""
     known = utils.instructions_registry.INSTRUCTION_DICT
     identifiers, kwargs = prompt.get("instruction_id_list"), prompt.get("kwargs")

@@ -1,5 +1,6 @@
 """Chat templates and loss masks: what the end of a turn is, and that every batch trains on the right tokens."""
 
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -36,6 +37,36 @@ def end_of_turn(tokenizer: Any) -> int:
             f"{tokenizer.eos_token!r}; generation would not stop there. Set eos_token to the token that closes a turn"
         )
     return tokenizer.eos_token_id
+
+
+def control_tokens(tokenizer: Any) -> list[str]:
+    """Texts of the tokens that the tokenizer calls special. Where a row's text spells one, it would become a real one: an end in
+    the middle of an answer, a turn that nobody took."""
+    return sorted(token.content for token in tokenizer.added_tokens_decoder.values() if token.special)
+
+
+def unwritable(tokenizer: Any, talks: list[list[dict]], control: list[str]) -> str | None:
+    """Why the chat template can't write one of these conversations as what it is, or None. control: `control_tokens`."""
+    from jinja2.exceptions import TemplateError
+
+    for talk in talks:
+        for mark in control:
+            if any(mark in turn["content"] for turn in talk):
+                return f"with the control token {mark} in a text"
+        try:
+            tokenizer.apply_chat_template(talk, tokenize=False, add_generation_prompt=talk[-1]["role"] != "assistant")
+        except (TemplateError, TypeError):
+            return "that the model's chat template refuses"
+    return None
+
+
+def check_prompts(tokenizer: Any, asked: list[tuple[Any, list[dict]]], file: Path) -> None:
+    """InputError on a prompt of an evaluation that the chat template can't write. asked: (key, turns); file: for the message."""
+    control = control_tokens(tokenizer)
+    for key, turns in asked:
+        if reason := unwritable(tokenizer, [turns], control):
+            where = tokenizer.name_or_path
+            raise InputError(f"{file}: key {key!r}: a prompt {reason} ({where}); change it, or leave it out of the source")
 
 
 class MaskCheck:

@@ -138,9 +138,12 @@ def respond(job: manifests.Job, parents: dict[str, manifests.Artifact], prompts:
         model = loading.load(start, job.work, step["device"], step["precision"])
     saved = job.work / fingerprint(step) / "answers.jsonl"
     saved.parent.mkdir(parents=True, exist_ok=True)
+    tokenizer, asked = chat.tokenizer_of(start), [slicing.prompt_turns(row) for row in prompts]
+    keys = [row["key"] for row in prompts]
+    chat.check_prompts(tokenizer, [*zip(keys, asked, strict=True)], parents["prompts"].path)
     answers = answer(
-        model.eval(), chat.tokenizer_of(start), [slicing.prompt_turns(row) for row in prompts], config["batch_size"],
-        config["max_new_tokens"], f"answers of {job.run}", saved, tuple(step.get("shard", (1, 1))),
+        model.eval(), tokenizer, asked, config["batch_size"], config["max_new_tokens"], f"answers of {job.run}", saved,
+        tuple(step.get("shard", (1, 1))),
     )  # fmt: skip
     # What of decoding the model's own folder decides, such as a repetition penalty; lm-eval's runner takes it over too.
     return answers, model.generation_config.to_diff_dict()

@@ -15,10 +15,12 @@ import json
 import os
 from collections import Counter
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from workflow_scripts.artifacts import manifests
 from workflow_scripts.data import formats, slicing
+from workflow_scripts.data.words import blank, whole
+from workflow_scripts.evaluation import rows as judging
 from workflow_scripts.plumbing.messages import InputError
 from workflow_scripts.steps import cli
 
@@ -40,6 +42,7 @@ def main(job: manifests.Job) -> None:
     source, candidates = read_candidates(job, parents)
     facts: dict = {}
     evaluation = "heldout" not in config  # its rows are taken whole: nothing is dropped, cut or held out
+    places = {one.id: one.place for one in candidates}
     if kind == "ifeval":
         rows, dropped = prompts(candidates, source), Counter[str]()
     else:
@@ -47,13 +50,19 @@ def main(job: manifests.Job) -> None:
             check_groups(candidates, group_by)
         rows, dropped, facts["formats"] = clean(candidates, kind, config.get("format"), group_by)
         rows = [row | {"key": row["id"]} for row in rows] if evaluation else rows
+    judging.check(kind, ((places[row["id"]], row) for row in rows))
     if not evaluation:
         from workflow_scripts.models import chat
 
         rule = config["decontaminate"]
         evaluated = [row for role, one in parents.items() if role.endswith("_prompts") for row in one.rows()]
         check = slicing.Decontaminator([slicing.avoided(row, rule["rule"], rule["ngram"]) for row in evaluated], **rule)
-        rows, more = filter_rows(rows, check, chat.tokenizer_of(parents["base"]), config["max_prompt_tokens"])
+        tokenizer = chat.tokenizer_of(parents["base"])
+        for role, one in parents.items():  # an evaluation that the base can't be asked would end after every training
+            if role.endswith("_prompts"):
+                asked = [(row["key"], slicing.prompt_turns(row)) for row in one.rows() if "question" not in row]
+                chat.check_prompts(tokenizer, asked, one.path)
+        rows, more = filter_rows(rows, check, tokenizer, config["max_prompt_tokens"])
         dropped += more
     share = sum(dropped.values()) / len(candidates)
     reasons = ", ".join(f"{count} {reason}" for reason, count in sorted(dropped.items()))
@@ -171,10 +180,26 @@ def prompts(candidates: list[Source], source: str) -> list[dict]:
             found = ", ".join(sorted(row)) or "nothing"
             raise InputError(f"{place}: {missing[0]} is missing; a row of kind ifeval has {', '.join(IFEVAL)}, found {found}")
         check_prompt(row, place)
-        rows.append({**row, "key": row.get("key", row_id), "id": row_id})
+        key, arguments = plain(row.get("key", row_id)), plain(row["kwargs"])
+        if isinstance(key, bool) or not isinstance(key, int | str):
+            raise InputError(f"{place}: expected a number or a text under key, found {json.dumps(key)[:80]}")
+        rows.append({**row, "key": key, "kwargs": arguments, "id": row_id})
+        if not whole(json.dumps(rows[-1], ensure_ascii=False)):
+            raise InputError(f"{place}: holds half a character (a lone surrogate, as \\ud83d); it was cut in two somewhere")
     if twice := [key for key, count in Counter(str(row["key"]) for row in rows).items() if count > 1]:
         raise InputError(f"{source}: the key {twice[0]} stands in more than one row; answers could not be told apart")
     return rows
+
+
+def plain(value: Any) -> Any:
+    """Whole floats as integers and NaN as null, at any depth: what pandas makes of counts in a column with empty cells."""
+    if isinstance(value, dict):
+        return {key: plain(one) for key, one in value.items()}
+    if isinstance(value, list):
+        return [plain(one) for one in value]
+    if isinstance(value, float):
+        return None if value != value else int(value) if value.is_integer() else value
+    return value
 
 
 def clean(
@@ -222,14 +247,19 @@ def check_prompt(row: dict, place: str) -> None:
 
 def unusable(row: dict) -> str | None:
     """Why a well-formed row can't be trained on, or None."""
+    if not whole(json.dumps(row, ensure_ascii=False)):
+        return "with half a character (a lone surrogate)"
     answers = [row["messages"]] if "messages" in row else [row[key] for key in ("chosen", "rejected", "completion") if key in row]
     if any(answer[-1]["role"] != "assistant" for answer in answers):
         return "without an answer at the end"
-    if not any(turn["role"] == "user" and turn["content"].strip() for turn in slicing.prompt_turns(row)):
+    before = slicing.prompt_turns(row)
+    if not any(turn["role"] == "user" and not blank(turn["content"]) for turn in before):
         return "without a prompt"
+    if before[-1]["role"] == "assistant":
+        return "with a prompt that ends with the assistant's turn"
     if "messages" not in row and any(turn["role"] != "assistant" for answer in answers for turn in answer):
         return "with other turns than the assistant's in an answer"
-    if any(not turn["content"].strip() for answer in answers for turn in answer if turn["role"] == "assistant"):
+    if any(blank(turn["content"]) for answer in answers for turn in answer if turn["role"] == "assistant"):
         return "with an empty answer"
     if "chosen" in row and [t["content"].strip() for t in row["chosen"]] == [t["content"].strip() for t in row["rejected"]]:
         return "with chosen equal to rejected"
@@ -237,14 +267,19 @@ def unusable(row: dict) -> str | None:
 
 
 def filter_rows(rows: list[dict], check: slicing.Decontaminator, tokenizer, max_prompt_tokens: int) -> tuple[list[dict], Counter]:
-    """Drop what covers an evaluation prompt and what has too long a prompt."""
+    """Drop what covers an evaluation prompt, what the model's chat template can't write, and what has too long a prompt."""
+    from workflow_scripts.models import chat
+
     kept: list[dict] = []
+    control = chat.control_tokens(tokenizer)
     dropped: Counter = Counter()
     for row in rows:
         before = slicing.prompt_turns(row)
         questions = [turn["content"] for turn in before if turn["role"] == "user"]
         if check.covers(questions, "\n".join([*(turn["content"] for turn in before), *slicing.answer_texts(row)])):
             dropped["covering an evaluation prompt"] += 1
+        elif reason := chat.unwritable(tokenizer, [before, *slicing.conversations(row)], control):
+            dropped[reason] += 1
         elif len(tokenizer.apply_chat_template(before, add_generation_prompt=True)["input_ids"]) > max_prompt_tokens:
             dropped[f"with a prompt above {max_prompt_tokens} tokens"] += 1
         else:
