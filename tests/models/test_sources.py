@@ -89,6 +89,15 @@ def test_the_declared_dtype_is_the_one_that_is_saved(tmp_path):
     assert made.file("model.safetensors").stat().st_size < 1_400_000
 
 
+def test_a_model_whose_template_takes_no_system_turn_becomes_a_base(tmp_path):
+    small_steps.copy_tiny_base(tmp_path / "model").unlink()
+    template = tmp_path / "model/chat_template.jinja"
+    refuses = "{%- if messages[0]['role'] == 'system' %}{{- raise_exception('System role not supported') }}{%- endif %}"
+    template.write_text(refuses + template.read_text())
+    made = make(tmp_path, plan(tmp_path, source="path", path=str(tmp_path / "model")))
+    assert made.data["template"]["origin"] == "the model's own" and made.data["template"]["in_loss"].count("<|im_end|>") == 2
+
+
 def test_chatml_as_text_closes_a_turn_with_the_tokens_that_are_there(stories, tmp_path):
     """Token by token in the trainer's own batch; a model that saw its start-of-sequence token first still sees it."""
     tokenizer = chat.tokenizer_of(stories)

@@ -116,3 +116,12 @@ def test_a_name_that_is_none_and_a_base_are_refused(read_only):
         push.push(FakeHub(), runs.open_run(Path("results/dpo")), "name")
     with pytest.raises(InputError, match="results/base: has no adapter"):
         push.push(FakeHub(), runs.open_run(Path("results/base")), "user/name")
+
+
+def test_the_card_says_where_an_objective_has_no_value():
+    """KTO's accuracy, where each prompt has one answer: thumbs up or down."""
+    facts = {"before": {"accuracy": None, "margin": 0.0}, "after": {"accuracy": None, "margin": 0.25}}
+    said = "\n".join(card._objective(facts))
+    assert (
+        "| accuracy | no value (no prompt has both a wanted and an unwanted answer) |" in said and "| margin | 0 | 0.25 |" in said
+    )

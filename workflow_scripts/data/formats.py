@@ -26,7 +26,7 @@ HH_SPEAKERS = {"Human": "user", "Assistant": "assistant"}
 HH_LABEL = re.compile(r"\n\n(Human|Assistant):")
 GSM8K_FINAL = re.compile(r"####\s*(-?[0-9,]*\.?[0-9]+)\s*$")
 TOOLS = ("tools", "functions", "tool_calls", "function_call")
-NO_TOOLS = (None, "", "[]", [], {})
+NO_TOOLS: tuple = (None, "", "[]", [], {})
 TALKS = ("messages", "conversations", "prompt", "chosen", "rejected", "completion")  # keys that may hold turns
 
 

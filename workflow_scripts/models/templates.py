@@ -100,7 +100,7 @@ def check_end(tokenizer: Any) -> None:
         raise InputError(f"{error}: base.end_of_turn in the config") from None
 
 
-def _render(tokenizer: Any, template: str, turns: list[dict]) -> str | None:
+def rendered(tokenizer: Any, template: str, turns: list[dict]) -> str | None:
     """The text of a conversation, asked to go on where a user spoke last; None if the template refuses it (no system role)."""
     from jinja2.exceptions import TemplateError
 
@@ -119,7 +119,7 @@ def compare(tokenizer: Any, before: str, template: str, strict: bool) -> dict:
     so that each turn is a prefix of the next. That is recorded.
     """
     for turns in SINGLE + SEVERAL:
-        wanted, found = _render(tokenizer, before, turns), _render(tokenizer, template, turns)
+        wanted, found = rendered(tokenizer, before, turns), rendered(tokenizer, template, turns)
         if wanted == found:
             continue
         if not strict and turns in SEVERAL:
@@ -140,7 +140,7 @@ def check_prefixes(tokenizer: Any) -> None:
     An answer counts up to its end-of-turn token: some templates mark the end of the whole conversation after it.
     """
     turns = SEVERAL[1]
-    texts = [_render(tokenizer, tokenizer.chat_template, turns[: n + 1]) or "" for n in range(len(turns))]
+    texts = [rendered(tokenizer, tokenizer.chat_template, turns[: n + 1]) or "" for n in range(len(turns))]
     for n, after in enumerate(texts[1:]):
         before = texts[n]
         if turns[n]["role"] == "assistant":

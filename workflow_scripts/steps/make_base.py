@@ -85,7 +85,8 @@ def imported(job: manifests.Job) -> tuple[Any, Any, list[str], dict]:
     facts |= {"dtype": config["dtype"]}
     facts["template"] = templates.install(tokenizer, config.get("training_template"), config.get("end_of_turn"))
     settle(model, tokenizer, config["dtype"], job.out)
-    texts = [str(tokenizer.apply_chat_template(turns, tokenize=False)) for turns in templates.SINGLE + templates.SEVERAL]
+    talks = [templates.rendered(tokenizer, tokenizer.chat_template, turns) for turns in templates.SINGLE + templates.SEVERAL]
+    texts = [text for text in talks if text is not None]  # some templates take no system turn
     return model, tokenizer, texts + ["Two  spaces,\n\n\tand don't 12,345 cafés 日本語 🙂."], facts
 
 

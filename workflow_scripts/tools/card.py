@@ -122,7 +122,10 @@ def _data(run: runs.Run) -> list[str]:
 
 
 def _objective(facts: dict) -> list[str]:
-    rows = [[name, f"{before:g}", f"{facts['after'][name]:g}"] for name, before in facts["before"].items()]
+    def shown(value: float | None) -> str:
+        return "no value (no prompt has both a wanted and an unwanted answer)" if value is None else f"{value:g}"
+
+    rows = [[name, shown(before), shown(facts["after"][name])] for name, before in facts["before"].items()]
     lead = "On rows of the slice that were kept from training, in the method's own terms:"
     return ["## Did it train?", "", lead, "", *_table(["", "before", "after"], rows)]
 
