@@ -167,6 +167,25 @@ def test_a_subject_that_lm_eval_does_not_know_is_an_error_with_file_and_line(sli
     assert "mine.jsonl: line 2: lm-eval has no subject 'alchemy' under subject, only abstract_algebra" in said
 
 
+# -- how many ---------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("asked, more", [(6, ""), (500, "; 500 were asked for")])
+def test_the_log_says_how_many_there_are_and_where_a_source_has_fewer_than_asked_for(slicer, capsys, asked, more):
+    slicer(good("sft", 6), rows=asked)
+    assert capsys.readouterr().out.splitlines() == [f"made.manifest: kept 6 of 6 rows, 1 of them held out{more}"]
+
+
+def test_a_list_is_read_whatever_the_file_is_called(slicer):
+    rows, _ = slicer(json.dumps(good("sft", 4), indent=1).encode(), name="list.jsonl")
+    assert len(rows) == 4
+
+
+def test_a_table_is_refused_with_the_command_that_converts_it(slicer):
+    said = slicer.error(b"prompt,chosen,rejected\nq,a,b\n", "preference", name="mine.csv")
+    assert "mine.csv: .csv is not read" in said and "pandas.read_csv" in said and "mine.jsonl" in said
+
+
 # -- words ------------------------------------------------------------------------------------------------------------------
 
 

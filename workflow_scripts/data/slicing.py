@@ -4,9 +4,10 @@ A slice's *candidate rows* are those that seed and row limit pick from its sourc
 stands in the slice's fingerprint: a changed row inside the selection makes the slice stale; a touched file, or a change
 outside the selection, does not. Several files count as one, in the order in which they are named.
 
-A file is read by its name's ending: `.parquet` as Parquet, `.json` as a list of objects where it begins with `[`, anything
-else as JSONL. JSONL is read twice (count, then take) and Parquet by row groups and only in the columns that a format reads,
-so that a few rows of a large file never hold it in memory; a JSON list has to be read whole.
+A file is read by its name's ending: `.parquet` as Parquet, anything else as a list of objects where it begins with `[` and as
+JSONL where it does not. CSV and other tables are refused: what is a number in them and what a text is anyone's guess. JSONL is
+read twice (count, then take) and Parquet by row groups and only in the columns that a format reads, so that a few rows of a
+large file never hold it in memory; a JSON list has to be read whole.
 """
 
 import hashlib
@@ -20,6 +21,8 @@ from workflow_scripts.data import formats
 from workflow_scripts.data.words import whole, words
 from workflow_scripts.plumbing.content_cache import ContentCache
 from workflow_scripts.plumbing.messages import InputError
+
+TABLES = {".csv": "read_csv", ".tsv": "read_table", ".xlsx": "read_excel", ".xls": "read_excel"}
 
 
 class Candidate(NamedTuple):
@@ -59,15 +62,12 @@ def candidates(files: list[str], rows: int, seed: int, kind: str, group_by: str 
 
 def _form(file: str) -> str:
     """jsonl, json or parquet."""
-    ending = os.path.splitext(file)[1].lower()
-    if ending == ".parquet":
+    if os.path.splitext(file)[1].lower() == ".parquet":
         return "parquet"
-    if ending == ".json":
-        with open(file, encoding="utf-8-sig", errors="replace") as opened:
-            while (start := opened.read(64)) and not start.strip():
-                pass
-        return "json" if start.lstrip().startswith("[") else "jsonl"
-    return "jsonl"
+    with open(file, encoding="utf-8-sig", errors="replace") as opened:
+        while (start := opened.read(64)) and not start.strip():
+            pass
+    return "json" if start.lstrip().startswith("[") else "jsonl"
 
 
 def _unreadable(file: str, error: Exception) -> InputError:
@@ -97,6 +97,11 @@ def _objects(file: str) -> list:
 
 
 def _count(file: str) -> int:
+    if (ending := os.path.splitext(file)[1].lower()) in TABLES:
+        to = f"{os.path.splitext(file)[0]}.jsonl"
+        program = f"import pandas; pandas.{TABLES[ending]}({file!r}).to_json({to!r}, orient='records', lines=True)"
+        why = "it does not say what is a number, a list or no value"
+        raise InputError(f'{file}: {ending} is not read, since {why}; convert it once: python -c "{program}"')
     try:
         form = _form(file)
     except OSError as error:

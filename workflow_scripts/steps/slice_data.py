@@ -74,10 +74,10 @@ def main(job: manifests.Job) -> None:
         )
     if not evaluation:
         rows = hold_out(rows, config["heldout"], job.out, group_by)
-    print(
-        f"{job.out.stem}: kept {len(rows)} of {len(candidates)} rows" + (f", dropped {reasons}" if reasons else ""),
-        flush=True,
-    )
+    fewer = f"; {config['rows']} were asked for" if len(candidates) < config["rows"] else ""
+    out = f", {sum(row['heldout'] for row in rows)} of them held out" if not evaluation else ""
+    dropped_text = f", dropped {reasons}" if reasons else ""
+    print(f"{job.out.stem}: kept {len(rows)} of {len(candidates)} rows{out}{dropped_text}{fewer}", flush=True)
     if "hub" in config["source"] and "revision" not in config["source"]:
         facts["unpinned"] = True
     with manifests.complete(job, "slice", parents) as draft:
