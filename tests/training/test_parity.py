@@ -14,16 +14,15 @@ from workflow_scripts.steps.generate import answer
 from workflow_scripts.tiny import world
 
 pytestmark = pytest.mark.trained
-NEW_TOKENS = 22  # some answers of this model are shorter, some are cut
+NEW_TOKENS = 21  # some answers of this model are shorter, most are cut: many end after 22
 BATCH = 7
 METRICS = [f"{level}_level_{kind}_acc" for level in ("prompt", "inst") for kind in ("strict", "loose")]
 
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory):
-    """A model that has learned to write a sentence and to stop, and follows some instructions by chance."""
-    shape = {"hidden_size": 64, "intermediate_size": 128}
-    return small_steps.write_base(tmp_path_factory.mktemp("parity") / "base", steps=140, shape=shape, batch=16)
+    """A model that has learned to write sentences and to stop, and follows a fifth of such prompts; a file, so everywhere."""
+    return small_steps.copy_tiny_base(tmp_path_factory.mktemp("parity") / "base")
 
 
 @pytest.fixture(scope="module")
@@ -69,7 +68,7 @@ def test_the_answers_are_those_of_a_greedy_loop(model, tokenizer, rows, response
 def test_some_answers_stop_and_some_are_cut_and_none_shows_a_special_token(rows, responses, tokenizer, figure):
     assert [(row["key"], row["prompt"]) for row in responses] == [(row["key"], row["prompt"]) for row in rows]
     stopped = [row for row in responses if row["finish_reason"] == "stop"]
-    figure("answers that stop, of 60", len(stopped), at_least=6, at_most=54)
+    figure("answers that stop, of 60", len(stopped), at_least=4, at_most=56)
     figure("lengths among them", len({row["tokens"] for row in stopped}), at_least=2)
     assert all(row["tokens"] == NEW_TOKENS for row in responses if row["finish_reason"] == "length")
     assert not [row for row in responses if any(token in row["response"] for token in tokenizer.all_special_tokens)]
