@@ -194,3 +194,36 @@ def test_the_tiny_worlds_batch_has_a_loss_on_answers_and_ends_of_turns_alone(bas
     )
     assert batch["input_ids"][0].tolist() == ids
     assert batch["labels"][0].tolist() == [i if keep else -100 for i, keep in zip(ids, inside, strict=True)]
+
+
+# -- today -------------------------------------------------------------------------------------------------------------
+
+DATED = "{%- if messages[0]['role'] != 'system' %}{{- 'Today is ' + strftime_now('%d %b %Y') + '.' }}{%- endif %}"
+
+
+def test_a_template_that_writes_todays_date_writes_one_day_for_ever(tokenizer):
+    tokenizer.chat_template = DATED + tokenizer.chat_template
+    assert templates.install(tokenizer, None, None)["date"] == "2024-07-26"
+    assert "Today is 26 Jul 2024." in tokenizer.apply_chat_template(TALK, tokenize=False)
+    assert "strftime_now" not in tokenizer.chat_template
+
+
+def test_a_template_that_asks_for_the_time_in_another_way_is_refused(tokenizer):
+    tokenizer.chat_template = DATED.replace("'%d %b %Y'", "form") + tokenizer.chat_template
+    with pytest.raises(InputError, match=r"writes the time of day .*strftime_now.form.*base.training_template"):
+        templates.install(tokenizer, None, None)
+
+
+def test_a_family_that_trl_knows_by_its_dated_template_is_known_all_the_same(tokenizer):
+    """Its family goes by the very text of its template."""
+    from trl.chat_template_utils import get_training_chat_template
+
+    tokenizer.chat_template = (TRL / "gptoss.jinja").read_text()
+    wanted = get_training_chat_template(tokenizer)
+    template, facts = templates.select(tokenizer, None)
+    assert template == wanted and facts["origin"].startswith("TRL's")
+    assert "strftime_now(" not in templates.undated((TRL / "gptoss.jinja").read_text())
+
+
+def test_a_template_without_a_date_has_none(tokenizer):
+    assert "date" not in templates.install(tokenizer, None, None)

@@ -5,10 +5,16 @@ model's own, if it has them; TRL's training template of its family; the one that
 The chosen one is saved with the base, so that training and evaluation render the same text.
 """
 
+import re
+from datetime import date
 from typing import Any
 
 from workflow_scripts.plumbing.messages import InputError
 
+# Some templates write today's date into the system turn (Llama 3.1, Granite), so that the same config would give other bytes
+# tomorrow. Theirs is this one, which Llama's own template falls back to.
+DAY = date(2024, 7, 26)
+TODAY = re.compile(r"strftime_now\(\s*(?P<quote>['\"])(?P<form>[^'\"]*)(?P=quote)\s*\)")
 SYSTEM, QUESTION, ANSWER = "Be SYSTEMATIC.", "First QUESTION?", "First ANSWER."
 QUESTION_2, ANSWER_2 = "Second QUESTION?", "Second ANSWER."
 HOW_TO = (
@@ -31,6 +37,18 @@ def own(tokenizer: Any) -> str | None:
     """The tokenizer's own template; of several named ones, the default."""
     template = tokenizer.chat_template
     return template.get("default") if isinstance(template, dict) else template
+
+
+def undated(template: str) -> str:
+    """The template with DAY for today. InputError where it asks for the time in a way that is not understood."""
+    found = TODAY.sub(lambda call: repr(DAY.strftime(call["form"])), template)
+    if "strftime_now(" in found:
+        place = found.index("strftime_now(")
+        raise InputError(
+            f"chat template: writes the time of day into what a model sees ({found[place : place + 40]!r}); name a copy with a "
+            "fixed date under base.training_template"
+        )
+    return found
 
 
 def select(tokenizer: Any, given: str | None) -> tuple[str, dict]:
@@ -68,8 +86,10 @@ def install(tokenizer: Any, given: str | None, end_of_turn: str | None) -> dict:
     end_of_turn: the text of the token that closes a turn, where the tokenizer's end-of-sequence token is not trusted to be it
     (a base model with a chat template; a GGUF file read by a release that takes the wrong one). No token is ever added.
     """
-    before = own(tokenizer)
+    before = undated(own(tokenizer) or "")
     template, facts = select(tokenizer, given)
+    if (fixed := undated(template)) != template:
+        template, facts["date"] = fixed, DAY.isoformat()
     if end_of_turn is not None and tokenizer.eos_token != end_of_turn:
         if end_of_turn not in tokenizer.get_vocab():
             raise InputError(f"base.end_of_turn: {end_of_turn!r} is not a token of this tokenizer, and none is added")
