@@ -64,6 +64,24 @@ def test_ended_by_sigterm_twice_and_resumed_is_as_if_never_ended(method, base, s
     assert signal.getsignal(signal.SIGTERM) == handler
 
 
+def test_ctrl_c_saves_as_sigterm_does_and_a_second_one_ends_at_once(base, slices, tmp_path, capsys):
+    job, handler = step_of("dpo", base, slices, tmp_path / "run"), signal.getsignal(signal.SIGINT)
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Interrupted, match="ended by Ctrl-C at step 2 of .* run snakemake"):
+        end_at(2, patch, by=lambda: os.kill(os.getpid(), signal.SIGINT))
+        small_steps.run(job)
+    assert "Ctrl-C: saving at the next step" in capsys.readouterr().out and signal.getsignal(signal.SIGINT) == handler
+
+    def twice():
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        end_at(3, patch, by=twice)
+        small_steps.run(job)
+    small_steps.run(job)
+    assert "resumed at step 2 of" in capsys.readouterr().out
+
+
 def test_rollouts_that_are_used_twice_are_saved_only_where_they_end(base, slices, tmp_path):
     job = step_of("grpo", base, slices, tmp_path / "run", num_iterations=2)
     with pytest.MonkeyPatch.context() as patch, pytest.raises(Interrupted, match="at step 4 of 5"):

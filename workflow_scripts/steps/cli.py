@@ -147,6 +147,9 @@ def run(main: Callable[[Job], None], doc: str | None, describe: Callable[[Path],
     except Interrupted as where:
         say(str(where))
         sys.exit(128 + signal.SIGTERM)
+    except KeyboardInterrupt:
+        say("ended by Ctrl-C; run snakemake again to go on from what was saved")
+        sys.exit(128 + signal.SIGINT)
     except Exception as error:
         traceback.print_exc()
         say(

@@ -5,8 +5,8 @@ once the file SEAL is in it, written last, with the fingerprint and the sha256 o
 written is passed over. Beyond what transformers keeps (adapter, optimiser, scheduler, random states, place in the data) it holds
 what the trainer has summed up since its last log line, so that curves are equal too, and the held-out objective before training.
 
-SIGTERM asks a training to save at its next step (with rollouts: at the next end of one) and to end: `Interrupted`. How often
-checkpoints are written decides no number: every `minutes`, from the command line.
+SIGTERM, or Ctrl-C, asks a training to save at its next step (with rollouts: at the next end of one) and to end: `Interrupted`. A
+second Ctrl-C ends it at once. How often checkpoints are written decides no number: every `minutes`, from the command line.
 """
 
 import json
@@ -53,12 +53,12 @@ def latest(folder: Path, fingerprint: str) -> Path | None:
 
 
 class Checkpoints(TrainerCallback):
-    """Writes checkpoints every `minutes` at steps that `boundary` divides, and at the next such step after SIGTERM."""
+    """Writes checkpoints every `minutes` at steps that `boundary` divides, and at the next such step after a signal."""
 
     def __init__(self, trainer: Any, fingerprint: str, minutes: float, boundary: int, resumed: Path | None):
         self.trainer, self.fingerprint, self.boundary, self.resumed = trainer, fingerprint, boundary, resumed
         self.seconds, self.last = 60 * minutes, time.monotonic()
-        self.asked_to_stop = self.stopped = False
+        self.asked_by, self.stopped = "", False
 
     def on_train_begin(self, args, state, control, **kwargs):
         self.last = time.monotonic()
@@ -67,13 +67,15 @@ class Checkpoints(TrainerCallback):
             print(f"resumed at step {state.global_step} of {state.max_steps} from {self.resumed}", flush=True)
 
     def ask_to_stop(self, number, frame) -> None:
-        self.asked_to_stop = True
-        print("SIGTERM: saving at the next step that can be resumed from", flush=True)
+        self.asked_by, more = ("Ctrl-C", "; once more ends at once") if number == signal.SIGINT else ("SIGTERM", "")
+        print(f"{self.asked_by}: saving at the next step that can be resumed from{more}", flush=True)
+        if number == signal.SIGINT:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
 
     def on_step_end(self, args, state, control, **kwargs):
         if state.global_step % self.boundary or state.global_step >= state.max_steps:
             return
-        if self.asked_to_stop:
+        if self.asked_by:
             self.stopped = control.should_save = control.should_training_stop = True
         elif time.monotonic() - self.last >= self.seconds:
             control.should_save = True
@@ -115,7 +117,7 @@ def restore_sums(trainer: Any, found: dict) -> None:
 def train(trainer: Any, fingerprint: str, minutes: float, boundary: int, measure: Callable[[], Any]) -> tuple[Any, Any]:
     """Train to the end, from the last checkpoint if there is one. Returns what `measure` says before and after training.
 
-    Raises Interrupted if SIGTERM ended the training early; a checkpoint was written then.
+    Raises Interrupted if SIGTERM or Ctrl-C ended the training early; a checkpoint was written then.
     """
     folder = Path(trainer.args.output_dir)
     resumed = latest(folder, fingerprint)
@@ -128,14 +130,18 @@ def train(trainer: Any, fingerprint: str, minutes: float, boundary: int, measure
         before = json.loads((folder / BEFORE).read_text())
     watch = Checkpoints(trainer, fingerprint, minutes, boundary, resumed)
     trainer.add_callback(watch)
-    before_us = signal.signal(signal.SIGTERM, watch.ask_to_stop)
+    before_us = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    for number, handler in before_us.items():
+        if handler != signal.SIG_IGN:  # as a shell has it for SIGINT in the background
+            signal.signal(number, watch.ask_to_stop)
     try:
         trainer.train(resume_from_checkpoint=None if resumed is None else str(resumed))
     finally:
-        signal.signal(signal.SIGTERM, before_us)
+        for number, handler in before_us.items():
+            signal.signal(number, handler)
     if watch.stopped:
         raise Interrupted(
-            f"ended by SIGTERM at step {trainer.state.global_step} of {trainer.state.max_steps}, with a checkpoint; run "
+            f"ended by {watch.asked_by} at step {trainer.state.global_step} of {trainer.state.max_steps}, with a checkpoint; run "
             "snakemake again to go on from there"
         )
     return before, measure()
