@@ -38,7 +38,7 @@ class Clone:
     def warmed(self) -> dict[str, str]:
         """The same, and steps are forks of a process that has loaded torch: tests/support/warm.py."""
         found = self.environment()
-        return found | {"PATH": f"{warm_steps().bin()}:{found['PATH']}"}
+        return found | {"PATH": f"{warm_steps(frozenset(self.variables.items())).bin()}:{found['PATH']}"}
 
     def run(self, *command: str, check: bool = True) -> subprocess.CompletedProcess:
         if warm.can_run(command):
@@ -82,8 +82,8 @@ def warm_snakemake() -> warm.Warm:
 
 
 @functools.cache
-def warm_steps() -> warm.Warm:
-    return warm.Warm(warm.STEPS, warm.QUIET)
+def warm_steps(variables: frozenset[tuple[str, str]] = frozenset()) -> warm.Warm:
+    return warm.Warm(warm.STEPS, warm.QUIET | dict(variables))
 
 
 def make_clone(folder: Path) -> Clone:

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support import kills
+from tests.support import kills, warm
 from tests.support.kills import CONFIGS, SAMPLE, STRATA, Missed, Runs, kill_group, sealed, wait_for
 
 SFT = "results/sft_v2/adapter/manifest.json"
@@ -78,7 +78,7 @@ REST = tuple(stratum for stratum in STRATA if stratum not in SAMPLE)
 @pytest.mark.timeout(3600)
 @pytest.mark.parametrize("strata, of", [(SAMPLE, "reference"), pytest.param(REST, "whole", marks=pytest.mark.long)])
 def test_random_kills(prepared, tmp_path, request, strata, of):
-    count, notes = kills.campaign(strata, 1, tmp_path, prepared, request.getfixturevalue(of))
+    count, notes = kills.campaign(strata, 1, tmp_path, prepared, request.getfixturevalue(of), warmed=strata == SAMPLE)
     assert count.total() == len(strata) and set(count) == set(strata)
     resumed = notes["resumed at step N of "]
     assert resumed >= sum(count[run] for run in kills.TRAINERS) - count["publish"]  # publish may end a step that was killed
@@ -177,10 +177,10 @@ def test_three_at_once_train_once_delete_nothing_and_who_waits_names_the_holder(
     runs = []
     with Watch(clone, mark) as watch:
         try:
-            runs.append(clone.start(SFT))
+            runs.append(clone.start(SFT, warmed=True))
             until_training(clone, runs[0])
             trainer = job_of(clone, mark)
-            runs += [clone.start(SFT), clone.start(MERGED)]
+            runs += [clone.start(SFT, warmed=True), clone.start(MERGED, warmed=True)]
             if orphan:
                 os.kill(runs[0].pid, signal.SIGKILL)
             codes = [process.wait(300) for process in runs]
@@ -202,9 +202,9 @@ def test_three_at_once_train_once_delete_nothing_and_who_waits_names_the_holder(
 
 def test_a_run_that_was_planned_before_the_step_was_made_neither_deletes_it_nor_trains_it_again(clone, mark):
     with Watch(clone, mark) as watch:
-        first = clone.start(SFT)
+        first = clone.start(SFT, warmed=True)
         wait_for(lambda: "rule train_sft" in clone.said(first), first)
-        late = clone.start(SFT)
+        late = clone.start(SFT, warmed=True)
         try:
             with contextlib.suppress(Missed):
                 wait_for(lambda: "Job stats" in clone.said(late) or "waiting" in clone.said(late), late)
@@ -223,9 +223,10 @@ def test_a_step_that_was_made_before_is_not_made_twice_by_a_kill_before_the_reco
     """Snakemake's record of the earlier time must not be taken for one of this time."""
     shutil.rmtree((trained.folder / SFT).parent)
     shutil.rmtree(trained.work(mark), ignore_errors=True)
-    process = trained.start(SFT)
+    process = trained.start(SFT, warmed=True)
     wait_for((trained.folder / SFT).exists, process, every=0.0002)
     kill_group(process)
+    warm.until_still(trained.folder)
     assert not kills.recorded(trained, SFT)
     assert "already made with this fingerprint: taken over" in trained.finish(SFT)
     kills.check_whole(trained, expected)

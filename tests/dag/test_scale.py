@@ -9,7 +9,7 @@ import pytest
 from tests.support import scale
 from tests.support.scale import costs
 
-SEEDS = 5
+SEEDS = 3
 SIZES = (4, 8, 16)
 JOBS = [3 * (size + 1) * SEEDS for size in SIZES]  # training, answers and scores; the rest is the same at every size
 

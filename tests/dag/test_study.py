@@ -52,7 +52,8 @@ def test_its_models_and_rows_come_from_the_hub_at_their_revisions(hub, tmp_path)
     clone = make_clone(tmp_path / "phaseline")
     asked, clone.variables = hub
     plan = Plan(configs.load(*[ROOT / name for name in STUDY]))
-    targets = ["base/manifest.json", "instruct/manifest.json", "data/pairs.manifest.json"]
+    targets = ["base/manifest.json", "instruct/manifest.json"]
+    targets += [f"data/{name}.manifest.json" for name in ("sft", "pairs", "prompts")]
     clone.snakemake("--cores", "2", *[f"results/study/{target}" for target in targets], configs=STUDY)
     made = {target.split(".")[0]: json.loads((clone.folder / "results/study" / target).read_text()) for target in targets}
     for name in ("base", "instruct"):
@@ -61,9 +62,10 @@ def test_its_models_and_rows_come_from_the_hub_at_their_revisions(hub, tmp_path)
         assert manifest["end_of_turn"] == "<|im_end|>" and manifest["template"]["origin"].startswith("TRL's training template")
         assert manifest["template"]["in_loss"].count("<|im_end|>") == 2
     assert made["base/manifest"]["template"]["eos_token_was"] == "<|endoftext|>"  # a base model ends documents, not turns
-    lines = [json.loads(line) for line in (clone.folder / "results/study/data/pairs.jsonl").read_text().splitlines()]
-    dropped = sum(made["data/pairs"]["dropped"].values())
-    assert len(lines) + dropped == 60 and len(lines) > 30
+    for name, rows in {"sft": 60, "pairs": 60, "prompts": 80}.items():
+        lines = [json.loads(line) for line in (clone.folder / f"results/study/data/{name}.jsonl").read_text().splitlines()]
+        dropped = sum(made[f"data/{name}"]["dropped"].values())
+        assert len(lines) + dropped == rows and len(lines) > rows / 2
     pinned = {line.split(" ", 1)[1] for line in asked}
     wanted = {(body["hub"]["id"], body["hub"]["revision"]) for body in plan.config.models.values()}
     slices = plan.config.data["data"]["slices"].values()

@@ -27,6 +27,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from tests.conftest import Clone, make_clone
+from tests.support import warm
 from workflow_scripts.plan import records
 
 CONFIGS = ["config/config.yaml", "tests/support/config/micro.yaml", "tests/support/config/kills.yaml"]
@@ -182,8 +183,9 @@ def undisturbed(prepared: Runs, folder: Path, trainers: Iterable[str] = TRAINERS
 class Round:
     """Trials in one copy of the prepared clone. The chain is that of the reference."""
 
-    def __init__(self, prepared: Runs, reference: Runs, folder: Path, chance: random.Random):
+    def __init__(self, prepared: Runs, reference: Runs, folder: Path, chance: random.Random, warmed: bool):
         self.clone, self.chance, self.expected = prepared.copy(folder), chance, results(reference)
+        self.warmed = warmed
         self.reference = reference
         self.trainers = [run for run in TRAINERS if f"{run}/adapter/manifest.json" in self.expected]
         self.count: Counter[str] = Counter()
@@ -211,7 +213,7 @@ class Round:
         target, mark, log, moment = getattr(self, f"in_{stratum}", lambda: self.in_trainer(stratum))()
         log.unlink(missing_ok=True)
         self.count[stratum] += 1
-        process = self.clone.start(target)
+        process = self.clone.start(target, warmed=self.warmed)
         try:
             moment(process)
             pause = "" if process.poll() is None else " (ended)"
@@ -219,6 +221,7 @@ class Round:
             pause = " (missed)"
         finally:
             kill_group(process)
+            warm.until_still(self.clone.folder)
         if pause == " (missed)":
             raise AssertionError(f"{stratum}: the run ended before it could be killed:\n{self.clone.said(process)[-3000:]}")
         check_whole(self.clone, self.expected)
@@ -346,9 +349,10 @@ class Round:
 
 
 def campaign(
-    strata: Iterable[str], seed: int, folder: Path, prepared: Runs, reference: Runs, per_round: int = 5
+    strata: Iterable[str], seed: int, folder: Path, prepared: Runs, reference: Runs, warmed: bool = False, per_round: int = 5
 ) -> tuple[Counter, Counter]:
     """A trial for each of `strata`, in rounds of at most `per_round` of one. Returns trials by stratum, and what was seen.
+    warmed: steps are forks, spared their ten seconds of loading, and die a moment after their Snakemake.
 
     A failed trial is told at once and does not stop the others. AssertionError at the end if there was one.
     """
@@ -358,7 +362,7 @@ def campaign(
     wanted = Counter(strata)
     while +wanted:
         chance = random.Random(f"{seed}/{count.total()}")
-        now = Round(prepared, reference, folder / f"round{count.total()}", chance)
+        now = Round(prepared, reference, folder / f"round{count.total()}", chance, warmed)
         trials_now = [stratum for stratum in STRATA for _ in range(min(per_round, wanted[stratum]))]
         steps: list[Callable[[], None]] = [*(functools.partial(now.trial, stratum) for stratum in trials_now), now.close]
         for do in steps:
@@ -378,9 +382,8 @@ def main() -> None:
     made.add_argument("--trials", type=int, default=len(STRATA))
     made.add_argument("--seed", type=int, default=1)
     made.add_argument("--folder", type=Path, help="where the clones go; an own temporary folder otherwise")
-    args = made.parse_args()
+    args, started = made.parse_args(), time.monotonic()
     folder = args.folder or Path(tempfile.mkdtemp(prefix="kills."))
-    started = time.monotonic()
     try:
         prepared = prepare(folder / "prepared")
         strata = itertools.islice(itertools.cycle(STRATA), args.trials)

@@ -16,6 +16,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import time
 import traceback
 from pathlib import Path
 
@@ -37,7 +38,7 @@ QUIET = {
 CLIENT = """#!{python} -SE
 import json, os, socket, sys
 command = ["python", *sys.argv[1:]]
-if command[1:2] != ["-m"] or not command[2].startswith("workflow_scripts.steps.") or os.environ.get("HF_HUB_OFFLINE") == "0":
+if command[1:2] != ["-m"] or not command[2].startswith("workflow_scripts.steps.") or os.environ.get("HF_ENDPOINT") != {hub!r}:
     os.execv({python!r}, [{python!r}, *sys.argv[1:]])
 with socket.socket(socket.AF_UNIX) as server:
     server.connect({address!r})
@@ -52,6 +53,7 @@ class Warm:
     """The process. It ends with the one that started it."""
 
     def __init__(self, libraries: tuple[str, ...], env: dict[str, str] | None = None) -> None:
+        self.hub = (env or {}).get("HF_ENDPOINT", os.environ.get("HF_ENDPOINT"))  # its library reads that as it is loaded
         self.folder = tempfile.TemporaryDirectory(prefix="warm.")
         self.address = f"{self.folder.name}/socket"
         command = [sys.executable, __file__, self.address, *libraries]
@@ -63,7 +65,7 @@ class Warm:
         client = Path(self.folder.name, "bin/python")
         if not client.exists():
             client.parent.mkdir()
-            client.write_text(CLIENT.format(python=sys.executable, address=self.address))
+            client.write_text(CLIENT.format(python=sys.executable, address=self.address, hub=self.hub))
             client.chmod(0o755)
         return str(client.parent)
 
@@ -81,6 +83,14 @@ class Warm:
 def can_run(command: tuple[str, ...]) -> bool:
     dry = command[0] == "snakemake" and "-n" in command
     return dry or (command[:2] == ("python", "-m") and command[2].startswith("workflow_scripts.tools."))
+
+
+def until_still(folder: Path) -> None:
+    """Wait until nothing works in a clone: a fork is killed a moment after who asked for it."""
+    import psutil
+
+    while any(one.info["cwd"] == str(folder) for one in psutil.process_iter(["cwd"])):
+        time.sleep(0.005)
 
 
 # -- in the process, and in its forks ------------------------------------------------------------------------------------
