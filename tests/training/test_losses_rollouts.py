@@ -105,7 +105,8 @@ def test_a_group_of_equal_rewards_teaches_nothing_but_the_pull_to_the_reference(
         kl = numpy.array([(a - b).sum() for a, b in zip(case.logps[:G], case.ref[:G], strict=True)])
         wanted = -BETA * (kl - (kl.sum() - kl) / (G - 1))
         assert advantages.tolist() == pytest.approx(wanted.tolist(), rel=1e-3, abs=1e-5)
-    assert case.rollout["advantages"][G:].abs().min() > 0
+    others = case.rollout["advantages"][G:].reshape(-1, G)  # an answer with the mean of its group has none
+    assert (others.abs().amax(1) > 0).all()
 
 
 def test_without_a_penalty_a_group_of_equal_rewards_has_no_advantage_in_rloo(base, instructions, tmp_path):
@@ -178,7 +179,8 @@ def test_the_ratio_is_clipped_once_the_policy_has_moved(case, base):
     ratios = [
         numpy.exp(a - b) if case.method == "grpo" else numpy.exp((a - b).sum()) for a, b in zip(logps, case.logps, strict=True)
     ]
-    assert min(map(numpy.min, ratios)) < 0.8 and max(map(numpy.max, ratios)) > 1.2
+    # A random move makes most of the sampled answers less likely, with long ones all. The clip acts where it is on the good side.
+    assert any((ratio > 1.2).any() if a > 0 else (ratio < 0.8).any() for ratio, a in zip(ratios, advantages, strict=True))
     assert loss == pytest.approx(loss_by_hand(case, logps, case.logps, advantages), rel=1e-4)
 
 
