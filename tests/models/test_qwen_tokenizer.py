@@ -56,7 +56,7 @@ def test_turns_end_with_a_token_of_the_vocabulary_and_documents_with_another(mad
     assert made.data["template"]["eos_token_was"] == tokenizer.pad_token == "<|endoftext|>"
     for part in ("config", "generation_config"):
         saved = json.loads((made.folder / f"{part}.json").read_text())
-        assert (saved["eos_token_id"], saved["pad_token_id"]) == (151_645, WORDS)
+        assert (saved["eos_token_id"], saved["pad_token_id"]) == ([151_645, WORDS], WORDS)  # what the model declared stays an end
     assert json.loads((made.folder / "config.json").read_text())["vocab_size"] == ROWS  # no row is added or cut
 
 

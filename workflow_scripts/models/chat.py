@@ -39,6 +39,30 @@ def end_of_turn(tokenizer: Any) -> int:
     return tokenizer.eos_token_id
 
 
+def declared_ends(*configs: Any) -> list[int]:
+    """The end tokens that a model's configs declare: one, several, or none."""
+    found: list[int] = []
+    for config in configs:
+        one = config.eos_token_id
+        found += one if isinstance(one, list) else [] if one is None else [one]
+    return list(dict.fromkeys(found))
+
+
+def ends(tokenizer: Any, model: Any) -> list[int]:
+    """Every token that ends an answer: the end of a turn, and what else the model declares (Llama 3 and Qwen2.5 have several)."""
+    return list(dict.fromkeys([end_of_turn(tokenizer), *declared_ends(model.generation_config)]))
+
+
+def sample_plainly(model: Any) -> None:
+    """For rollouts: what a model's folder says of decoding (min_p, penalties, repeated n-grams) does not act. They are drawn from
+    the policy itself, as the config says; TRL resets only what its own config has a key for."""
+    from transformers import GenerationConfig
+
+    own = model.generation_config
+    ids = {key: getattr(own, key) for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    model.generation_config = GenerationConfig(**ids)
+
+
 def control_tokens(tokenizer: Any) -> list[str]:
     """Texts of the tokens that the tokenizer calls special. Where a row's text spells one, it would become a real one: an end in
     the middle of an answer, a turn that nobody took."""

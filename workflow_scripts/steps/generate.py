@@ -1,4 +1,5 @@
-"""Answer the evaluation prompts: batched greedy decoding with the chat template, stopping at the end of the turn.
+"""Answer the evaluation prompts: batched greedy decoding with the chat template, up to the end of the turn or another token that
+the model declares as an end.
 
 Every method is evaluated in one precision: the full-precision model that its adapter was trained on, the adapter merged in
 fp32, cast once to `eval.precision`. Merging before generating is also several times faster than an adapter on a 4-bit base.
@@ -46,7 +47,7 @@ def answer(
     from workflow_scripts.models import chat
     from workflow_scripts.plumbing.progress import Progress
 
-    end = chat.end_of_turn(tokenizer)
+    ends = chat.ends(tokenizer, model)
     tokenizer.padding_side = "left"
     texts = [tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True) for prompt in prompts]
     lengths = [len(ids) for ids in tokenizer(texts, add_special_tokens=False)["input_ids"]]
@@ -70,12 +71,12 @@ def answer(
                 do_sample=False,
                 num_beams=1,
                 max_new_tokens=max_new_tokens,
-                eos_token_id=end,
+                eos_token_id=ends,
                 pad_token_id=tokenizer.pad_token_id,
             )
         for i, tokens in zip(rows, generated[:, batch["input_ids"].shape[1] :].tolist(), strict=True):
-            stopped = end in tokens
-            tokens = tokens[: tokens.index(end) + 1] if stopped else tokens
+            length = next((n for n, token in enumerate(tokens, start=1) if token in ends), None)
+            stopped, tokens = length is not None, tokens[:length]
             text = tokenizer.decode(tokens[:-1] if stopped else tokens, skip_special_tokens=True)
             answers[i] = {"response": text, "tokens": len(tokens), "finish_reason": "stop" if stopped else "length"}
         if saved is not None:

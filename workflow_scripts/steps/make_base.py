@@ -100,6 +100,7 @@ def given(job: manifests.Job, name: str) -> Path:
 
 def settle(model: Any, tokenizer: Any, dtype: str, out: Path) -> None:
     """Cast to `dtype`; model, generation and tokenizer agree on the tokens that end and pad. InputError if one has no row."""
+    from workflow_scripts.models import chat
     from workflow_scripts.models.device import DTYPES
 
     model.to(DTYPES[dtype])
@@ -108,8 +109,11 @@ def settle(model: Any, tokenizer: Any, dtype: str, out: Path) -> None:
         raise InputError(
             f"{out}: the tokenizer has a token {largest}, the model's embeddings have {rows} rows; they do not belong together"
         )
+    more = chat.declared_ends(model.generation_config, model.config)
+    ends = list(dict.fromkeys([tokenizer.eos_token_id, *more]))  # the end of a turn first: what a model declares ends answers too
     for part in (model.config, model.generation_config):
-        part.eos_token_id, part.pad_token_id = tokenizer.eos_token_id, tokenizer.pad_token_id
+        part.eos_token_id = ends if len(ends) > 1 else ends[0]
+        part.pad_token_id = tokenizer.pad_token_id
 
 
 def check_saved(folder: Path, tokenizer: Any, texts: list[str], out: Path) -> None:

@@ -38,6 +38,7 @@ def main(job: manifests.Job) -> None:
     chat.end_of_turn(tokenizer)
     functions = rewards.functions(job, parents)
     model = loading.load(start, job.work, step["device"], step["precision"], config.get("quant"))
+    chat.sample_plainly(model)
 
     trainer = RLOOTrainer(
         model=model,

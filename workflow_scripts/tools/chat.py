@@ -67,18 +67,19 @@ def reply(model: Any, tokenizer: Any, tokens: list[int], new: int, temperature: 
 
     from workflow_scripts.models import chat
 
-    end = chat.end_of_turn(tokenizer)
+    ends = chat.ends(tokenizer, model)
     batch = torch.tensor([tokens], device=model.device)
     how: dict[str, Any] = {"do_sample": False}
     if temperature > 0:
         how = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
     with torch.inference_mode():
         made = model.generate(
-            input_ids=batch, attention_mask=torch.ones_like(batch), num_beams=1, max_new_tokens=new, eos_token_id=end,
+            input_ids=batch, attention_mask=torch.ones_like(batch), num_beams=1, max_new_tokens=new, eos_token_id=ends,
             pad_token_id=tokenizer.pad_token_id, streamer=streamer, **how,
         )  # fmt: skip
     answer = made[0, len(tokens) :].tolist()
-    return tokenizer.decode(answer[: answer.index(end)] if end in answer else answer, skip_special_tokens=True)
+    length = next((n for n, token in enumerate(answer) if token in ends), None)
+    return tokenizer.decode(answer[:length], skip_special_tokens=True)
 
 
 def messages(prompt: str | None) -> Iterator[str]:
