@@ -17,6 +17,7 @@ from workflow_scripts.plumbing.messages import InputError
 CONTENT = (".safetensors", ".json", ".jinja", ".model")  # with the two below: what transformers reads of a model's folder
 VOCABULARIES = ("merges.txt", "vocab.txt")
 OURS = ("manifest.json", "run.json")  # a run's merged/ folder is a model's folder too
+LFS = b"version https://git-lfs"
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
 
@@ -41,7 +42,32 @@ def folder_files(folder: Path | str) -> list[Path]:
         raise InputError(f"{folder}: {problem}; expected *.safetensors, which save_pretrained of transformers writes")
     if not any(name.startswith("tokenizer") or name in VOCABULARIES for name in names):
         raise InputError(f"{folder}: has no tokenizer files (tokenizer.json or tokenizer.model)")
+    for path in files:
+        with open(path, "rb") as file:
+            if file.read(len(LFS)) == LFS:
+                raise InputError(f"{path}: a pointer of Git LFS, not the file itself; fetch it with `git lfs pull`")
     return files
+
+
+def check_whole(path: Path) -> None:
+    """InputError on a file that was cut off, as by a download that ended early: JSON that is none, weights of another size."""
+    again = "it was cut off, or is no such file; fetch it again"
+    if path.suffix == ".json":
+        try:
+            json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise InputError(f"{path}: not valid JSON ({error}): {again}") from None
+    elif path.suffix == ".safetensors":  # eight bytes with the length of the header, the header as JSON, the tensors
+        size = path.stat().st_size
+        with open(path, "rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            try:
+                header = json.loads(file.read(length) if length < size else "")
+                ends = [one["data_offsets"][1] for name, one in header.items() if name != "__metadata__"]
+            except (ValueError, AttributeError, KeyError, TypeError, IndexError):
+                raise InputError(f"{path}: has no header of safetensors: {again}") from None
+        if (wanted := 8 + length + max(ends, default=0)) != size:
+            raise InputError(f"{path}: {size:,} bytes, expected {wanted:,} by its header: {again}")
 
 
 def folder_hashes(folder: Path | str, cache_file: str | None = None) -> dict[str, str]:
@@ -100,13 +126,18 @@ def from_folder(folder: Path) -> tuple[Any, Any]:
     """(model, tokenizer) of a Hugging Face folder, in the dtype in which the weights are stored."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    folder_files(folder)
+    for path in folder_files(folder):
+        check_whole(path)
     where: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, **where)
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             folder, dtype="auto", use_safetensors=True, output_loading_info=True, **where
         )
+    except RuntimeError as error:
+        if "mismatched" not in str(error):
+            raise
+        raise InputError(f"{folder}: the weights have other shapes than config.json says; they do not belong together") from None
     except (ValueError, OSError, KeyError, ImportError) as error:
         raise InputError(f"{folder}: transformers cannot load this model: {' '.join(str(error).split())[:300]}") from None
     model, report = loaded
