@@ -53,6 +53,14 @@ _OPERATOR = re.compile(
 _HEADING = re.compile(r"(?:\.|[0-9]\))[*_]*[ \t]+[*_]*[A-Za-z]")  # "#### 2. Add them", "#### 2) Add them"
 
 _DASHES = str.maketrans({"−": "-", "‐": "-", "‑": "-", "–": " - ", "\u00a0": "\u2009", "\u202f": "\u2009"})
+# Signs as people write them: an en dash right before a number, "negative 5"; "minus 5" where nothing stands before it (`_minus`).
+_MINUS = re.compile(r"\bminus[ \t]+(?=[$£€¥₹]?\.?[0-9])", re.IGNORECASE)
+_MINUEND = re.compile(r"(?:[0-9)\]}%](?:[ \t]*[A-Za-z%]+){0,3}|(?<![A-Za-z'])[A-Za-z])[ \t]*$")  # 7, 16 eggs, x
+_SIGNS = (
+    (re.compile(r"–(?=[$£€¥₹]?\.?[0-9])"), "-"),
+    (re.compile(r"\bnegative[ \t]+(?=[$£€¥₹]?\.?[0-9])", re.IGNORECASE), "-"),
+    (re.compile(r"(?<=[0-9])['’](?=[0-9]{3}(?![0-9]))"), ""),  # 1'234, a Swiss thousand
+)
 _LATEX = (
     (re.compile(r"\\([$%#&_])"), r"\1"),
     (re.compile(r"\{,\}(?:\\!)?|,\\!"), ","),
@@ -80,7 +88,8 @@ def final_number(text: str) -> Decimal | None:
     signs and units (also "million") are left out, so 25 % is 25. A full stop at its end is none of it ("2." is 2).
     "7 - 3 = 4" is 4. Of a sum at a mark or in a box the number after the last "=" counts; without "=" the mark is passed
     over. A sum after "answer:" is passed over too, since a whole solution may begin there ("Answer: 16 - 3 = 13. 13 * 2 = 26").
-    "3-4" is a 3 and a 4, never -4. Notation is English: "1.234,50" and the "1,2" of "1,2 and 3" can't be told and are none.
+    "3-4" is a 3 and a 4, never -4; "minus 5", "negative 5" and "–5" are -5, but "7 minus 5" is not. Digits are 0 to 9, and
+    notation is English: "1.234,50" and the "1,2" of "1,2 and 3" can't be told and are none; an apostrophe may part thousands.
     Times, ratios, dates, versions ("10:30", "3/4/2024", "1.2.3"), powers ("10^5", the 2 of "m^2"), a division by zero and
     anything longer than MAX_CHARS are no numbers, but a full hour is ("10:00 am" is 10: GSM8K asks "at what hour").
     """
@@ -108,10 +117,19 @@ def gold(final: str | int | float | Decimal) -> Decimal:
 
 def _plain(text: str) -> str:
     """The text with LaTeX's ways of writing a number undone, and a space around each hyphen that is not a sign."""
+    for pattern, plain in _SIGNS:
+        text = pattern.sub(plain, text)
+    text = _MINUS.sub(_minus, text)
     text = text.translate(_DASHES)
     for pattern, plain in _LATEX:
         text = pattern.sub(plain, text)
     return _JOINING.sub(" - ", text)
+
+
+def _minus(found: re.Match[str]) -> str:
+    """A hyphen for a "minus" that is a sign; itself where something to subtract from stands before it."""
+    before = found.string[max(0, found.start() - 40) : found.start()]
+    return found[0] if _MINUEND.search(before) else "-"
 
 
 def _read(run: str) -> Decimal | None:
