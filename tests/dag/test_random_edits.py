@@ -227,7 +227,14 @@ BY_CONFIG = {
     "lora: {r: 8}": ADAPTERS,
     "eval: {batch_size: 50}": {"generate": 28, "score": 28, **ALL},
     "eval: {ifeval: {max_new_tokens: 50}}": {"generate": 14, "score": 14, **ALL},
-    "eval: {ifeval: {strip_think: true}}": {"score": 14, **ALL},
+    "eval: {ifeval: {strip_think: true}}": {
+        "train_ppo": 1,
+        "train_grpo": 1,
+        "train_rloo": 1,
+        "generate": 6,
+        "score": 17,
+        **ALL,  # what is rewarded by IFEval's checkers
+    },  # fmt: skip
     "data: {slices: {ifeval: {rows: 300}}}": {**ADAPTERS, "slice_data": 6, "make_base": 1, "generate": 28, "score": 28},
     "data: {slices: {sums_eval: {rows: 150}}}": {**ADAPTERS, "slice_data": 6, "generate": 27, "score": 27},
     "threads: 2": {**ADAPTERS, "slice_data": 5, "make_base": 1, "generate": 28, "score": 28},

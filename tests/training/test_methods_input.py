@@ -279,6 +279,27 @@ def test_the_reward_of_a_model_is_its_score_of_prompt_and_answer(base, slices, w
     assert scores == pytest.approx(wanted, rel=1e-4, abs=1e-6)
 
 
+@pytest.mark.parametrize(
+    ("reward", "row", "text", "judged"),
+    [
+        ("ifeval", {"key": 1, "prompt": "q", "instruction_id_list": ["punctuation:no_comma"], "kwargs": [{}]},
+         "<think>\nWell, rivers, let me see.\n</think>\n\nThe Rhine", 1.0),
+        ("numeric", {"final": "7"}, "<think>\nFirst 3 apples, then 4, so maybe 7", 0.0),  # cut off before any answer
+        ("numeric", {"final": "7"}, "<think>\nmaybe 8\n</think>\n7", 1.0),
+    ],
+)  # fmt: skip
+def test_a_verifier_judges_what_the_evaluation_judges(base, slices, tmp_path, reward, row, text, judged):
+    parents = {"start": base, "rows": slices["instructions"]}
+    found = {}
+    for thinking in ([], [reward]):
+        settings = small_steps.train_config("grpo", reward={reward: 1.0}) | {"strip_think": thinking}
+        job = small_steps.job("train_grpo", tmp_path / "adapter/manifest.json", parents, settings)
+        function = rewards.functions(job, job.parents())[reward]
+        assert function.__name__ == reward
+        found[bool(thinking)] = function([[]], [[{"role": "assistant", "content": text}]], row=[json.dumps(row)])
+    assert found[True] == [judged] and (found[False] != [judged] or reward == "numeric")
+
+
 # -- a seed decides everything ----------------------------------------------------------------------------------------
 
 MORE = {

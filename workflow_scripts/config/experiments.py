@@ -6,7 +6,8 @@ from workflow_scripts.config.written import Written, merge
 
 # Method -> kinds of the slices that it trains on. Methods with a reward take what their rewards need (`slice_kinds`).
 SLICE_KINDS = {"sft": ("sft",), "dpo": ("preference",), "kto": ("preference", "unpaired"), "rm": ("preference",)}
-VERIFIERS = ("ifeval", "numeric")  # rewards that are functions; each needs the fields of the slice kind of its name
+# Rewards that are functions -> the evaluation that judges as they do. Each needs the fields of the slice kind of its name.
+VERIFIERS = {"ifeval": "ifeval", "numeric": "gsm8k"}
 
 
 def lay(base: dict, over: dict) -> dict:

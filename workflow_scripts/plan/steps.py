@@ -11,7 +11,7 @@ from typing import Any
 
 from workflow_scripts.artifacts import fingerprint
 from workflow_scripts.config import bases, choices, comparison, judged
-from workflow_scripts.config.experiments import rewards
+from workflow_scripts.config.experiments import VERIFIERS, rewards
 from workflow_scripts.config.names import CHOICE, JUDGED
 from workflow_scripts.data import slicing
 from workflow_scripts.models import sources
@@ -121,6 +121,9 @@ class Steps:
         parents = {"start": self._start_fingerprint(run), "rows": self.fingerprint("slice", body["slice"])}
         if "reward" in body:
             config["reward"] = rewards(body)
+            tasks = {name: self.config.data["eval"].get(VERIFIERS[name], {}) for name in config["reward"] if name in VERIFIERS}
+            if thinking := [name for name, task in tasks.items() if task.get("strip_think")]:
+                config["strip_think"] = thinking  # a verifier judges what the evaluation judges
             for model in self.graph.reward_models(run):
                 name = self.config.run(model)[0]
                 parents |= {

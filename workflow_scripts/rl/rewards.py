@@ -2,7 +2,9 @@
 
 A reward is named in the config: `numeric` (1 if the final answer is the row's number, else 0), `ifeval` (the share of a
 prompt's instructions that the answer follows, by lm-eval's own checkers), or the experiment of a reward model. A mixture is
-their weighted sum. The verifiers need fields that only slices of their kind have, which is checked before training.
+their weighted sum. The verifiers need fields that only slices of their kind have, which is checked before training. They judge
+what the evaluation judges: without its thought where `eval.<task>.strip_think` says so, and a thought that was cut off is no
+answer for either.
 """
 
 import json
@@ -12,6 +14,7 @@ from typing import Any
 from workflow_scripts.artifacts import manifests
 from workflow_scripts.artifacts.manifests import Artifact, Job
 from workflow_scripts.evaluation import ifeval
+from workflow_scripts.evaluation.scores import answer
 from workflow_scripts.models.chat import tokenizer_of
 from workflow_scripts.plumbing.messages import InputError
 from workflow_scripts.rl import reward_model, verifiers
@@ -57,6 +60,14 @@ def followed(prompts: list, completions: list, row: list[str], **columns: Any) -
         ]
 
 
+def without_thought(reward: Reward) -> Reward:
+    def judge(prompts: list, completions: list, **columns: Any) -> list[float | None]:
+        said = [[{**turns[-1], "content": answer(turns[-1]["content"])}] for turns in completions]
+        return reward(prompts, said, **columns)
+
+    return judge
+
+
 def models_of(job: Job) -> list[str]:
     """The reward models among the rewards of a step."""
     return [name for name in job.config["reward"] if name not in FIELDS]
@@ -71,6 +82,8 @@ def functions(job: Job, parents: dict[str, Artifact], on_backbone: Callable[[str
     for name in job.config["reward"]:
         if name in FIELDS:
             made[name] = {"numeric": numeric, "ifeval": followed}[name]
+            if name in job.config.get("strip_think", ()):
+                made[name] = without_thought(made[name])
         else:
             made[name] = learned(job, name, parents[f"start of {name}"], parents[f"reward {name}"], on_backbone)
     for name, function in made.items():
