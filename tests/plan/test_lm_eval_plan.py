@@ -10,7 +10,7 @@ import yaml
 from tests.conftest import MICRO, ROOT
 from tests.support import report_world, small_steps
 from tests.support.choice_rows import DEV, MMLU, SHOTS, TRUTH, question, scored, truth
-from tests.support.slicer import Slicer, chat_row
+from tests.support.slicer import Slicer, Words, chat_row
 from workflow_scripts.artifacts import manifests
 from workflow_scripts.config import config
 from workflow_scripts.config.written import merge
@@ -108,9 +108,7 @@ def test_subjects_without_enough_examples_or_unknown_to_lm_eval_are_named_before
 def test_a_training_row_that_copies_a_question_is_dropped_and_one_that_shares_a_phrase_is_not(tmp_path, monkeypatch):
     from workflow_scripts.models import chat
 
-    monkeypatch.setattr(
-        chat, "tokenizer_of", lambda base: type("T", (), {"apply_chat_template": lambda *a, **k: {"input_ids": []}})()
-    )
+    monkeypatch.setattr(chat, "tokenizer_of", lambda base: Words())
     long = question(1, "anatomy", 0)["question"]
     short = question(
         2, "anatomy", 0, question="which is true?", choices=["cats have four legs", "dogs can fly home", "tea is a stone", "no"]

@@ -47,7 +47,7 @@ EDITS = {
     "eval: {precision: bf16}": EVALS,
     "eval: {ifeval: {max_new_tokens: 33}}": evals("generate_ifeval", "score_ifeval"),
     "eval: {gsm8k: {max_new_tokens: 33}}": evals("generate_gsm8k", "score_gsm8k"),
-    "eval: {ifeval: {strip_think: true}}": evals("score_ifeval"),
+    "eval: {ifeval: {strip_think: true}}": evals("score_ifeval") | runs("ppo_ifeval", "grpo", "rloo"),  # a reward judges as well
     "data: {slices: {ifeval: {rows: 301}}}": EVERYTHING - {("slice", "sums_eval")},
     "data: {slices: {ifeval: {seed: 2}}}": EVERYTHING - {("slice", "sums_eval")},
     "data: {slices: {sums_eval: {rows: 99}}}": {("slice", "sums_eval")}
