@@ -199,6 +199,21 @@ def test_without_a_configfile_the_tiny_world_is_planned_and_a_named_config_does_
     assert fresh.plan("results/ifeval_mine.json", configs=["named.yaml"])["train_sft"] == 1
 
 
+@pytest.mark.parametrize(
+    "target, near",
+    [
+        ("results/ifeval_dpoo.json", "results/ifeval_dpo.json"),
+        ("results/ifval_rloo.json", "results/ifeval_rloo.json"),
+        ("results/dpo/adaptr/manifest.json", "results/dpo/adapter/manifest.json"),
+        ("results/data/pair.manifest.json", "results/data/pairs.manifest.json"),
+    ],
+)
+def test_a_target_that_nothing_makes_is_told_with_the_nearest(fresh, target, near):
+    done = fresh.snakemake("-n", target, check=False)
+    assert done.returncode == 1 and f"No rule to produce {target}" in done.stdout
+    assert done.stdout.rpartition("Nearest: ")[2].startswith(near)
+
+
 def test_the_default_target_is_every_experiment_and_the_base(clone):
     jobs = clone.plan()
     assert jobs["train_dpo"] == 3 and jobs["train_sft"] == 1  # dpo_ipo, dpo_4bit, dpo_flipped; sft_v1: the others are there

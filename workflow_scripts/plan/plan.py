@@ -26,6 +26,12 @@ class Plan(Graph):
     def base(self, name: str) -> str:
         return self._text("base", name)
 
+    def targets(self) -> list[str]:
+        """The files that people ask for: results, adapters, slices."""
+        found = [file for run in [*self.config.models, *self.runs()] for file in self.results_of(run)]
+        found += [self.adapter_inputs(run)[0] for run in self.runs()]
+        return found + [self.slice_inputs(name)[0] for name in self.config.data["data"]["slices"]]
+
     def slice(self, name: str) -> str:
         return self._text("slice", name)
 
