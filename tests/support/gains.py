@@ -1,7 +1,7 @@
 """The tiny world in full: the targets that show what each method gains."""
 
-MOST = ("dpo", "kto", "grpo")
-MORE = ("ppo", "ppo_ifeval", "rloo")  # rewards: the reward model, and as grpo's, the share of followed instructions
+MOST = ("dpo", "grpo")
+MORE = ("kto", "ppo", "ppo_ifeval", "rloo")  # ppo's reward is the reward model, the others' as grpo's: followed instructions
 METHODS = (*MOST, *MORE)
 
 

@@ -32,8 +32,8 @@ def swapped(row):
 
 @pytest.fixture(scope="module")
 def flipped_pairs(folder):
-    rows = ROWS["pairs"]()
-    return small_steps.write_slice(folder / "data", "flipped", [*map(swapped, rows[:-HELDOUT]), *rows[-HELDOUT:]], HELDOUT)
+    rows, kept = ROWS["pairs"](), HELDOUT["pairs"]
+    return small_steps.write_slice(folder / "data", "flipped", [*map(swapped, rows[:-kept]), *rows[-kept:]], kept)
 
 
 # -- labels flipped ---------------------------------------------------------------------------------------------------
