@@ -18,7 +18,6 @@ import os
 import statistics
 import subprocess
 import sys
-import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -32,16 +31,6 @@ SETS = {
     "own": {},  # whatever the libraries choose on this machine
 }
 SEEDS = (1, 2, 3)
-# Prints the sha256 of an adapter after a step of GRPO: answers, rewards, gradients and an update.
-PROBE = """
-import sys
-from pathlib import Path
-from tests.support import right_way, small_steps
-base = small_steps.copy_tiny_base(Path("base"))
-rows = small_steps.write_slice(Path("data"), "instructions", right_way.instructions(40), 8)
-made = small_steps.train(Path("run"), "grpo", base, rows, **right_way.SETTINGS["grpo"] | {"max_steps": 2})
-print(made.data["files"]["adapter_model.safetensors"])
-"""
 
 SEED = int(os.environ.get("PHASELINE_SEED", "1"))  # of what the tests train, where they name no other
 WORLD = os.environ.get("PHASELINE_WORLD")  # the folder in which this run keeps its tiny world: only what is stale is made again
@@ -79,22 +68,6 @@ def shown(value: float) -> str:
 def environment(name: str) -> dict[str, str]:
     own = {key for switches in SETS.values() for key in switches}
     return {key: value for key, value in os.environ.items() if key not in own} | SETS[name] | {"OMP_NUM_THREADS": "1"}
-
-
-def same_arithmetic(folder: Path) -> str | None:
-    """The set whose arithmetic this machine's own is: it has no newer instructions then, and runs of both would be the same."""
-
-    def probe(name: str) -> str:
-        with tempfile.TemporaryDirectory() as there:
-            env = environment(name) | {"PYTHONPATH": str(ROOT)}
-            done = subprocess.run([sys.executable, "-c", PROBE], cwd=there, env=env, capture_output=True, text=True, check=True)
-            return done.stdout.splitlines()[-1]
-
-    folder.mkdir(parents=True, exist_ok=True)
-    found = {name: probe(name) for name in SETS}
-    same = next((name for name in SETS if name != "own" and found[name] == found["own"]), None)
-    (folder / "own.txt").write_text(f"{same or ''}\n")
-    return same
 
 
 def run(folder: Path, name: str, seed: int, paths: list[str]) -> None:
@@ -184,19 +157,11 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--folder", type=Path, default=ROOT / "tests/.processors")
     parser.add_argument("--show", action="store_true", help="only the table of what has run")
     given = parser.parse_args(argv)
-    if not given.show:
-        same_arithmetic(given.folder)
-    same = (given.folder / "own.txt").read_text().strip()
-    sets = [name for name in given.sets if name != "own" or same not in given.sets]
-    pairs = [(name, seed) for seed in given.seeds for name in sets]
+    pairs = [(name, seed) for seed in given.seeds for name in given.sets]
     if not given.show:
         with ThreadPoolExecutor(given.jobs) as pool:
             list(pool.map(lambda pair: run(given.folder, *pair, given.paths), pairs))
     lines, green = table({f"{name}.{seed}": read(given.folder / f"{name}.{seed}") for name, seed in sorted(pairs)})
-    if same:
-        lines.append(
-            f"own: this machine computes as under {same} (two steps of GRPO end in the same bytes), whose runs are its own"
-        )
     print("\n".join(lines))
     return 0 if green else 1
 
