@@ -65,12 +65,20 @@ def test_ended_by_sigterm_twice_and_resumed_is_as_if_never_ended(method, base, s
     assert signal.getsignal(signal.SIGTERM) == handler
 
 
-def test_ctrl_c_saves_as_sigterm_does_and_a_second_one_ends_at_once(base, slices, tmp_path, capsys):
-    job, handler = step_of("dpo", base, slices, tmp_path / "run"), signal.getsignal(signal.SIGINT)
+@pytest.fixture
+def in_front():
+    """As a command on a terminal hears Ctrl-C; one that a shell has in the background ignores it, and so does what it starts."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield signal.default_int_handler
+    signal.signal(signal.SIGINT, before)
+
+
+def test_ctrl_c_saves_as_sigterm_does_and_a_second_one_ends_at_once(in_front, base, slices, tmp_path, capsys):
+    job = step_of("dpo", base, slices, tmp_path / "run")
     with pytest.MonkeyPatch.context() as patch, pytest.raises(Interrupted, match="ended by Ctrl-C at step 2 of .* run snakemake"):
         end_at(2, patch, by=lambda: os.kill(os.getpid(), signal.SIGINT))
         small_steps.run(job)
-    assert "Ctrl-C: saving at the next step" in capsys.readouterr().out and signal.getsignal(signal.SIGINT) == handler
+    assert "Ctrl-C: saving at the next step" in capsys.readouterr().out and signal.getsignal(signal.SIGINT) == in_front
 
     def twice():
         os.kill(os.getpid(), signal.SIGINT)
