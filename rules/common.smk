@@ -11,13 +11,11 @@ from workflow_scripts.config import config as configs
 from workflow_scripts.plan import estimate
 from workflow_scripts.plan.patterns import any_of
 from workflow_scripts.plan.plan import Plan
+from workflow_scripts.plumbing.environment import run_code_of
 from workflow_scripts.plumbing.messages import InputError
 from workflow_scripts.tools import adopt
 
-# Jobs run the code that was hashed: not that of another clone, in the environment or in the working folder.
-os.environ["PYTHONSAFEPATH"] = "1"
-if (path := os.environ.get("PYTHONPATH", "")).split(os.pathsep)[0] != str(ROOT):
-    os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), path]).rstrip(os.pathsep)
+run_code_of(ROOT)  # jobs run the code that was hashed
 
 try:
     PLAN = Plan(configs.Config(config, [str(file) for file in workflow.configfiles]))

@@ -194,7 +194,8 @@ NO_STEP = """steps/cli plumbing/content_cache plumbing/gpus plumbing/progress pl
 artifacts/runinfo artifacts/work artifacts/fingerprint data/hub evaluation/rows config/__init__ config/config config/schema_errors
 config/yaml_files config/bases config/comparison config/choices config/judged config/names config/sweep config/written
 config/schema config/experiments config/references config/slices plan/__init__ plan/plan plan/places plan/graph plan/steps
-plan/records plan/estimate plan/gpu_memory plan/passes plan/patterns plan/shape models/sources models/templates""".split()
+plan/records plan/estimate plan/gpu_memory plan/passes plan/patterns plan/shape plumbing/environment models/sources
+models/templates""".split()
 # The report, which is no target here, and multiple choice, which this config has not
 REPORT = """report/__init__ report/capacity report/collect report/figures report/judge report/page report/sections report/trained
 report/winning steps/report evaluation/lm_tasks steps/lm_eval_task steps/judge_answers stats/__init__ stats/accuracy
