@@ -227,3 +227,11 @@ def test_a_family_that_trl_knows_by_its_dated_template_is_known_all_the_same(tok
 
 def test_a_template_without_a_date_has_none(tokenizer):
     assert "date" not in templates.install(tokenizer, None, None)
+
+
+def test_the_remedy_for_a_template_that_asks_for_the_time_is_one(tokenizer):
+    given = tokenizer.chat_template
+    tokenizer.chat_template = "{%- set form = '%H:%M' %}{{- strftime_now(form) }}{{- messages[0]['content'] }}"
+    facts = templates.install(tokenizer, given, None)
+    assert facts["origin"] == "base.training_template" and "writes the time of day" in facts["differs"]
+    assert tokenizer.chat_template == given

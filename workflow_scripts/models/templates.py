@@ -86,10 +86,14 @@ def install(tokenizer: Any, given: str | None, end_of_turn: str | None) -> dict:
     end_of_turn: the text of the token that closes a turn, where the tokenizer's end-of-sequence token is not trusted to be it
     (a base model with a chat template; a GGUF file read by a release that takes the wrong one). No token is ever added.
     """
-    before = undated(own(tokenizer) or "")
+    before = own(tokenizer) or ""
     template, facts = select(tokenizer, given)
     if (fixed := undated(template)) != template:
         template, facts["date"] = fixed, DAY.isoformat()
+    try:
+        before = undated(before)
+    except InputError:  # the given template stands in for one that asks for the time: there is no text to hold it against
+        before, facts["differs"] = "", "from the model's own template, which writes the time of day"
     if end_of_turn is not None and tokenizer.eos_token != end_of_turn:
         if end_of_turn not in tokenizer.get_vocab():
             raise InputError(f"base.end_of_turn: {end_of_turn!r} is not a token of this tokenizer, and none is added")
