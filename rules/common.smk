@@ -1,5 +1,6 @@
 # What the rules share: the plan (which step has which JSON and which inputs) and the one call that runs a step.
 import inspect
+import json
 import os
 import shlex
 import sys

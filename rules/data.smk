@@ -1,3 +1,7 @@
+# Which rows the trainings can take decides nothing here: it is a check, which could otherwise fail only after SFT.
+LIMITS = "--limits " + shlex.quote(json.dumps(PLAN.limits())).replace("{", "{{").replace("}", "}}")
+
+
 rule slice_data:
     input:
         slice_inputs,
@@ -20,4 +24,4 @@ rule slice_data:
     params:
         step=signed(lambda wildcards: PLAN.slice(wildcards.slice)),
     shell:
-        call("slice_data", "manifest")
+        call("slice_data", "manifest", LIMITS)

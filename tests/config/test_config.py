@@ -255,7 +255,8 @@ def test_an_experiment_lies_over_what_it_extends_and_that_over_its_method(tmp_pa
     made = load(DEFAULT, tmp_path / "over.yaml").experiments
     methods, own = read_yaml(METHODS_FILE)["methods"]["dpo"], yaml.safe_load(DEFAULT.read_text())["methods"]["dpo"]
     train = {**methods["train"], **own["train"], "beta": 0.4, "ld_alpha": 0.8, "loss_type": "hinge"}
-    assert made["three"] == {"method": "dpo", "slice": "pairs", "quantise": "nf4", "start_from": "sft_v1", "train": train}
+    rest = {"method": "dpo", "slice": "pairs", "quantise": "nf4", "max_left_out": 0.2, "start_from": "sft_v1"}
+    assert made["three"] == {**rest, "train": train}
     assert made["dpo"]["train"]["beta"] == 0.1 and "ld_alpha" not in made["dpo"]["train"]
     assert made["one"]["quantise"] == "none" and made["one"]["train"]["loss_type"] == "sigmoid"
 

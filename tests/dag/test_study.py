@@ -22,7 +22,7 @@ OTHERS = {
     "precision",
     "eval.precision",
     "data.max_drop",
-    "methods.rm.max_left_out",
+    *(f"methods.{method}.max_left_out" for method in ("dpo", "kto", "rm")),
     "methods.ppo.require_reward_above_chance",
 }
 

@@ -110,6 +110,17 @@ FORMS = {
 }
 
 
+def test_pairs_that_are_too_long_for_who_trains_on_them_are_said_before_anything_trains(slicer):
+    """A reward model would have said so after the SFT that it starts from."""
+    rows = [pair_row(f"q{n}", "a longer answer than the others have" if n < 4 else "yes it is") for n in range(10)]
+    asked = {"max_length": 7, "max_left_out": 0.3, "place": "results/data/pairs.jsonl", "user": "rm"}
+    found = slicer.error(rows, "preference", limits=[asked | {"max_left_out": 0.4}, asked])
+    assert found.startswith("results/data/pairs.jsonl: 4 of 10 rows have an answer that ends beyond train.max_length (7 tokens)")
+    assert "max_left_out allows 30%. Raise one of them for rm" in found
+    kept, _ = slicer(rows, "preference", limits=[asked | {"max_left_out": 0.4}])
+    assert len(kept) == 10  # the slice keeps them all: who trains on them leaves them out
+
+
 @pytest.mark.parametrize("data", FORMS, ids=range(len(FORMS)))
 def test_a_malformed_row_is_an_error_with_file_and_line(slicer, data):
     with pytest.raises(InputError, match=FORMS[data]):

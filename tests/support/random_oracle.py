@@ -71,7 +71,8 @@ KEYS: dict[str, tuple[list, set[Phase]]] = {
     "base.scratch.train.muon_learning_rate": ([4.0e-3], BASE),
     "allow_package_mismatch": ([True], FINISHED),
     "methods.kto.class_weights": ([{"desirable": 1.0, "undesirable": 2.0}], trained("kto")),
-    "methods.rm.max_left_out": ([0.2], trained("rm")),
+    "methods.rm.max_left_out": ([0.3], trained("rm")),
+    "methods.kto.max_left_out": ([0.3], trained("kto")),
     "methods.grpo.require_reward_above_chance": ([False], trained("grpo", "grpo_numeric")),  # grpo_rm has its own
     "methods.ppo.ppo.kl_coef": ([0.07], trained("ppo", "ppo_ifeval")),
     "methods.ppo.ppo.kl_target": ([4.0], trained("ppo", "ppo_ifeval")),
@@ -145,7 +146,7 @@ _ROLLOUTS = {
 }  # fmt: skip
 METHOD_KEYS: dict[str, dict[str, list]] = {
     "sft": _ALL | {"max_length": [99], "assistant_only_loss": [False], "loss_type": ["dft"], "neftune_noise_alpha": [5]},
-    "dpo": _ALL | {"max_length": [99], "beta": [0.27], "loss_type": ["hinge"], "truncation_mode": ["keep_end"]},
+    "dpo": _ALL | {"max_length": [99], "beta": [0.27], "loss_type": ["hinge"]},
     "kto": _ALL | {"max_length": [99], "beta": [0.27], "loss_type": ["apo_zero_unpaired"]},
     "rm": _ALL | {"max_length": [99], "center_rewards_coefficient": [0.01]},
     "ppo": _ALL

@@ -20,11 +20,11 @@ class Words:
     added_tokens_decoder: dict = {}
     name_or_path = "words"
 
-    def apply_chat_template(self, turns, add_generation_prompt, tokenize=True):
+    def apply_chat_template(self, turns, add_generation_prompt=False, tokenize=True):
         if not tokenize:
             return ""
-        assert add_generation_prompt
-        return {"input_ids": [word for turn in turns for word in ["<turn>", *turn["content"].split()]] + ["<answer>"]}
+        start = ["<answer>"] * add_generation_prompt
+        return {"input_ids": [word for turn in turns for word in ["<turn>", *turn["content"].split()]] + start}
 
 
 def turn(role, content):
@@ -81,9 +81,10 @@ class Slicer:
         inputs = [source, *self.parents.values(), self.results / "data/ifeval.jsonl"] if kind != "ifeval" else [source]
         return manifests.Job(step, inputs, self.results / "data/made.manifest.json", self.results / ".work")
 
-    def __call__(self, data, kind="sft", **config) -> tuple[list[dict], dict]:
-        """(rows of the slice, its manifest)"""
+    def __call__(self, data, kind="sft", limits=(), **config) -> tuple[list[dict], dict]:
+        """(rows of the slice, its manifest); limits: as Plan.limits has them for a slice"""
         job = self.job(data, kind, **config)
+        job.limits = {"made": list(limits)}
         slice_data.main(job)
         made = manifests.read(job.out)
         return made.rows(), made.data

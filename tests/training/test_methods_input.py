@@ -16,10 +16,10 @@ from tests.support import small_steps
 from tests.support.processors import SEED
 from workflow_scripts.artifacts import manifests
 from workflow_scripts.config import config
+from workflow_scripts.data import fitting
 from workflow_scripts.models import chat, loading
 from workflow_scripts.plumbing.messages import InputError
 from workflow_scripts.rl import reward_model, rewards
-from workflow_scripts.steps import train_rm
 from workflow_scripts.tiny import world
 
 DEFAULT = small_steps.ROOT / "config" / "config.yaml"
@@ -167,31 +167,43 @@ def test_rows_of_asks_every_reward_of_a_mixture_and_keeps_the_whole_row(slices):
     assert len(found) == 8 and [json.loads(text) for text in found["row"]] == rows.rows(heldout=True)
 
 
-def test_pairs_that_are_all_longer_than_max_length_are_refused_before_a_model_is_loaded(base, slices, tmp_path, no_model):
-    says = r"32 of 32 pairs are longer than train.max_length \(8\), more than max_left_out allows \(10%\); raise one of them"
+@pytest.mark.parametrize("method", ["dpo", "kto", "rm"])
+def test_pairs_that_are_all_longer_than_max_length_are_refused_before_a_model_is_loaded(base, slices, tmp_path, no_model, method):
+    says = r"40 of 40 rows .* beyond train.max_length \(8 tokens\), no row .* is left; max_left_out allows 20%"
     with pytest.raises(InputError, match=says):
-        small_steps.train(tmp_path, "rm", base, slices["pairs"], max_length=8)
-    with pytest.raises(InputError, match="32 of 32 pairs"):  # nothing is left, whatever is allowed
-        small_steps.train(tmp_path, "rm", base, slices["pairs"], max_length=8, max_left_out=1.0)
+        small_steps.train(tmp_path, method, base, slices["pairs"], max_length=8)
+    with pytest.raises(InputError, match="40 of 40 rows"):  # nothing is left, whatever is allowed
+        small_steps.train(tmp_path, method, base, slices["pairs"], max_length=8, max_left_out=1.0)
 
 
-def test_pairs_that_are_too_long_are_left_out_up_to_the_share_that_is_allowed(base, slices, tmp_path):
+def test_dpo_kto_and_the_reward_model_leave_out_the_same_pairs_up_to_the_share_that_is_allowed(base, slices, tmp_path):
+    """A cut pair loses the end of its answer, or all that its sides differ in; and two methods of one slice compare one thing."""
     tokenizer, rows = chat.tokenizer_of(manifests.read(base)), manifests.read(slices["pairs"])
+    both = {held: rows.rows(heldout=held) for held in (False, True)}
     longest = {
         row["id"]: max(
             len(tokenizer.apply_chat_template(row["prompt"] + row[side])["input_ids"]) for side in ("chosen", "rejected")
         )
         for row in rows.rows()
     }
-    limit = sorted(longest[row["id"]] for row in rows.rows(heldout=False))[-6]
-    out = {held: sum(longest[row["id"]] > limit for row in rows.rows(heldout=held)) for held in (False, True)}
+    limit = sorted(longest[row["id"]] for row in both[False])[-6]
+    out = {held: sum(longest[row["id"]] > limit for row in both[held]) for held in (False, True)}
+    share = sum(out.values()) / 40
     assert 0 < out[False] <= 5
-    kept = train_rm.short_enough(tokenizer, rows.rows(heldout=False), limit, out[False] / 32, "here")
-    assert [row["id"] for row in kept] == [row["id"] for row in rows.rows(heldout=False) if longest[row["id"]] <= limit]
-    with pytest.raises(InputError, match=f"^here: {out[False]} of 32 pairs are longer"):
-        train_rm.short_enough(tokenizer, rows.rows(heldout=False), limit, out[False] / 32 - 0.01, "here")
-    made = small_steps.train(tmp_path, "rm", base, slices["pairs"], max_length=limit, max_left_out=0.9)
-    assert made.data["left_out"] == {"train": out[False], "heldout": out[True]}
+    kept, facts = fitting.fitting(tokenizer, both, limit, share, "here")
+    for held in (False, True):
+        assert [row["id"] for row in kept[held]] == [row["id"] for row in both[held] if longest[row["id"]] <= limit]
+    with pytest.raises(InputError, match=rf"^here: {sum(out.values())} of 40 rows .*\. Raise one of them for dpo_long, or"):
+        fitting.fitting(tokenizer, both, limit, share - 0.01, "here", "dpo_long")
+    seen = {}
+    for method in ("dpo", "kto", "rm"):
+        limits = {"max_length": limit, "max_left_out": 0.9, "max_steps": 1}
+        made = small_steps.train(tmp_path / method, method, base, slices["pairs"], **limits)
+        seen[method] = {key: made.data[key] for key in ("left_out", "rows")}
+        trained = json.loads((made.folder / "run.json").read_text())["rows"]
+        assert trained == facts["rows"]["train"] * (2 if method == "kto" else 1), method
+    assert seen["dpo"] == seen["kto"] == seen["rm"] == facts
+    assert facts["left_out"] == {"train": out[False], "heldout": out[True]}
     assert made.data["objective"]["after"]["n"] == 8 - out[True]
 
 

@@ -35,6 +35,16 @@ class Plan(Graph):
     def slice(self, name: str) -> str:
         return self._text("slice", name)
 
+    def limits(self) -> dict[str, list[dict]]:
+        """Slice -> the limits of each experiment that takes only rows which are whole, as data/fitting.py takes them."""
+        found: dict[str, list[dict]] = {}
+        for name, body in self.config.experiments.items():
+            if "max_left_out" in body:
+                limits = {"max_length": body["train"]["max_length"], "max_left_out": body["max_left_out"]}
+                place = f"{self.results}/data/{body['slice']}.jsonl"
+                found.setdefault(body["slice"], []).append({**limits, "place": place, "user": name})
+        return found
+
     def train(self, run: str) -> str:
         return self._text("train", run)
 

@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 
 from workflow_scripts.artifacts import manifests
 from workflow_scripts.data import formats, slicing
+from workflow_scripts.data.fitting import fitting
 from workflow_scripts.data.words import blank, whole
 from workflow_scripts.evaluation import rows as judging
 from workflow_scripts.plumbing.messages import InputError
@@ -39,6 +40,7 @@ class Source(NamedTuple):
 def main(job: manifests.Job) -> None:
     config, parents = job.config, job.parents()
     kind, group_by = config["kind"], config.get("group_by")
+    name = job.out.name.replace(".manifest.json", ".jsonl")
     source, candidates = read_candidates(job, parents)
     facts: dict = {}
     evaluation = "heldout" not in config  # its rows are taken whole: nothing is dropped, cut or held out
@@ -74,6 +76,8 @@ def main(job: manifests.Job) -> None:
         )
     if not evaluation:
         rows = hold_out(rows, config["heldout"], job.out, group_by)
+        for one in job.limits.get(name.removesuffix(".jsonl"), []):  # else it is found after the SFT that they start from
+            fitting(tokenizer, {held: [row for row in rows if row["heldout"] is held] for held in (False, True)}, **one)
     fewer = f"; {config['rows']} were asked for" if len(candidates) < config["rows"] else ""
     out = f", {sum(row['heldout'] for row in rows)} of them held out" if not evaluation else ""
     dropped_text = f", dropped {reasons}" if reasons else ""
@@ -81,7 +85,6 @@ def main(job: manifests.Job) -> None:
     if "hub" in config["source"] and "revision" not in config["source"]:
         facts["unpinned"] = True
     with manifests.complete(job, "slice", parents) as draft:
-        name = job.out.name.replace(".manifest.json", ".jsonl")
         text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
         (draft.folder / name).write_text(text, encoding="utf-8")
         draft.manifest |= {

@@ -11,14 +11,16 @@ needs full-precision weights; `quantise: nf4` makes the 4-bit variant. `flip_lab
 negative control: whoever finds that one better has a broken comparison.
 
 Departures from TRL's defaults: the block's dropout acts, as in the other methods (TRL switches it off for DPO); the
-adapter is fp32; learning rate, schedule, beta and length come from the config; each batch's completion mask is checked. The
-reference's log-probabilities are computed once: same numbers, no second forward pass at each step.
+adapter is fp32; learning rate, schedule, beta and length come from the config; each batch's completion mask is checked; pairs
+longer than `max_length` are left out and counted (data/fitting.py), where TRL cuts them. The reference's log-probabilities
+are computed once: same numbers, no second forward pass at each step.
 
     python -m workflow_scripts.steps.train_dpo --step results/dpo/adapter/manifest.json --out trial/adapter/manifest.json \\
         --inputs results/sft_v2/merged/manifest.json results/data/pairs.manifest.json
 """
 
 from workflow_scripts.artifacts import manifests
+from workflow_scripts.data.fitting import fitting
 from workflow_scripts.steps import cli
 from workflow_scripts.tools import card
 
@@ -34,9 +36,12 @@ def main(job: manifests.Job) -> None:
     start, rows = parents["start"], parents["rows"]
     device.prepare(step)
     tokenizer = chat.tokenizer_of(start)
+    pairs = {heldout: trainers.usable(rows, heldout) for heldout in (False, True)}
+    short, left = fitting(tokenizer, pairs, config["train"]["max_length"], config["max_left_out"], str(rows.path))
     model = loading.load(start, job.work, step["device"], step["precision"], config.get("quant"))
 
-    given = tuple(trainers.rows_of(rows, heldout, fields=("prompt", "chosen", "rejected")) for heldout in (False, True))
+    fields = ("id", "prompt", "chosen", "rejected")
+    given = tuple(trainers.data_set([{key: row[key] for key in fields} for row in short[heldout]]) for heldout in (False, True))
     if config.get("flip_labels"):  # held-out rows stay as they are: on them the objective has to go the wrong way
         given = (given[0].rename_columns({"chosen": "rejected", "rejected": "chosen"}), given[1])
     trainer = DPOTrainer(
@@ -51,7 +56,7 @@ def main(job: manifests.Job) -> None:
     facts: dict = {"constant": trainers.settle(trainer, job, tokenizer, given, rows)}
 
     keys = {"loss": "loss", "accuracy": "rewards/accuracies", "margin": "rewards/margins"}
-    facts |= trainers.fit(trainer, job, lambda: trainers.objective(trainer, keys))
+    facts |= trainers.fit(trainer, job, lambda: trainers.objective(trainer, keys)) | left
 
     with manifests.complete(job, "adapter", parents) as draft:
         trainers.save(trainer, draft, job, start, facts)

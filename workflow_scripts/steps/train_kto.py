@@ -11,7 +11,8 @@ apart into all chosen, then all rejected, and reads in order. `class_weights: ra
 w_U n_U (eq. 8 allows 1 to 4/3).
 
 Departures from TRL's defaults: 4-bit base with fp32 adapters; the block's dropout acts (TRL switches it off); learning rate,
-schedule and length come from the config; each batch's completion mask is checked.
+schedule and length come from the config; each batch's completion mask is checked; rows longer than `max_length` are left out, of
+pairs both answers (data/fitting.py), where TRL cuts them.
 
     python -m workflow_scripts.steps.train_kto --step results/kto/adapter/manifest.json --out trial/adapter/manifest.json \\
         --inputs results/sft_v2/merged/manifest.json results/data/pairs.manifest.json
@@ -21,6 +22,7 @@ import json
 from typing import Any
 
 from workflow_scripts.artifacts import manifests
+from workflow_scripts.data.fitting import fitting
 from workflow_scripts.data.unpaired import spread, unpair, weights
 from workflow_scripts.steps import cli
 from workflow_scripts.tools import card
@@ -86,12 +88,14 @@ def main(job: manifests.Job) -> None:
     parents = job.parents()
     start, rows = parents["start"], parents["rows"]
     batch = config["train"]["per_device_train_batch_size"]
-    answers = {heldout: unpair(trainers.usable(rows, heldout)) for heldout in (False, True)}
+    device.prepare(step)
+    tokenizer = chat.tokenizer_of(start)
+    whole = {heldout: trainers.usable(rows, heldout) for heldout in (False, True)}
+    short, left = fitting(tokenizer, whole, config["train"]["max_length"], config["max_left_out"], str(rows.path))
+    answers = {heldout: unpair(found) for heldout, found in short.items()}
     ordered = {heldout: spread(found, batch, step["seed"]) for heldout, found in answers.items()}
     weights(ordered[True][0], config["class_weights"], f"{rows.path}, held-out rows")
     class_weights = weights(ordered[False][0], config["class_weights"], str(rows.path))
-    device.prepare(step)
-    tokenizer = chat.tokenizer_of(start)
     model = loading.load(start, job.work, step["device"], step["precision"], config.get("quant"))
 
     given = tuple(trainers.data_set(ordered[heldout][0]) for heldout in (False, True))
@@ -116,7 +120,7 @@ def main(job: manifests.Job) -> None:
         (loss, batches), (rewards, prompts) = trainers.objective(trainer, {"loss": "loss"}), told_apart(trainer, ordered[True][0])
         return loss | rewards, batches | prompts
 
-    facts |= trainers.fit(trainer, job, objective)
+    facts |= trainers.fit(trainer, job, objective) | left
     facts["class_weights"] = class_weights
     facts["prompts_twice_in_a_batch"] = ordered[False][1]
 

@@ -5,33 +5,18 @@ the hidden state of the last token, after the end of the answer's turn. Backbone
 adapter and head are fp32 and train together.
 
 Departures from TRL's defaults: the block's dropout acts (TRL switches it off); adapter and head are fp32 and drawn from the
-seed; learning rate, schedule and length come from the config. TRL leaves out pairs longer than `max_length` without a word, and a
-reward read in the middle of an answer would mean little: they are counted, and above `max_left_out` training stops. The held-out
-accuracy is that of the pairs one by one, not a mean over batches; steps/eval_rm.py looks closer.
+seed; learning rate, schedule and length come from the config. Pairs longer than `max_length` are left out, as for DPO and
+KTO (data/fitting.py): a reward read in the middle of an answer would mean little. The held-out accuracy is that of the pairs
+one by one, not a mean over batches; steps/eval_rm.py looks closer.
 
     python -m workflow_scripts.steps.train_rm --step results/rm/adapter/manifest.json --out trial/adapter/manifest.json \\
         --inputs results/sft_v2/merged/manifest.json results/data/pairs.manifest.json
 """
 
-from typing import Any
-
 from workflow_scripts.artifacts import manifests
-from workflow_scripts.plumbing.messages import InputError
+from workflow_scripts.data.fitting import fitting
 from workflow_scripts.steps import cli
 from workflow_scripts.tools import card
-
-
-def short_enough(tokenizer: Any, pairs: list[dict], max_length: int, limit: float, place: str) -> list[dict]:
-    """The pairs of which neither side is longer than `max_length` tokens. InputError if more than a share of `limit` are."""
-    from workflow_scripts.rl import reward_model
-
-    kept = [row for row in pairs if max(reward_model.lengths(tokenizer, row)) <= max_length]
-    if not kept or 1 - len(kept) / len(pairs) > limit:
-        raise InputError(
-            f"{place}: {len(pairs) - len(kept)} of {len(pairs)} pairs are longer than train.max_length ({max_length}), more "
-            f"than max_left_out allows ({limit:.0%}); raise one of them"
-        )
-    return kept
 
 
 def main(job: manifests.Job) -> None:
@@ -49,9 +34,7 @@ def main(job: manifests.Job) -> None:
     chat.end_of_turn(tokenizer)
     max_length = config["train"]["max_length"]
     pairs = {heldout: trainers.usable(rows, heldout) for heldout in (False, True)}
-    short = {
-        key: short_enough(tokenizer, value, max_length, config["max_left_out"], str(rows.path)) for key, value in pairs.items()
-    }
+    short, left = fitting(tokenizer, pairs, max_length, config["max_left_out"], str(rows.path))
     fields = ("id", "prompt", "chosen", "rejected")
     given = tuple(trainers.data_set([{key: row[key] for key in fields} for row in short[heldout]]) for heldout in (False, True))
     model = loading.load(start, job.work, step["device"], step["precision"], config.get("quant"), reward=True)
@@ -72,8 +55,7 @@ def main(job: manifests.Job) -> None:
         scores = reward_model.score_pairs(trainer.model, tokenizer, short[True], batch_size, max_length)
         return reward_model.objective(*scores), reward_model.by_pair(*scores)
 
-    facts |= trainers.fit(trainer, job, objective)
-    facts["left_out"] = {"train": len(pairs[False]) - len(short[False]), "heldout": len(pairs[True]) - len(short[True])}
+    facts |= trainers.fit(trainer, job, objective) | left
 
     with manifests.complete(job, "adapter", parents) as draft:
         trainers.save(trainer, draft, job, start, facts)
