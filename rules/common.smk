@@ -12,11 +12,12 @@ from workflow_scripts.config import config as configs
 from workflow_scripts.plan import estimate
 from workflow_scripts.plan.patterns import any_of
 from workflow_scripts.plan.plan import Plan
-from workflow_scripts.plumbing.environment import run_code_of
+from workflow_scripts.plumbing.environment import name_the_account, run_code_of
 from workflow_scripts.plumbing.messages import InputError
 from workflow_scripts.tools import adopt
 
 run_code_of(ROOT)  # jobs run the code that was hashed
+name_the_account()
 
 try:
     PLAN = Plan(configs.Config(config, [str(file) for file in workflow.configfiles]))

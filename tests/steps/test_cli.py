@@ -85,6 +85,21 @@ def test_the_log_holds_what_a_step_prints_and_the_terminal_stays_quiet(tmp_path,
     assert (tmp_path / "step.log").read_text() == "some output\n"
 
 
+def test_nothing_in_the_shell_decides_what_the_config_says(tmp_path, run, monkeypatch):
+    """By ACCELERATE_MIXED_PRECISION transformers trains in bf16 where the step says fp32."""
+    names = ["ACCELERATE_MIXED_PRECISION", "WORLD_SIZE", "NVIDIA_TF32_OVERRIDE"]
+    for name in names:
+        monkeypatch.setenv(name, "bf16")
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":0:0")
+    monkeypatch.setenv("OMP_NUM_THREADS", "7")
+    shown = [*names, "CUBLAS_WORKSPACE_CONFIG", "OMP_NUM_THREADS"]
+    done = run(step_of(tmp_path, shows=shown), "--log", "log")
+    assert done.returncode == 0
+    log = (tmp_path / "log").read_text()
+    assert str(dict.fromkeys(names) | {"CUBLAS_WORKSPACE_CONFIG": ":4096:8", "OMP_NUM_THREADS": "1"}) in log
+    assert "not heeded, since the config decides: ACCELERATE_MIXED_PRECISION, NVIDIA_TF32_OVERRIDE, WORLD_SIZE" in log
+
+
 def test_another_version_than_the_locked_one_stops_the_step_unless_it_is_allowed_and_then_is_recorded(tmp_path, run, step):
     have = runinfo.installed(["pytest", "pyyaml"])
     step["packages"] = {"pytest": "0.1", "pyyaml": have["pyyaml"], "no-such-library": "1.0"}

@@ -26,6 +26,9 @@ def main(job):
         raise ValueError("boom\\n  at two lines")
     with manifests.complete(job, "thing", job.parents()) as draft:
         print("some output", flush=True)
+        if "shows" in config:
+            import os
+            print({name: os.environ.get(name) for name in config["shows"]}, flush=True)
         (draft.folder / "data.txt").write_text(config["text"])
         while "wait" in config and Path(config["wait"]).exists():
             time.sleep(0.02)

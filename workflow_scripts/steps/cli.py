@@ -65,9 +65,20 @@ def _needs_hub(step: dict) -> bool:
     return source == "hub" or (isinstance(source, dict) and "hub" in source)
 
 
-def _environment(threads: int, online: bool) -> None:
-    """Before any heavy import: quiet, as many threads as the step was planned with, and offline unless its source is a hub
-    (the user's own HF_HUB_OFFLINE stays)."""
+# Variables by which accelerate and torch compute in another precision, or look for other processes, than the step's JSON says.
+STEERING = ("ACCELERATE_", "FSDP_", "PARALLELISM_CONFIG_", "TORCHELASTIC_", "XLA_")
+STEERING_NAMES = {"RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"} | {
+    "NVIDIA_TF32_OVERRIDE",
+    "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE",
+}
+
+
+def _environment(threads: int, online: bool) -> list[str]:
+    """Before any heavy import: quiet, as many threads as the step was planned with, offline unless its source is a hub (the
+    user's own HF_HUB_OFFLINE stays), and nothing by which a shell decides what stands in no fingerprint. Returns what did."""
+    acting = sorted(name for name in os.environ if name.startswith(STEERING) or name in STEERING_NAMES)
+    for name in acting:
+        del os.environ[name]
     for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
         os.environ[name] = str(threads)
     quiet = {
@@ -77,7 +88,8 @@ def _environment(threads: int, online: bool) -> None:
     if not online:
         quiet |= {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
     os.environ.update(quiet)
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
+    return acting
 
 
 def _redirect(log: Path | None) -> int:
@@ -85,7 +97,7 @@ def _redirect(log: Path | None) -> int:
     real = os.dup(2)
     if log is not None:
         log.parent.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)  # emptied once the step has its lock
+        descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)  # emptied once the step has its lock
         sys.stdout.flush()
         sys.stderr.flush()
         os.dup2(descriptor, 1)
@@ -122,7 +134,7 @@ def run(main: Callable[[Job], None], doc: str | None, describe: Callable[[Path],
 
     try:
         step = read_step(args.step)
-        _environment(step.get("threads", 1), _needs_hub(step))
+        acting = _environment(step.get("threads", 1), _needs_hub(step))
         if args.log is not None:
             os.environ.setdefault("TENSORBOARD_LOGGING_DIR", str(args.log.parent / "tensorboard"))
         runinfo.check_packages(step)
@@ -130,6 +142,8 @@ def run(main: Callable[[Job], None], doc: str | None, describe: Callable[[Path],
         with work.exclusive(args.work, work.place(args.out), say), work.exclusive(args.work, fingerprint(step), say):
             if args.log is not None:
                 os.truncate(args.log, 0)  # the lines before are of an earlier run, or of who held the lock
+            if acting:
+                print(f"not heeded, since the config decides: {', '.join(acting)} in the environment", flush=True)
             if work.republish(args.work, fingerprint(step), args.out):
                 say("already made with this fingerprint: taken over")
             else:

@@ -1,0 +1,78 @@
+"""The main job in clones as people have them: of umask 0002, another account's, moved; its steps as an ordinary account's."""
+
+import json
+import os
+import shutil
+import stat
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import MICRO
+
+OWNER, MEMBER, GROUP = 12345, 12346, 12347  # of a clone, of who runs in it, of both
+# What may differ between two people's shells, stands in no fingerprint, and so must decide nothing (docs/reproducibility.md).
+ELSEWHERE = {"TZ": "Asia/Tokyo", "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "PYTHONHASHSEED": "7"}
+RUNS = ("base", "sft_v2", "dpo")
+
+
+def readable_for_all(path: Path) -> bool:
+    return all(one.stat().st_mode & stat.S_IXOTH for one in [path, *path.resolve().parents])
+
+
+def as_member(clone, *command: str) -> subprocess.CompletedProcess:
+    """Run a command as an ordinary account, with umask 0002. It may read an interpreter that lies in root's home, no more."""
+    account = ["setpriv", "--reuid", str(MEMBER), "--regid", str(GROUP), "--clear-groups", "--no-new-privs"]
+    if not readable_for_all(Path(sys.executable)):
+        account += ["--inh-caps", "+dac_read_search", "--ambient-caps", "+dac_read_search"]
+    home = clone.folder.parent / "home"
+    home.mkdir(exist_ok=True)
+    os.chown(home, MEMBER, GROUP)
+    env = clone.environment() | ELSEWHERE | {"HOME": str(home), "TMPDIR": str(home)}
+    script = ["bash", "-c", 'umask 0002; exec "$@"', "bash", *command]
+    return subprocess.run([*account, *script], cwd=clone.folder, env=env, capture_output=True, text=True, timeout=600)
+
+
+@pytest.mark.skipif(os.getuid() != 0 or not shutil.which("setpriv"), reason="needs root, to become other accounts (setpriv)")
+def test_a_colleague_of_the_group_makes_again_what_another_account_made_and_moves_the_clone(clone):
+    for path in [clone.folder, *clone.folder.rglob("*")]:
+        os.chown(path, OWNER, GROUP, follow_symlinks=False)
+        if not path.is_symlink():
+            path.chmod(path.stat().st_mode | 0o060 | (0o010 if path.is_dir() else 0))
+    for above in (clone.folder.parent, *clone.folder.parent.parents):
+        if not above.stat().st_mode & stat.S_IXOTH and above != Path("/"):
+            above.chmod(above.stat().st_mode | 0o011)  # pytest's folders are its own account's alone
+    scores = [f"results/ifeval_{run}.json" for run in RUNS]
+    command = ["snakemake", *scores, "--cores", "2", "--quiet", "rules", "--configfile", *MICRO]
+    before = [(clone.folder / score).read_text() for score in scores]
+    for score in scores:
+        (clone.folder / score).unlink()
+    shutil.rmtree(clone.folder / "results/dpo")  # adapter and answers
+    for name in ("pairs.jsonl", "pairs.manifest.json"):
+        (clone.folder / "results/data" / name).unlink()
+
+    done = as_member(clone, *command)
+    assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"
+    assert [(clone.folder / score).read_text() for score in scores] == before
+    for file in [clone.folder / "results/dpo/adapter/adapter_model.safetensors", *(clone.folder / score for score in scores)]:
+        found = file.stat()
+        assert (found.st_uid, found.st_gid, stat.S_IMODE(found.st_mode)) == (MEMBER, GROUP, 0o664), file
+
+    moved = type(clone)(clone.folder.rename(clone.folder.parent / "moved"))
+    (moved.folder / scores[2]).unlink()
+    done = as_member(moved, *command)
+    assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"
+    assert json.loads((moved.folder / scores[2]).read_text()) == json.loads(before[2])
+    assert "1 of 1 steps (100%) done" in done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("moved", [True, False])
+def test_make_installs_anew_in_a_clone_that_was_moved_and_only_there(fresh, moved):
+    """The commands of a virtual environment name the folder that they were installed in."""
+    stamp = fresh.folder / ".venv/.installed"
+    stamp.parent.mkdir()
+    stamp.write_text(f"{'/somewhere/else' if moved else fresh.folder}\n")
+    found = subprocess.run(["make", "-n", "setup"], cwd=fresh.folder, capture_output=True, text=True, check=True).stdout
+    assert ("-m venv --clear .venv" in found) is moved
