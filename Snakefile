@@ -16,6 +16,7 @@ if not workflow.overwrite_configfiles:
 include: "rules/snakemake_itself.smk"
 include: "rules/common.smk"
 include: "rules/turn.smk"
+include: "rules/progress.smk"
 include: "rules/preflight.smk"
 include: "rules/data.smk"
 include: "rules/base.smk"

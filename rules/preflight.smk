@@ -1,23 +1,29 @@
 # What is looked at before the first job of a real run (`onstart` in the Snakefile).
 import json
 import os
+import subprocess
 import sys
 
 from workflow_scripts.artifacts import manifests
 from workflow_scripts.data import hub
 from workflow_scripts.plumbing import gpus
+from workflow_scripts.plumbing.environment import check_writable
 from workflow_scripts.plumbing.messages import InputError
 from workflow_scripts.tools.differences import differences
 
 
 def preflight():
-    """Stop at once if what the jobs take from elsewhere can't be had."""
+    """Stop at once if what the jobs take from elsewhere can't be had, or what they make can't be written or computed here."""
     offered = getattr(workflow.global_resources.get("gpu"), "value", None)
     if GPU and workflow.local_exec and offered is not None and offered < (there := len(gpus.allowed())):
         sys.stderr.write(f"{there} GPUs are here, and {offered} may be used at once: --resources gpu={there} uses all\n")
     if workflow.is_main_process:
         say_what_is_replaced()
+        try_the_card()
     try:
+        check_writable(
+            path for job in workflow.dag.needrun_jobs() for path in [*job.output, *job.log, *filter(None, [job.benchmark])]
+        )
         hub.check_jobs(workflow.dag.needrun_jobs())
     except InputError as error:
         sys.stderr.write(f"{error}\n")
@@ -40,3 +46,15 @@ def say_what_is_replaced():
                 f"{manifest}: is made anew, and then all that was made from it: {'; '.join(changed[:4])}. "
                 f"Where two configs are meant to stand side by side, each has `pathvars` of its own\n"
             )
+
+
+def try_the_card():
+    """Evaluations may be declared in another precision than training: a card without it is known now, not after the training."""
+    if not workflow.local_exec or not any(job.resources.get("gpu") for job in workflow.dag.needrun_jobs()):
+        return
+    precisions = {PLAN.config.data["precision"], PLAN.config.data["eval"]["precision"]}
+    command = [sys.executable, "-m", "workflow_scripts.tools.gpu", "--precision", *sorted(precisions)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        sys.stderr.write(f"{(done.stderr or done.stdout).strip().splitlines()[-1]}\n")
+        sys.exit(1)

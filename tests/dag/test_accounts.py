@@ -49,9 +49,19 @@ def test_a_colleague_of_the_group_makes_again_what_another_account_made_and_move
     before = [(clone.folder / score).read_text() for score in scores]
     for score in scores:
         (clone.folder / score).unlink()
-    shutil.rmtree(clone.folder / "results/dpo")  # adapter and answers
+    for made in ("results/dpo", "logs/dpo"):  # adapter and answers
+        shutil.rmtree(clone.folder / made)
+    (clone.folder / "logs/dpo").mkdir()
+    os.chown(clone.folder / "logs/dpo", OWNER, GROUP)
     for name in ("pairs.jsonl", "pairs.manifest.json"):
         (clone.folder / "results/data" / name).unlink()
+
+    (clone.folder / "logs/dpo").chmod(0o755)  # the owner's alone: said before any job, and not by one after the training
+    done = as_member(clone, *command)
+    assert done.returncode == 1 and "logs/dpo/" in done.stderr, done.stderr
+    assert "can't be written, since " in done.stderr and "belongs to the account 12345" in done.stderr
+    assert not (clone.folder / "results/data/pairs.jsonl").exists()
+    (clone.folder / "logs/dpo").chmod(0o775)
 
     done = as_member(clone, *command)
     assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"

@@ -243,6 +243,8 @@ def test_a_failing_step_leaves_nothing_half_written_and_says_why(clone):
     done = clone.snakemake(DPO, configs=clone.overlay("methods: {dpo: {train: {beta: 0.2}}}"), check=False)
     assert done.returncode == 1
     assert "results/data/pairs.jsonl: altered since it was made" in done.stderr
+    assert "The step ended with exit status 1" in done.stderr and '"step":' not in done.stderr, "the step's JSON is no message"
+    assert "0 of 3 steps done, 1 running, about " in done.stderr
     assert not (clone.folder / "results/dpo/adapter/manifest.json").exists()
 
 
@@ -273,3 +275,11 @@ def test_every_file_of_the_package_is_small_and_imports_no_snakemake():
             assert "import snakemake" not in text and "from snakemake" not in text, name
         if name.startswith("rules/"):
             assert "torch" not in text, name
+
+
+def test_a_card_that_is_not_there_is_said_before_any_job(clone):
+    """With the precision of the evaluations too: it would be known at the first answers, after every training."""
+    clone.variables["CUDA_VISIBLE_DEVICES"] = ""
+    done = clone.snakemake("results/ifeval_dpo.json", configs=clone.overlay("{device: cuda, precision: fp16}"), check=False)
+    assert done.returncode == 1 and "device: cuda, but torch " in done.stderr and "finds no GPU here" in done.stderr
+    assert "rule train_sft" not in done.stdout + done.stderr

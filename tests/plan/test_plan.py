@@ -5,6 +5,7 @@ import os
 
 import pytest
 
+from tests.conftest import ROOT
 from tests.support.planned import (
     ALL_RUNS,
     BELOW_BASE,
@@ -19,6 +20,7 @@ from tests.support.planned import (
     runs,
     stale,
 )
+from workflow_scripts.config import config
 from workflow_scripts.config.config import Config
 from workflow_scripts.config.written import merge
 from workflow_scripts.config.yaml_files import read_yaml
@@ -211,3 +213,14 @@ def test_a_missing_source_names_its_key_in_the_config(user):
         user["data"]["slices"]["pairs"]["source"] = source
         with pytest.raises(InputError, match=f"data.slices.pairs.source.{key}: none.jsonl: cannot be read: No such file"):
             Plan(Config(user)).step("slice", "pairs")
+
+
+def test_who_trains_on_a_slice_asks_for_rows_that_are_whole(tmp_path):
+    (tmp_path / "over.yaml").write_text("experiments: {dpo_long: {extends: dpo, train: {max_length: 96}, max_left_out: 0.5}}\n")
+    limits = Plan(config.load(ROOT / "config/config.yaml", tmp_path / "over.yaml")).limits()
+    assert limits.keys() == {"pairs", "rm_pairs"}
+    place = "results/data/pairs.jsonl"
+    assert limits["pairs"] == [
+        {"max_length": 128, "max_left_out": 0.2, "place": place, "user": "dpo, dpo_4bit, dpo_flipped, dpo_ipo, kto"},
+        {"max_length": 96, "max_left_out": 0.5, "place": place, "user": "dpo_long"},
+    ]

@@ -268,7 +268,7 @@ PACKAGES: dict[str, list[str]] = {
 # Files of the repository that no step reads.
 UNUSED = ["README.md", "CHANGELOG.md", "docs/methods.md", "docs/staleness.md", "Makefile", "pyproject.toml", "tests/conftest.py"]
 UNUSED += ["config/schema.yaml", "config/qwen05b.yaml", "config/smollm2.yaml", "profiles/default/profile.yaml", "envs/cpu.yaml"]
-RULES = "base common data eval merge preflight snakemake_itself train turn".split()
+RULES = "base common data eval merge preflight progress snakemake_itself train turn".split()
 UNUSED += ["LICENSE", "Snakefile", *(f"rules/{name}.smk" for name in RULES)]
 
 

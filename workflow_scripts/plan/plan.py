@@ -37,13 +37,23 @@ class Plan(Graph):
 
     def limits(self) -> dict[str, list[dict]]:
         """Slice -> the limits of each experiment that takes only rows which are whole, as data/fitting.py takes them."""
-        found: dict[str, list[dict]] = {}
+        found: dict[str, dict[tuple[int, float], list[str]]] = {}
         for name, body in self.config.experiments.items():
             if "max_left_out" in body:
-                limits = {"max_length": body["train"]["max_length"], "max_left_out": body["max_left_out"]}
-                place = f"{self.results}/data/{body['slice']}.jsonl"
-                found.setdefault(body["slice"], []).append({**limits, "place": place, "user": name})
-        return found
+                limits = (body["train"]["max_length"], body["max_left_out"])
+                found.setdefault(body["slice"], {}).setdefault(limits, []).append(name)
+        return {
+            slice_: [
+                {
+                    "max_length": length,
+                    "max_left_out": share,
+                    "place": f"{self.results}/data/{slice_}.jsonl",
+                    "user": ", ".join(users),
+                }
+                for (length, share), users in asked.items()
+            ]
+            for slice_, asked in found.items()
+        }
 
     def train(self, run: str) -> str:
         return self._text("train", run)

@@ -2,7 +2,10 @@
 
 import getpass
 import os
+from collections.abc import Iterable
 from pathlib import Path
+
+from workflow_scripts.plumbing.messages import InputError
 
 
 def run_code_of(root: Path) -> None:
@@ -19,3 +22,25 @@ def name_the_account() -> None:
         getpass.getuser()
     except (KeyError, OSError):  # OSError from Python 3.13 on
         os.environ["LOGNAME"] = str(os.getuid())
+
+
+def check_writable(files: Iterable[str]) -> None:
+    """InputError if one of these files, which jobs will write, could not be: a folder or a file there is another account's."""
+    seen: dict[Path, bool] = {}
+    for file in map(Path, files):
+        # An output is renamed over what is there, which asks for the folder alone; a log is written into the file that is there.
+        place = file if file.suffix == ".log" and file.exists() else next(one for one in file.absolute().parents if one.exists())
+        if place not in seen:
+            seen[place] = os.access(place, os.W_OK | (os.X_OK if place.is_dir() else 0))
+        if not seen[place]:
+            raise InputError(
+                f"{file}: can't be written, since {place} belongs to {owner(place)} and this account may not write there; ask "
+                "for group access (chmod -R g+w), or give this config `pathvars` of its own"
+            )
+
+
+def owner(place: Path) -> str:
+    try:
+        return place.owner()
+    except KeyError:
+        return f"the account {place.stat().st_uid}"

@@ -1,6 +1,6 @@
-"""Say whether the steps can run on this machine's GPU, and in which precision.
+"""Say whether the steps can run on this machine's GPU, and in which precision; by `--precision`, whether they can in these.
 
-python -m workflow_scripts.tools.gpu
+python -m workflow_scripts.tools.gpu [--precision bf16 fp16]
 """
 
 import argparse
@@ -10,13 +10,16 @@ from workflow_scripts.plumbing.messages import InputError
 
 
 def main() -> None:
-    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--precision", nargs="+", choices=["fp32", "bf16", "fp16"], default=["fp16"])
+    precisions = parser.parse_args().precision
     import torch
 
     from workflow_scripts.models import device
 
     try:
-        device.check_gpu("fp16")
+        for precision in precisions:
+            device.check_gpu(precision)
     except InputError as error:
         sys.exit(str(error))
     bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
