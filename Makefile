@@ -114,10 +114,9 @@ lint: setup-dev
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-# The comparison of all methods:  make report [CONFIG="config/config.yaml config/three_seeds.yaml"] [RESULTS=results/smollm2]
+# The comparison of all methods:  make report [CONFIG="config/config.yaml config/three_seeds.yaml"]
 report: setup
-	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/snakemake $(or $(RESULTS),results)/report/comparison.html \
-	    $(if $(CONFIG),--configfile $(CONFIG))
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/snakemake report $(if $(CONFIG),--configfile $(CONFIG))
 
 # What there is:  make status [RESULTS=results]
 status: setup

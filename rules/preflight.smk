@@ -19,7 +19,6 @@ def preflight():
         sys.stderr.write(f"{there} GPUs are here, and {offered} may be used at once: --resources gpu={there} uses all\n")
     if workflow.is_main_process:
         say_what_is_replaced()
-        try_the_card()
     try:
         check_writable(
             path for job in workflow.dag.needrun_jobs() for path in [*job.output, *job.log, *filter(None, [job.benchmark])]
@@ -28,6 +27,8 @@ def preflight():
     except InputError as error:
         sys.stderr.write(f"{error}\n")
         sys.exit(1)
+    if workflow.is_main_process:
+        try_the_card()
 
 
 def say_what_is_replaced():

@@ -21,6 +21,8 @@ def with_the_nearest(error):
     """What Snakemake says of a target that nothing makes, and those of this config that are called nearly like it."""
     said = error.args[0]
     target = said.removeprefix("No rule to produce ").partition(" (if")[0]
+    if target == "report":
+        return "this config compares nothing: it has no `report:` (docs/report.md), so there is no page to make"
     near = difflib.get_close_matches(target, PLAN.targets(), n=3)
     return f"{said} Nearest: {', '.join(near)}" if near else said
 

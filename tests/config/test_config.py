@@ -209,6 +209,14 @@ def test_a_value_of_the_command_line_is_named_as_such_and_the_files_keep_their_o
         Config(broken, [str(DEFAULT)])
 
 
+def test_numbers_in_lists_and_mappings_of_the_command_line_are_numbers():
+    """Snakemake reads `--config seeds=[1,2]` as ["1", "2"]."""
+    user = merge(read_yaml(DEFAULT), {"seeds": ["1", "2"], "requests": {"time": "4.5"}, "base": {"source": "scratch"}})
+    made = Config(user, [str(DEFAULT)])
+    assert made.data["seeds"] == [1, 2] and made.data["requests"]["time"] == 4.5
+    assert made.data["lora"]["target_modules"] == read_yaml(METHODS_FILE)["lora"]["target_modules"]
+
+
 def test_a_mistake_of_a_file_is_not_put_on_the_command_line(tmp_path):
     (tmp_path / "over.yaml").write_text(
         "experiments: {dpo: {start_from: nowhere}, x: {method: sft, train: {max_grad_norm: .nan}}}"
@@ -227,6 +235,12 @@ def test_a_mistake_of_a_file_is_not_put_on_the_command_line(tmp_path):
         ("a: {1: x}\n", r"bad.yaml: line 1: YAML reads this key as 1, expected text; put it in quotes"),
         ("\nno: x\n", r"bad.yaml: line 2: YAML reads this key as False"),
         ("? [a]\n: 1\n", r"bad.yaml: line 1: YAML reads this key as \['a'\]"),
+        ("a: 1\nb:\n\tc: 1\n", r"bad.yaml: not valid YAML: .*line 3, column 1; YAML takes spaces, no tabs"),
+        (
+            "a:\u00a01\n",
+            r"bad.yaml: expected a mapping of keys on top, found str; a no-break space after a colon is none to YAML",
+        ),
+        ("a: 1\n".encode("utf-16"), r"bad.yaml: not UTF-8 text \(UTF-16, as some editors write\?\); save it as UTF-8"),
         ("a: [1,\n", r"bad.yaml: not valid YAML: .*line 2"),
         ("- a\n", r"bad.yaml: expected a mapping of keys on top, found list"),
         (None, r"bad.yaml: cannot be read: No such file"),
@@ -234,7 +248,7 @@ def test_a_mistake_of_a_file_is_not_put_on_the_command_line(tmp_path):
 )
 def test_what_is_no_mapping_of_single_text_keys_is_refused(tmp_path, text, words):
     if text is not None:
-        (tmp_path / "bad.yaml").write_text(text)
+        (tmp_path / "bad.yaml").write_bytes(text if isinstance(text, bytes) else text.encode())
     with pytest.raises(InputError, match=words) as caught:
         read_yaml(tmp_path / "bad.yaml")
     assert "\n" not in str(caught.value)

@@ -214,6 +214,14 @@ def test_a_target_that_nothing_makes_is_told_with_the_nearest(fresh, target, nea
     assert done.stdout.rpartition("Nearest: ")[2].startswith(near)
 
 
+def test_a_report_is_asked_for_by_name_and_a_config_that_compares_nothing_says_so(fresh):
+    assert fresh.plan("report", configs=["config/example_own.yaml"])["report"] == 1
+    own = fresh.folder / "config/example_own.yaml"
+    own.write_text(own.read_text().partition("\nreport:")[0])
+    done = fresh.snakemake("-n", "report", configs=["config/example_own.yaml"], check=False)
+    assert done.returncode == 1 and "this config compares nothing: it has no `report:`" in done.stdout + done.stderr
+
+
 def test_the_default_target_is_every_experiment_and_the_base(clone):
     jobs = clone.plan()
     assert jobs["train_dpo"] == 3 and jobs["train_sft"] == 1  # dpo_ipo, dpo_4bit, dpo_flipped; sft_v1: the others are there

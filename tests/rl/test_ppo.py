@@ -97,7 +97,10 @@ def case(folder, base, instructions):
     trainer = built(place, base, instructions, kl_coef=0.3, gamma=0.97, lam=0.9, missing_eos_penalty=0.7)
     stir(trainer, "default")
     stir(trainer, "value", seed=8)
-    rollout = sampled(trainer)
+    for seed in range(3, 20):  # of twelve answers some end and some are cut off, at nearly every seed
+        rollout = sampled(trainer, seed)
+        if 0 < trainer._metrics["train"]["missing_eos"][-1] < 1:
+            break
     trainer.model.save_pretrained(place / "adapters")
     answers, policy = answers_of(rollout), plain(base, place / "adapters")
     with torch.no_grad():
@@ -255,8 +258,9 @@ def test_gradients_are_clipped_each_by_their_own_norm(base, instructions, tmp_pa
     stir(trainer, "default")
     step(trainer, batch_of(trainer))
     policy, value = trainer._adapter("default"), trainer._adapter("value")
+    half = 0.5 * trainer.args.max_grad_norm / torch.stack([p.grad.norm() for p in policy]).norm()
     for p in policy:
-        p.grad *= 0.1  # below the limit: to be left alone
+        p.grad *= half  # below the limit: to be left alone
     for p in value:
         p.grad *= 1000
     before = [p.grad.clone() for p in policy]
@@ -322,7 +326,7 @@ def test_a_reward_model_on_the_policys_backbone_scores_as_the_one_that_was_train
     talks = [row["prompt"] + row["chosen"] for row in manifests.read(slices["rm"]).rows()]
     wanted = reward_model.score(alone, tokenizer, talks, 8, 128)
     found = reward_model.score(trainer.reward_models["rm"], tokenizer, talks, 8, 128)
-    assert numpy.std(wanted) > 0.1
+    assert numpy.std(wanted) > 0.01  # a thousand times what may be between them
     assert found == pytest.approx(wanted, abs=1e-5)
     assert trainer.model.active_adapter == "default"
 

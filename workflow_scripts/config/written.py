@@ -7,6 +7,8 @@ user named, each merged over the one before, then what stands on the command lin
 import copy
 from typing import Any
 
+import yaml
+
 from workflow_scripts.artifacts.fingerprint import ROOT
 from workflow_scripts.config.names import EVALUATED
 from workflow_scripts.config.schema_errors import dotted
@@ -44,6 +46,21 @@ def _beyond(user: dict, files: dict) -> dict:
     return more
 
 
+def _read_again(value: Any) -> Any:
+    """Snakemake reads what stands inside a list or a mapping of `--config` as texts: `seeds=[1,2]` as "1" and "2"."""
+    if isinstance(value, dict):
+        return {key: _read_again(one) for key, one in value.items()}
+    if isinstance(value, list):
+        return [_read_again(one) for one in value]
+    if isinstance(value, str):
+        try:
+            found = yaml.safe_load(value)
+        except yaml.YAMLError:
+            return value
+        return found if isinstance(found, bool | int | float) or value == "null" else value
+    return value
+
+
 def _source(sources: list[tuple[str, dict]], path: list) -> str:
     """The last file in which the key at `path` stands, else that of its nearest parent."""
     for length in range(len(path), 0, -1):
@@ -67,8 +84,9 @@ class Written:
         self._sources = [(str(METHODS_FILE.relative_to(ROOT)), methods)]
         self._sources += [(str(name), read_yaml(name)) for name in files or []]
         if more := _beyond(user, merge_all([data for _, data in self._sources[1:]])):
+            more = {key: _read_again(value) if isinstance(value, dict | list) else value for key, value in more.items()}
             self._sources.append(("--config", more))
-        self.data: dict[str, Any] = merge(methods, copy.deepcopy(user))
+        self.data: dict[str, Any] = merge(methods, merge(copy.deepcopy(user), more))
 
     def fail(self, path: list, problem: str) -> InputError:
         """The error of a key: its file, its path, and what is wrong."""

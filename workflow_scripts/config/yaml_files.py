@@ -40,10 +40,16 @@ def read_yaml(path: Path | str) -> dict:
             data = yaml.load(file, Loader=_StrictLoader)  # noqa: S506, a SafeLoader
     except OSError as error:
         raise InputError(f"{path}: cannot be read: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise InputError(f"{path}: not UTF-8 text (UTF-16, as some editors write?); save it as UTF-8") from None
     except yaml.YAMLError as error:
-        raise InputError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
+        mark = getattr(error, "problem_mark", None)
+        there = Path(path).read_text(encoding="utf-8").splitlines()[mark.line : mark.line + 1] if mark else []
+        hint = "; YAML takes spaces, no tabs" if any("\t" in line for line in there) else ""
+        raise InputError(f"{path}: not valid YAML: {' '.join(str(error).split())}{hint}") from None
     if data is None:
         return {}
     if not isinstance(data, dict):
-        raise InputError(f"{path}: expected a mapping of keys on top, found {type(data).__name__}")
+        hint = "; a no-break space after a colon is none to YAML" if "\u00a0" in str(data) else ""
+        raise InputError(f"{path}: expected a mapping of keys on top, found {type(data).__name__}{hint}")
     return data
