@@ -5,9 +5,8 @@ plays several: torch, oneDNN and MKL are held to older instruction sets than the
 says by the fixture `figure` what it measures, with the threshold that it asserts; the table has a row for each.
 
 A threshold is not one machine's number less a bit. The rule: what is to grow grows by twice the threshold or more in the worst of
-the nine runs, or the worst of them is two of their standard deviations beyond it; and a broken trainer does not reach it. Today's
-thresholds rest on fewer runs: docs/processors.md says which. Where there is no such place, the fixture is too small to show its
-effect, and is the thing to mend.
+the nine runs, or the worst of them is two of their standard deviations beyond it; and a broken trainer does not reach it. Where
+there is no such place, the fixture is too small to show its effect, and is the thing to mend. docs/processors.md has the figures.
 
     python -m tests.support.processors [--sets own] [--seeds 1] [--jobs 1] [--show] [tests/report ...]
 """

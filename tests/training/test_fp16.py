@@ -70,7 +70,7 @@ def test_each_method_trains_in_fp16_as_it_does_in_fp32(tmp_path, base, scaled, e
     )
     for column in columns:
         both = zip(curve(half, column)[:steps], curve(full, column)[:steps], strict=True)
-        figure(f"gap of {column}, relative", max(abs(a - b) / abs(b) for a, b in both), at_most=0.02)
+        figure(f"gap of {column}, relative", max(abs(a - b) / abs(b) for a, b in both), at_most=0.03)
 
 
 @pytest.mark.parametrize("experiment", ["sft_v2", "ppo_ifeval"])

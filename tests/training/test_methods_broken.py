@@ -102,7 +102,7 @@ def test_a_constant_reward_moves_nothing_but_the_kl_in_ppo(right_way, tmp_path, 
     before = right["before"]["reward"]
     assert made["before"]["reward"] == before
     figure("won", right["after"]["reward"] - before, at_least=0.18)
-    figure("won, reward constant", made["after"]["reward"] - before, at_least=-0.15, at_most=0.15)
+    figure("won, reward constant", made["after"]["reward"] - before, at_least=-0.25, at_most=0.25)
 
 
 # -- mask off ---------------------------------------------------------------------------------------------------------
