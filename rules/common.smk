@@ -53,7 +53,9 @@ def runs_of(*methods):
 MODELS = any_of(PLAN.config.models)
 # What is trained to answer: every run but reward models.
 TRAINED = runs_of(*(set(PLAN.config.data["methods"]) - {"rm"}))
-ANSWERING = f"{MODELS}|{TRAINED}"
+# ... in whatever way it is judged.
+OF_MODELS = [name for name in PLAN.config.judged if PLAN.config.view(name)[0] in PLAN.config.models]
+ANSWERING = f"{any_of(OF_MODELS)}|{any_of(set(PLAN.config.judged) - set(OF_MODELS)) + SEED}"
 # Tasks that are answered in text; those whose answers are then scored; and those of multiple choice, which one step does.
 ANSWERED = names.answered(PLAN.config.evaluations)
 SCORED = any_of([task for task in ANSWERED if task != names.JUDGED])
@@ -149,10 +151,8 @@ def answers_of(wildcards):
 
 @signed
 def model_inputs(wildcards):
-    """The full-precision model that a run starts from and, unless it is a model that is not trained here, the run's adapter."""
-    if wildcards.run in PLAN.config.models:
-        return edges(PLAN.base_inputs(wildcards.run))
-    return edges(PLAN.start_inputs(wildcards.run) + PLAN.adapter_inputs(wildcards.run))
+    """What a run is judged as: the model that it starts from with its adapter, a merged model, or one that is not trained here."""
+    return edges(PLAN.judged_inputs(wildcards.run))
 
 
 @signed
@@ -169,5 +169,5 @@ def report_inputs(wildcards):
 
 
 wildcard_constraints:
-    run=any_of([*PLAN.config.models, *PLAN.config.experiments]) + SEED,
+    run=any_of({*PLAN.config.models, *PLAN.config.experiments, *PLAN.config.judged}) + SEED,
     slice="|".join(sorted(PLAN.config.data["data"]["slices"])),

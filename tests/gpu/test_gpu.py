@@ -106,7 +106,7 @@ def test_the_gpu_answers_as_the_cpu_does_in_fp32(folder, base, chain):
     path.write_text("".join(json.dumps(row) + "\n" for row in world.eval_rows(64, seed=1)))
     prompts = small_steps.write_manifest(folder / "data" / "prompts.manifest.json", "slice", "prompts", ["prompts.jsonl"])
     parents = {"start": chain[1].path, "adapter": chain[2].path, "prompts": prompts}
-    config = {"batch_size": 32, "max_new_tokens": 48}
+    config = {"batch_size": 32, "max_new_tokens": 48, "decoding": "greedy"}
     answers = {}
     for device in ("cpu", "cuda"):
         job = small_steps.job("generate", folder / device / "ifeval_responses.manifest.json", parents, config)
@@ -154,7 +154,13 @@ def test_fp16_and_bf16_answer_alike(folder, base):
     prompts = small_steps.write_slice(folder / "half", "ifeval", world.eval_rows(64, seed=2), heldout=0)
     for precision in ("fp16", "bf16", "fp32"):
         out = folder / f"answers_{precision}" / "ifeval_responses.manifest.json"
-        made = on_gpu("generate", out, {"start": base, "prompts": prompts}, {"batch_size": 32, "max_new_tokens": 48}, precision)
+        made = on_gpu(
+            "generate",
+            out,
+            {"start": base, "prompts": prompts},
+            {"batch_size": 32, "max_new_tokens": 48, "decoding": "greedy"},
+            precision,
+        )
         answers[precision] = [row["response"] for row in read_jsonl(made.folder / "ifeval_responses.jsonl")]
     same = {half: sum(a == b for a, b in zip(answers[half], answers["fp32"], strict=True)) for half in ("fp16", "bf16")}
     print(f"of 64 answers equal to those in fp32: {same}")

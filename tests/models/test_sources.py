@@ -142,9 +142,9 @@ def test_a_prompt_that_fills_the_context_is_dropped_by_slicing_and_refused_by_tr
     kept, dropped = filter_rows([talk(question), talk("Short.")], check, chat.tokenizer_of(stories), 480)[:2]
     assert [row["messages"][0]["content"] for row in kept] == ["Short."]
     assert dropped == {"with a prompt above 480 tokens": 1}
-    rows = small_steps.write_slice(tmp_path, "pairs", [pair(question)] + [pair(f"Cat {i}?") for i in range(9)], heldout=4)
-    with pytest.raises(InputError, match=r"row pairs/0 .*a prompt that alone fills train.max_length \(512 tokens\)"):
-        small_steps.train(tmp_path / "dpo", "dpo", stories.path, rows, max_steps=1, max_length=512)
+    rows = small_steps.write_slice(tmp_path, "sft", [talk(question)] + [talk(f"Cat {i}?") for i in range(9)], heldout=4)
+    with pytest.raises(InputError, match=r"row sft/0 .*a prompt that alone fills train.max_length \(512 tokens\)"):
+        small_steps.train(tmp_path / "sft_v2", "sft_v2", stories.path, rows, max_steps=1, max_length=512)
 
 
 def test_a_length_above_the_models_context_is_refused(stories, tmp_path):

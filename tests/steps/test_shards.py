@@ -54,7 +54,7 @@ def world(tmp_path_factory):
 
 def job_of(world, name: str) -> manifests.Job:
     folder, parents = world
-    config = {"batch_size": 2, "max_new_tokens": 4}
+    config = {"batch_size": 2, "max_new_tokens": 4, "decoding": "greedy"}
     job = small_steps.job("generate", folder / name / "x_responses.manifest.json", parents, config)
     job.step["out"] = "one step, wherever it goes"
     return job

@@ -24,6 +24,10 @@ def trained(*runs: str) -> set[Phase]:
     return {("train", run) for run in runs}
 
 
+# Runs whose base is in 4-bit: all but DPO's own.
+QUANTISED = {name for name, run in RUNS.items() if run.method != "dpo"} | {"dpo_4bit"}
+
+
 def slices(*names: str) -> set[Phase]:
     return {("slice", name) for name in names}
 
@@ -47,6 +51,8 @@ KEYS: dict[str, tuple[list, set[Phase]]] = {
     "device": (["cuda"], MACHINE - BASE),
     "eval.precision": (["bf16"], ANSWERS),
     "eval.batch_size": ([7, 31], ANSWERS),
+    "eval.decoding": (["folder"], of("generate_ifeval", "generate_gsm8k")),
+    "eval.base": (["trained"], {phase for phase in of("generate_ifeval", "generate_gsm8k") if phase[1] in QUANTISED}),
     "eval.ifeval.max_new_tokens": ([9, 33], of("generate_ifeval")),
     "eval.gsm8k.max_new_tokens": ([9, 33], of("generate_gsm8k")),
     "eval.ifeval.strip_think": ([True], of("score_ifeval") | trained("ppo_ifeval", "grpo", "rloo", "grpo_rm")),
@@ -221,13 +227,14 @@ CODE: dict[str, list[str]] = {
     **dict.fromkeys(("tiny/pretrain.py", "tiny/chat_template.jinja"), ["make_base"]),
     **dict.fromkeys(("models/__init__.py", "models/chat.py"), [*SLICE, "make_base", *MODELS]),
     "models/device.py": ["make_base", *MODELS],
-    **dict.fromkeys(("models/loading.py", "models/lora.py"), MODELS),
+    **dict.fromkeys(("models/loading.py", "models/lora.py", "models/distance.py"), MODELS),
     **dict.fromkeys(
         tuple(f"training/{name}.py" for name in "__init__ trainers checkpoints units change".split()), ["eval_rm", *TRAIN]
     ),
-    "data/__init__.py": [*SLICE, "make_base", "generate", "train_kto", "score_gsm8k"],
-    "data/slicing.py": [*SLICE, "generate"],
-    **dict.fromkeys(("data/formats.py", "data/parts.py", "data/words.py"), [*SLICE, "generate", "score_gsm8k"]),
+    "data/__init__.py": [*SLICE, "make_base", *MODELS, "score_gsm8k"],
+    "data/slicing.py": [*SLICE, *MODELS],
+    "data/fitting.py": [*SLICE, "train_dpo", "train_kto", "train_rm"],
+    **dict.fromkeys(("data/formats.py", "data/parts.py", "data/words.py"), [*SLICE, *MODELS, "score_gsm8k"]),
     "evaluation/__init__.py": [*SLICE, *SCORE, *ROLLOUTS],
     "evaluation/scores.py": [*SCORE, *ROLLOUTS],
     "steps/scoring.py": SCORE,

@@ -18,7 +18,17 @@ from workflow_scripts.plan.plan import Plan
 from workflow_scripts.steps import cli
 
 KINDS = ["punctuation:no_comma", "change_case:english_lowercase", "startend:quotation"]
-ACCURACY = {"base": 0.2, "sft_v2": 0.35, "dpo": 0.7, "kto": 0.7, "ppo": 0.37, "grpo": 0.6, "rloo": 0.6, "dpo_flipped": 0.2}
+ACCURACY = {
+    "base": 0.2,
+    "sft_v2": 0.35,
+    "sft_v2_merged": 0.35,
+    "dpo": 0.7,
+    "kto": 0.7,
+    "ppo": 0.37,
+    "grpo": 0.6,
+    "rloo": 0.6,
+    "dpo_flipped": 0.2,
+}
 HOSTILE = "</script><img src=x onerror=\"document.title='owned'\"><b>=1+1</b>"
 
 
@@ -48,7 +58,7 @@ def make(folder: Path, config: Path, accuracy: dict[str, float] | None = None, s
                 )
                 passes = rng.random(prompts) < 1 / (1 + numpy.exp(-(1.6 * numpy.log(share / (1 - share)) + difficulty)))
                 _score(plan, task, run, passes)
-            if run not in plan.config.models:
+            if run not in plan.config.models and not plan.config.view(run)[1]:
                 _adapter(plan, run, rng, plan.config.experiments[experiment]["method"], experiment != "dpo_ipo")
         for run in comparison.reward_models(plan.config):
             _adapter(plan, run, rng, "rm")

@@ -23,7 +23,8 @@ def train_chain(home: Path, speaking_base: Path) -> None:
         small_steps.run(
             small_steps.job(
                 "generate", results / "dpo" / "ifeval_responses.manifest.json",
-                {"start": merged.path, "adapter": dpo.path, "prompts": prompts}, {"batch_size": 1, "max_new_tokens": 12},
+                {"start": merged.path, "adapter": dpo.path, "prompts": prompts}, 
+                {"batch_size": 1, "max_new_tokens": 12, "decoding": "greedy"},
             )
         )  # fmt: skip
         responses = results / "dpo" / "ifeval_responses.manifest.json"

@@ -46,7 +46,7 @@ def responses(base, rows, tmp_path_factory):
     folder = tmp_path_factory.mktemp("responses")
     prompts = small_steps.write_slice(folder, "ifeval", rows, heldout=0)
     out = folder / "base" / "ifeval_responses.manifest.json"
-    config = {"batch_size": BATCH, "max_new_tokens": NEW_TOKENS}
+    config = {"batch_size": BATCH, "max_new_tokens": NEW_TOKENS, "decoding": "greedy"}
     made = small_steps.run(small_steps.job("generate", out, {"start": base, "prompts": prompts}, config))
     return read_jsonl(made.file("ifeval_responses.jsonl"))
 

@@ -214,7 +214,10 @@ def test_answers_that_a_killed_run_gave_are_taken_over_and_a_cut_off_line_is_mad
     manifest = small_steps.write_manifest(prompts.with_suffix(".manifest.json"), "slice", "prompts", ["prompts.jsonl"])
     parents = {"start": base, "prompts": manifest}
     job = small_steps.job(
-        "generate", tmp_path / "run/ifeval_responses.manifest.json", parents, {"batch_size": 6, "max_new_tokens": 8}
+        "generate",
+        tmp_path / "run/ifeval_responses.manifest.json",
+        parents,
+        {"batch_size": 6, "max_new_tokens": 8, "decoding": "greedy"},
     )
     monkeypatch.setattr(manifests, "complete", lambda *args: (_ for _ in ()).throw(Killed))
     with pytest.raises(Killed):

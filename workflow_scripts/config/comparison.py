@@ -6,6 +6,15 @@ from workflow_scripts.config.config import Config
 from workflow_scripts.config.names import JUDGED, run_name
 
 
+def views(config: Config) -> list[str]:
+    """The views (config/names.py) that the `report:` block names, such as `sft_v2_merged`: they are judged beside the runs."""
+    report = config.data["report"]
+    named = [name for family in report["families"].values() for name in [*family.get("runs", []), *family.get("pairs", [])]]
+    named += [family["reference"] for family in report["families"].values() if "reference" in family]
+    named += [name for control in report["controls"].values() for name in (control["run"], control.get("against")) if name]
+    return list(dict.fromkeys(name for name in named if name in config.judged and config.view(name)[1]))
+
+
 def answering(config: Config) -> list[str]:
     """What has answers: the models that are not trained here, and every experiment that is no reward model."""
     return [*config.models, *(name for name, body in config.experiments.items() if body["method"] != "rm")]
@@ -15,12 +24,13 @@ def check(config: Config) -> None:
     """InputError if the `report:` block names what the config does not have."""
     if "report" not in config.data:
         return
-    report, known = config.data["report"], answering(config)
+    report, known = config.data["report"], [*answering(config), *config.judged]
 
     def named(path: list, *names: str) -> None:
         for name in names:
             if name not in known:
-                raise config.fail(["report", *path], f"found {name!r}, expected one of {', '.join(known)}")
+                some = ", ".join(answering(config))
+                raise config.fail(["report", *path], f"found {name!r}, expected one of {some}, or a view of one (_merged, _nf4)")
 
     for name, family in report["families"].items():
         path = ["families", name]
@@ -41,7 +51,7 @@ def check(config: Config) -> None:
         named(["controls", name], control["run"], *([control["against"]] if "against" in control else []))
         _check_capacity(config, ["controls", name], [(control["run"], control.get("against", control["run"]))])
     null, seeds = report["controls"].get("null"), config.data["seeds"]
-    if null and null["run"] in config.models:
+    if null and config.view(null["run"])[0] in config.models:
         problem = f"found {null['run']!r}, which is not trained here and has no seeds; name an experiment"
         raise config.fail(["report", "controls", "null", "run"], problem)
     if null and {seed + null["seeds_from"] for seed in seeds} & set(seeds):
@@ -53,13 +63,14 @@ def _check_capacity(config: Config, path: list[str], pairs: list[tuple[str, str]
     """InputError where a family or a control compares methods whose adapters have different ranks."""
     for one, other in pairs:
         if not _comparable(config, one, other):
-            found = " and ".join(f"{name} (r {config.lora(name)['r']})" for name in (one, other))
+            found = " and ".join(f"{name} (r {config.lora(config.view(name)[0])['r']})" for name in (one, other))
             problem = f"found {found}: methods are compared at equal adapter capacity; name both at one rank, or one experiment "
             raise config.fail(["report", *path], problem + "at several")
 
 
 def _comparable(config: Config, one: str, other: str) -> bool:
     """False for two experiments of different ranks, unless both are one experiment: there capacity is what is compared."""
+    one, other = (config.view(name)[0] for name in (one, other))
     if {one, other} & set(config.models) or config.lora(one)["r"] == config.lora(other)["r"]:
         return True
     return config.copies.get(one, one) == config.copies.get(other, other)
@@ -79,9 +90,10 @@ def null_runs(config: Config) -> list[str]:
 
 def runs(config: Config) -> list[str]:
     """Every run whose answers the report reads."""
-    trained = [name for name in answering(config) if name not in config.models]
+    of_models = [name for name in views(config) if config.view(name)[0] in config.models]
+    trained = [name for name in [*answering(config), *views(config)] if name not in {*config.models, *of_models}]
     seeded = [run_name(name, seed) for name in trained for seed in config.data["seeds"]]
-    return list(dict.fromkeys([*config.models, *seeded, *null_runs(config)]))
+    return list(dict.fromkeys([*config.models, *of_models, *seeded, *null_runs(config)]))
 
 
 def reward_models(config: Config) -> list[str]:

@@ -4,10 +4,11 @@ Every error names the file and the path of the key. Nothing is detected here (no
 node plans.
 """
 
+from functools import cached_property
 from pathlib import Path
 
 from workflow_scripts.config import experiments, references, schema, sweep
-from workflow_scripts.config.names import RUN_NAME
+from workflow_scripts.config.names import RUN_NAME, VIEWS, view_of
 from workflow_scripts.config.written import Written, merge_all
 from workflow_scripts.config.yaml_files import read_yaml
 from workflow_scripts.plumbing.messages import InputError
@@ -28,6 +29,11 @@ class Config(Written):
         schema.check_experiments(self, self.experiments)
         references.check(self, self.experiments)
         self.experiments, self.copies = sweep.expand(self, self.experiments)
+        for name in self.experiments:
+            if view_of(name)[0] in {*self.models, *self.experiments} - {name}:
+                raise self.fail(
+                    ["experiments", name], f"the endings {', '.join(VIEWS)} say how a run is judged; take another name"
+                )
 
     def place(self, name: str, path: list) -> list:
         return super().place(self.copies.get(name, name), path)
@@ -40,6 +46,36 @@ class Config(Written):
         if match["seed"] is not None and (int(match["seed"]) < 2 or match["seed"].startswith("0")):
             raise InputError(f"{name}: {match['experiment']} without a suffix is seed 1; suffixes start at .seed2")
         return match["experiment"], int(match["seed"] or 1)
+
+    def view(self, name: str) -> tuple[str, str]:
+        """(run, how it is judged) of what is scored: `dpo` is judged as `eval.base` says, `dpo_nf4`, `dpo_full` on that base,
+        `sft_v2_merged` as the merged model. InputError if there is no such run, or where the view is what `eval.base` says."""
+        experiment = name.partition(".")[0]
+        if experiment in self.models or experiment in self.experiments:
+            return name, ""
+        run, view = view_of(name)
+        trained = run not in self.models and self.experiments[self.run(run)[0]]
+        if view == "merged" and (not trained or trained["method"] == "rm"):
+            raise InputError(f"{name}: {run} is not trained to answer, so there is nothing to merge")
+        if view in ("nf4", "full") and (view == "nf4") == self.judged_in_4bit(run):
+            raise InputError(f"{name}: that is {run} itself, by eval.base: {self.data['eval']['base']}; one run has one name")
+        return run, view
+
+    def judged_in_4bit(self, name: str) -> bool:
+        """Whether the base is in NF4 when a run, or a view of one, is judged."""
+        known = name.partition(".")[0] in {*self.models, *self.experiments}
+        run, view = (name, "") if known else view_of(name)
+        if view:
+            return view == "nf4"
+        trained = self.data["eval"]["base"] == "trained" and run not in self.models
+        return trained and self.experiments[self.run(run)[0]]["quantise"] != "none"
+
+    @cached_property
+    def judged(self) -> list[str]:
+        """What can be judged, without seeds: models and what is trained to answer, each with its views."""
+        answering = [name for name, body in self.experiments.items() if body["method"] != "rm"]
+        other = {name: f"{name}_{'full' if self.judged_in_4bit(name) else 'nf4'}" for name in [*self.models, *answering]}
+        return [*other, *other.values(), *(f"{name}_merged" for name in answering)]
 
     def lora(self, experiment: str) -> dict:
         """The LoRA block of an experiment: the global one, or that of a copy's rank."""

@@ -12,6 +12,18 @@ CHOICE = ("mmlu", "truthfulqa")  # tasks that nobody answers: multiple choice, b
 JUDGED = "judge"  # the task whose answers a reward model scores: no verdicts, but rewards
 
 
+# How a run can be judged besides the way that `eval.base` says: the merged model as a model of its own (what others start from),
+# the base in NF4, the base in full precision. `dpo_nf4.seed2` is `dpo.seed2`, judged on an NF4 base.
+VIEWS = ("merged", "nf4", "full")
+
+
+def view_of(name: str) -> tuple[str, str]:
+    """(the name of the run, how it is judged) of what may be a view's name; "" where it is none."""
+    experiment, dot, seed = name.partition(".")
+    stem, _, view = experiment.rpartition("_")
+    return (stem + dot + seed, view) if stem and view in VIEWS else (name, "")
+
+
 def answered(tasks: Iterable[str]) -> list[str]:
     """Of these tasks, those whose prompts a model answers in text."""
     return [task for task in tasks if task not in CHOICE]

@@ -47,12 +47,13 @@ def _beyond(user: dict, files: dict) -> dict:
 
 
 def _read_again(value: Any) -> Any:
-    """Snakemake reads what stands inside a list or a mapping of `--config` as texts: `seeds=[1,2]` as "1" and "2"."""
+    """Snakemake reads what stands inside a list or a mapping of `--config` as texts: `seeds=[1,2]` as "1" and "2". A hash of
+    digits alone stays a text."""
     if isinstance(value, dict):
         return {key: _read_again(one) for key, one in value.items()}
     if isinstance(value, list):
         return [_read_again(one) for one in value]
-    if isinstance(value, str):
+    if isinstance(value, str) and len(value) < 20:
         try:
             found = yaml.safe_load(value)
         except yaml.YAMLError:

@@ -63,6 +63,18 @@ def sample_plainly(model: Any) -> None:
     model.generation_config = GenerationConfig(**ids)
 
 
+def decode_as_declared(model: Any, tokenizer: Any, decoding: str) -> None:
+    """For answers: `greedy` takes the most likely token, whatever the model's folder says; `folder` lets its penalties act."""
+    own = ends(tokenizer, model)
+    if decoding == "greedy":
+        sample_plainly(model)
+    model.generation_config.eos_token_id = own
+    model.generation_config.pad_token_id = tokenizer.pad_token_id
+    for name in ("temperature", "top_p", "top_k", "min_p", "typical_p"):  # nothing is sampled
+        setattr(model.generation_config, name, None)
+    model.generation_config.do_sample = False
+
+
 def control_tokens(tokenizer: Any) -> list[str]:
     """Texts of the tokens that the tokenizer calls special. Where a row's text spells one, it would become a real one: an end in
     the middle of an answer, a turn that nobody took."""

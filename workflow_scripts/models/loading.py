@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 from workflow_scripts.artifacts.manifests import WEIGHTS, Artifact
-from workflow_scripts.models import lora
+from workflow_scripts.models import distance, lora
 from workflow_scripts.models.chat import tokenizer_of
 from workflow_scripts.models.device import DTYPES
 from workflow_scripts.plumbing.messages import InputError
@@ -56,6 +56,23 @@ def load(start: Artifact, work: Path, device: str, dtype: str, quant: dict | Non
     return model
 
 
+def evaluated(
+    start: Artifact, adapter: Artifact | None, work: Path, device: str, dtype: str, quant: dict | None = None
+) -> tuple[Any, dict]:
+    """(the model that an evaluation asks, what its adapter does in it): as it was trained, the adapter beside the weights of
+    `start`, in fp32 whatever `dtype` these have. Nothing is merged: that would round small updates away (models/distance.py).
+
+    InputError for a reward model, and where the adapter does not do in it what it did when it was trained.
+    """
+    model = load(start, work, device, dtype, quant)
+    if adapter is None:
+        return model.eval(), {}
+    if f"base_model.model.{lora.HEAD}.weight" in lora.adapter_names(adapter):
+        raise InputError(f"{adapter.folder}: a reward model's adapter; it scores answers and writes none")
+    with_adapter = lora.attach(model, start, adapter).eval()
+    return with_adapter.get_base_model(), distance.check(with_adapter, adapter)  # the adapter stays in its layers
+
+
 def keep_trainable_on_cpu(model: Any) -> None:
     """Switch off bitsandbytes' AVX512-BF16 path: there an evaluation forward repacks the weights, and later training steps
     get wrong gradients without an error (bitsandbytes 0.50)."""
@@ -64,21 +81,25 @@ def keep_trainable_on_cpu(model: Any) -> None:
             module.support_avx512bf16_for_cpu = False
 
 
-def merge(start: Artifact, adapter: Artifact, work: Path, device: str, dtype: torch.dtype) -> Any:
-    """The model of `start` with the adapter fused in: in fp32, cast to `dtype` once at the end. InputError for a reward model."""
+def save_merged(start: Artifact, adapter: Artifact, work: Path, device: str, folder: Path) -> dict:
+    """Write the model of `start` with the adapter fused in, and the tokenizer, to `folder`. Deterministic on the CPU.
+
+    The sum is taken in fp32. It is kept in the dtype of `start` where that keeps `distance.KEPT` of the update, else in fp32.
+    Returns the facts for the manifest: the dtype, and what each would keep. InputError for a reward model.
+    """
+    import json
+
     if f"base_model.model.{lora.HEAD}.weight" in lora.adapter_names(adapter):
         raise InputError(f"{adapter.folder}: a reward model's adapter; it scores answers and writes none")
     model = lora.attach(load(start, work, device, "fp32"), start, adapter)
-    return model.merge_and_unload(safe_merge=True).to(dtype)
-
-
-def save_merged(start: Artifact, adapter: Artifact, work: Path, device: str, folder: Path) -> None:
-    """Write the merged model and the tokenizer to `folder`, in the dtype of the base. Deterministic on the CPU."""
-    import json
-
-    base_dtype = json.loads(start.file("config.json").read_text()).get("dtype", "float32")
-    merge(start, adapter, work, device, getattr(torch, base_dtype)).save_pretrained(folder, max_shard_size="1000GB")
+    name = json.loads(start.file("config.json").read_text()).get("dtype", "float32")
+    facts = {name: distance.survives(model, getattr(torch, name))}
+    if facts[name]["kept"] < distance.KEPT:
+        name = "float32"
+        facts[name] = distance.survives(model, torch.float32)
+    model.merge_and_unload(safe_merge=True).to(getattr(torch, name)).save_pretrained(folder, max_shard_size="1000GB")
     tokenizer_of(start).save_pretrained(folder)
+    return {"dtype": name, "update": facts}
 
 
 def ensure_merged(merged: Artifact, work: Path) -> None:

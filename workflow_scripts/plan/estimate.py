@@ -50,6 +50,7 @@ class Estimates:
 
     def _ask(self, kind: str, name: str, attempt: int) -> dict[str, int]:
         """mem_mb, runtime (minutes), disk_mb that a job asks for; name: a slice's, or a run's, and "" for the report."""
+        name = self.config.view(name)[0] if kind != "slice" and name else name
         name = name if kind == "slice" or name in ("", *self.config.models) else self.config.run(name)[0]
         found = self.of(kind, name)
         return {

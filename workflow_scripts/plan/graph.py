@@ -62,6 +62,14 @@ class Graph(Places):
             return self.base_inputs()
         return [f"{self.results}/{start}/merged/manifest.json", *self.start_inputs(start), *self.adapter_inputs(start)]
 
+    def judged_inputs(self, name: str) -> list[str]:
+        """Files of the model that a run, or a view of one, is judged as: what it starts from and its adapter, or its merge."""
+        run, view = self.config.view(name)
+        if run in self.config.models:
+            return self.base_inputs(run)
+        own = self.start_inputs(run) + self.adapter_inputs(run)
+        return [f"{self.results}/{run}/merged/manifest.json", *own] if view == "merged" else own
+
     def train_inputs(self, run: str) -> list[str]:
         """Files that a run's training reads: the model that it starts from, its rows, and its reward models with their starts."""
         files = self.start_inputs(run) + self.slice_inputs(self.experiment(run)["slice"])

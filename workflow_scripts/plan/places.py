@@ -1,6 +1,7 @@
 """Where the artifacts of a config lie: the paths that the rules declare, by the names of runs, slices and tasks.
 
-Names of runs: `base` or another model, an experiment (seed 1), or an experiment with `.seedN`.
+Names of runs: `base` or another model, an experiment (seed 1), or an experiment with `.seedN`. What is judged may be a
+view of one, such as `sft_v2_merged` (config/names.py).
 """
 
 import math

@@ -143,20 +143,28 @@ class Steps:
     def _generate(self, task: str, run: str) -> dict:
         evaluation = self.config.data["eval"]
         config = {"batch_size": evaluation["batch_size"], "max_new_tokens": evaluation[task]["max_new_tokens"]}
+        config |= {"decoding": evaluation["decoding"]} | self._quantised(run)
         return self._step("generate", config, self._evaluated(task, run), **self._machine(evaluation["precision"]))
+
+    def _quantised(self, run: str) -> dict:
+        return {"quant": self.config.data["quant"]} if self.config.judged_in_4bit(run) else {}
 
     def _evaluated(self, task: str, run: str) -> dict[str, str]:
         """The parents of a step that puts a task's prompts to a model: the prompts, and what the model is made of."""
         parents = {"prompts": self.fingerprint("slice", self.config.evaluations[task])}
         if fewshot := choices.fewshot(self.config.data["eval"], task):
             parents["fewshot"] = self.fingerprint("slice", fewshot)
+        run, view = self.config.view(run)
         if run in self.config.models:
             return parents | {"start": self.fingerprint("base", run)}
+        if view == "merged":
+            return parents | {"start": self.fingerprint("merge", run)}
         return parents | {"start": self._start_fingerprint(run), "adapter": self.fingerprint("train", run)}
 
     def _score(self, task: str, run: str) -> dict:
         if task in CHOICE:
-            config, evaluation = choices.step_config(self.config.data["eval"], task), self.config.data["eval"]
+            evaluation = self.config.data["eval"]
+            config = choices.step_config(evaluation, task) | self._quantised(run)
             return self._step("lm_eval_task", config, self._evaluated(task, run), **self._machine(evaluation["precision"]))
         parents = {
             "prompts": self.fingerprint("slice", self.config.evaluations[task]),
@@ -186,6 +194,10 @@ class Steps:
             name: {key: body[key] for key in ("method", "start_from", "slice", "quantise", "reward") if key in body}
             for name, body in self.config.experiments.items()
         }
+        for view in comparison.views(self.config):
+            run, how = self.config.view(view)
+            if run not in self.config.models:
+                experiments[view] = experiments[run] | {"of": run, "view": how}
         families = [
             {"name": name, **family} for name, family in data["report"]["families"].items()
         ]  # their order says which is first
@@ -195,8 +207,9 @@ class Steps:
             "experiments": experiments,
             "device": data["device"],
         }
-        if "models" in data:
-            config["models"] = list(data["models"])
+        of_models = [name for name in comparison.views(self.config) if self.config.view(name)[0] in self.config.models]
+        if "models" in data or of_models:
+            config["models"] = [*data.get("models", {}), *of_models]
         config["tasks"] = [task for task in self.config.evaluations if task != JUDGED]
         if JUDGED in self.config.evaluations:
             config["judge"] = {key: data["eval"][JUDGED][key] for key in ("reward", "against")}

@@ -24,6 +24,8 @@ LABEL = {
     "mmlu": "MMLU, accuracy",
     "truthfulqa": "TruthfulQA, mc1",
 }
+# Keys of a generation config that choose no token among the likely ones.
+NO_SETTING = ("_from_model_config", "bos_token_id", "eos_token_id", "pad_token_id", "transformers_version", "do_sample")
 
 
 @dataclass
@@ -95,7 +97,27 @@ def read(job: Job) -> World:
         world.warnings += suspicious({run: world.verdicts(task, run) for one, run in scores if one == task}, task)
     for run in dict.fromkeys(run for _, run in scores):
         world.runs[run] = read_run(results, run)
+    check_decoding(world)
     return world
+
+
+def check_decoding(world: World) -> None:
+    """InputError where runs of one family answered under different settings of decoding: by `eval.decoding: folder` a model's own
+    folder says them, and an Instruct model's may have a repetition penalty that its base has not."""
+    for family in world.config["report"]["families"]:
+        task, acted = family["task"], {}
+        for experiment in dict.fromkeys([*family.get("runs", []), *family.get("pairs", []), family.get("reference")]):
+            for run in world.seeded(experiment) if experiment else []:
+                found = _json(world.runs[run].folder / f"{task}_responses.manifest.json").get("generation_config")
+                if found is not None:
+                    acted[run] = {key: value for key, value in found.items() if key not in NO_SETTING}
+        for run, settings in acted.items():
+            if settings != (first := next(iter(acted.values()))):
+                one = next(iter(acted))
+                raise InputError(
+                    f"report.families.{family['name']}: {run} answered with {settings or 'greedy decoding alone'}, {one} with "
+                    f"{first or 'greedy decoding alone'}: that compares settings of decoding; set eval.decoding: greedy"
+                )
 
 
 def check_comparable(scores: dict[str, dict], task: str, results: Path) -> None:

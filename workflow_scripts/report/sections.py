@@ -241,7 +241,9 @@ def tree(world: World) -> list[dict]:
             {
                 "name": name,
                 "depth": depth,
-                "method": body["method"] + (f", reward {reward}" if reward else ""),
+                "method": body["method"]
+                + (f", reward {reward}" if reward else "")
+                + (f", {body['view']}" if "view" in body else ""),
                 "state": ", ".join([*state, f"{len(runs)} scored"]),
             }
         )

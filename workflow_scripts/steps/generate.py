@@ -1,8 +1,9 @@
 """Answer the evaluation prompts: batched greedy decoding with the chat template, up to the end of the turn or another token that
 the model declares as an end.
 
-Every method is evaluated in one precision: the full-precision model that its adapter was trained on, the adapter merged in
-fp32, cast once to `eval.precision`. Merging before generating is also several times faster than an adapter on a 4-bit base.
+Every method is evaluated in one precision, `eval.precision`, as it was trained: the adapter beside the weights of its start,
+and not merged into them, which would round small updates away. Before it answers, the model is asked whether the adapter does in
+it what it did when it was trained (models/distance.py).
 
 Prompts are batched from the longest to the shortest, ties in order of their text, padded on the left: the order and batches
 of lm-eval's own runner, so that the scores equal those of its `simple_evaluate`. The batch size changes greedy answers a
@@ -106,7 +107,7 @@ def read_batches(saved: Path | None) -> dict[tuple[int, ...], list[dict]]:
 
 
 def gather(job: manifests.Job, prompts: int) -> tuple[list[dict], dict] | None:
-    """(answers, generation config) put together from the shards among a job's inputs; None if there are none.
+    """(answers, facts for the manifest) put together from the shards among a job's inputs; None if there are none.
 
     InputError where a shard is another step's, or where some prompts have no answer.
     """
@@ -123,31 +124,31 @@ def gather(job: manifests.Job, prompts: int) -> tuple[list[dict], dict] | None:
         raise InputError(
             f"{job.out}: {missing} of {prompts} prompts have no answer in {shards[0].folder}; delete it and run again"
         )
-    return answers, shards[0].data["generation_config"]
+    return answers, shards[0].data["facts"]
 
 
 def respond(job: manifests.Job, parents: dict[str, manifests.Artifact], prompts: list[dict]) -> tuple[list[dict], dict]:
-    """(answers, generation config) of the model, merged in fp32; of a shard's prompts only, if the step is a shard."""
+    """(answers, facts for the manifest) of the model; of a shard's prompts only, if the step is a shard."""
     from workflow_scripts.data import slicing
     from workflow_scripts.models import chat, device, loading
 
     config, step, start = job.config, job.step, parents["start"]
     device.prepare(step)
-    if "adapter" in parents:
-        model = loading.merge(start, parents["adapter"], job.work, step["device"], device.DTYPES[step["precision"]])
-    else:
-        model = loading.load(start, job.work, step["device"], step["precision"])
+    model, does = loading.evaluated(
+        start, parents.get("adapter"), job.work, step["device"], step["precision"], config.get("quant")
+    )
+    tokenizer, asked = chat.tokenizer_of(start), [slicing.prompt_turns(row) for row in prompts]
+    chat.decode_as_declared(model, tokenizer, config["decoding"])
     saved = job.work / fingerprint(step) / "answers.jsonl"
     saved.parent.mkdir(parents=True, exist_ok=True)
-    tokenizer, asked = chat.tokenizer_of(start), [slicing.prompt_turns(row) for row in prompts]
     keys = [row["key"] for row in prompts]
     chat.check_prompts(tokenizer, [*zip(keys, asked, strict=True)], parents["prompts"].path)
     answers = answer(
-        model.eval(), tokenizer, asked, config["batch_size"], config["max_new_tokens"], f"answers of {job.run}", saved,
+        model, tokenizer, asked, config["batch_size"], config["max_new_tokens"], f"answers of {job.run}", saved,
         tuple(step.get("shard", (1, 1))),
     )  # fmt: skip
-    # What of decoding the model's own folder decides, such as a repetition penalty; lm-eval's runner takes it over too.
-    return answers, model.generation_config.to_diff_dict()
+    acted = {"generation_config": model.generation_config.to_diff_dict()}
+    return answers, acted | ({"distance": does} if does else {})
 
 
 def main(job: manifests.Job) -> None:
@@ -155,11 +156,11 @@ def main(job: manifests.Job) -> None:
 
     parents = job.parents()
     prompts = parents["prompts"].rows()
-    answers, generation_config = gather(job, len(prompts)) or respond(job, parents, prompts)
+    answers, facts = gather(job, len(prompts)) or respond(job, parents, prompts)
     if "shard" in job.step:
         with manifests.complete(job, "answers", parents) as draft:
             draft.manifest["answers"] = {str(i): made for i, made in enumerate(answers) if made}
-            draft.manifest["generation_config"] = generation_config
+            draft.manifest["facts"] = facts
         return
     with manifests.complete(job, "responses", parents) as draft:
         keys = ("response", "tokens", "finish_reason")  # in one order, wherever the answers come from
@@ -168,7 +169,7 @@ def main(job: manifests.Job) -> None:
             for row, made in zip(prompts, answers, strict=True)
         ]
         write_jsonl(draft.folder / job.out.name.replace(".manifest.json", ".jsonl"), rows)
-        draft.manifest["generation_config"] = generation_config
+        draft.manifest |= facts
         draft.run["tokens"] = sum(made["tokens"] for made in answers)
 
 

@@ -1,7 +1,7 @@
 """Put the questions of MMLU or TruthfulQA to a model: how likely is each option? By lm-eval's own tasks (evaluation/lm_tasks.py).
 
-The model is the one that answers prompts: the full-precision model that an adapter was trained on, the adapter merged in fp32,
-cast once to `eval.precision`. Nothing is answered in text, so there is no second step: the scores are what this one writes.
+The model is the one that answers prompts: an adapter beside the weights that it was trained on, these in `eval.precision`.
+Nothing is answered in text, so there is no second step: the scores are what this one writes.
 
     python -m workflow_scripts.steps.lm_eval_task --step results/mmlu_dpo.json --out trial/mmlu_dpo.json \\
         --inputs results/sft_v2/merged/manifest.json results/dpo/adapter/manifest.json results/data/mmlu.manifest.json \\
@@ -28,15 +28,14 @@ def main(job: manifests.Job) -> None:
         tasks = lm_tasks.mmlu(index, questions, solved)
     else:
         tasks = lm_tasks.truthfulqa(index, questions)
-    if "adapter" in parents:
-        model = loading.merge(start, parents["adapter"], job.work, step["device"], device.DTYPES[step["precision"]])
-    else:
-        model = loading.load(start, job.work, step["device"], step["precision"])
-    lm = lm_tasks.runner(model.eval(), chat.tokenizer_of(start), config["batch_size"], job.out.stem)
+    model, does = loading.evaluated(
+        start, parents.get("adapter"), job.work, step["device"], step["precision"], config.get("quant")
+    )
+    lm = lm_tasks.runner(model, chat.tokenizer_of(start), config["batch_size"], job.out.stem)
     scores = lm_tasks.score(config, questions, lm_tasks.evaluate(lm, index, tasks, config), group_of, lm.cut)
     print(table(scores))
     with manifests.complete(job, "scores", parents) as draft:
-        draft.manifest |= scores
+        draft.manifest |= scores | ({"distance": does} if does else {})
 
 
 def table(scores: dict) -> str:

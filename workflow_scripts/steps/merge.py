@@ -1,8 +1,10 @@
-"""Fuse an adapter into the model that it was trained on: W + (alpha/r) B A, in fp32, cast once to the base's dtype.
+"""Fuse an adapter into the model that it was trained on: W + (alpha/r) B A, in fp32.
 
-Merging in bf16 drifts, so the sum is taken in fp32 and rounded once. The merged model is what every experiment that starts
-from this one trains on and is evaluated on. Its weights are a cache: they can be deleted, and are rebuilt from base and
-adapter when something needs them.
+The merged model is what every experiment that starts from this one trains on and is evaluated on, and a model of its own: with
+the ending `_merged` it is answered and scored. W lies on the grid of the base's dtype, and a sum that is rounded to that grid may
+be W again, so it is kept in that dtype only where 99 % of the update survive (by projection), else in fp32; the manifest says
+what each keeps, and which share of the weights it leaves unchanged. The weights are a cache: they can be deleted, and are rebuilt
+from base and adapter when something needs them.
 
 An adapter that was trained on a 4-bit base is fused into the full-precision one, so the merged model is not exactly the one
 that was trained. The manifest says by how much: the largest and mean absolute difference, and the agreement of the greedy
@@ -34,7 +36,7 @@ def main(job: manifests.Job) -> None:
             return model.eval()(tokens).logits.float()
 
     with manifests.complete(job, "merged", parents) as draft:
-        loading.save_merged(start, adapter, job.work, "cpu", draft.folder)
+        facts = loading.save_merged(start, adapter, job.work, "cpu", draft.folder)
         from transformers import AutoModelForCausalLM
 
         merged = logits(AutoModelForCausalLM.from_pretrained(draft.folder, dtype=torch.float32, local_files_only=True))
@@ -47,7 +49,7 @@ def main(job: manifests.Job) -> None:
                 "mean_abs": round(gap.mean().item(), 5),
                 "same_next_token": round((merged.argmax(-1) == other.argmax(-1)).float().mean().item(), 5),
             }
-        draft.manifest |= distance | {"probe_tokens": tokens.shape[1], "trained_quantised": job.config["quantise"]}
+        draft.manifest |= facts | distance | {"probe_tokens": tokens.shape[1], "trained_quantised": job.config["quantise"]}
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Talk to any run: its full-precision start with the adapter fused in, as it is evaluated; `results/base` is the base model.
+"""Talk to any run: its full-precision start with the adapter beside it, as it is evaluated; `results/base` is the base model.
 
     python -m workflow_scripts.tools.chat results/dpo
     python -m workflow_scripts.tools.chat results/dpo --prompt "Name three colours."
@@ -28,7 +28,6 @@ def load(folder: Path, device: str, precision: str | None, threads: int) -> tupl
     from transformers.utils import logging
 
     from workflow_scripts.models import chat, loading
-    from workflow_scripts.models.device import DTYPES
 
     logging.disable_progress_bar()
     torch.set_num_threads(threads)
@@ -38,11 +37,8 @@ def load(folder: Path, device: str, precision: str | None, threads: int) -> tupl
     if precision is None:
         evaluated = runs.read_json(folder / runs.PHASES["responses"]) or {}
         precision = evaluated.get("step", {}).get("precision", "fp32") if device == "cuda" else "fp32"
-    if run.adapter is None:
-        model = loading.load(run.start, run.work, device, precision)
-    else:
-        model = loading.merge(run.start, run.adapter, run.work, device, DTYPES[precision])
-    return model.eval(), chat.tokenizer_of(run.start)
+    model, _ = loading.evaluated(run.start, run.adapter, run.work, device, precision)
+    return model, chat.tokenizer_of(run.start)
 
 
 def fit(tokenizer: Any, turns: list[dict], room: int) -> tuple[list[dict], list[int]]:

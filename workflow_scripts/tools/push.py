@@ -58,6 +58,8 @@ def _merged(run: runs.Run) -> manifests.Artifact:
         from workflow_scripts.models import loading
 
         loading.ensure_merged(merged, run.work)
+    kept = merged.data["update"][merged.data["dtype"]]["kept"]
+    print(f"{path}: in {merged.data['dtype']}, which keeps {kept:.1%} of what was trained", flush=True)
     return merged
 
 

@@ -8,7 +8,7 @@ from transformers import PrinterCallback, TrainerCallback
 
 from workflow_scripts.artifacts.fingerprint import fingerprint
 from workflow_scripts.artifacts.manifests import Artifact, Draft, Job
-from workflow_scripts.models import chat, lora
+from workflow_scripts.models import chat, distance, lora
 from workflow_scripts.plumbing.messages import InputError
 from workflow_scripts.plumbing.progress import Progress
 from workflow_scripts.training import checkpoints, units
@@ -161,7 +161,8 @@ class Watch(TrainerCallback):
 def fit(trainer: Any, job: Job, measure: Callable[[], Measured]) -> dict:
     """Train, from the step's last checkpoint where there is one.
 
-    Returns the objective before and after, and its change with a standard error, for the manifest.
+    Returns the objective before and after, and its change with a standard error, and how far the adapter takes the model, for
+    the manifest.
     """
     args = trainer.args
     # Micro-steps on one set of sampled answers; without rollouts, 1: every step can be resumed from.
@@ -169,7 +170,9 @@ def fit(trainer: Any, job: Job, measure: Callable[[], Measured]) -> dict:
     boundary = rollout // math.gcd(rollout, args.gradient_accumulation_steps)
     before, after = checkpoints.train(trainer, fingerprint(job.step), job.checkpoint_minutes, boundary, measure)
     found: dict[str, Any] = {"before": before[0], "after": after[0], "change": changes(before[1], after[1])}
-    return {"objective": found, "adapter_moved": changed(trainer)}
+    with trainer.accelerator.autocast():
+        far = distance.of_training(trainer.model, trainer.processing_class, job.parents()["rows"])
+    return {"objective": found, "adapter_moved": changed(trainer), "distance": far}
 
 
 def objective(trainer: Any, keys: dict[str, str]) -> Measured:

@@ -1,0 +1,148 @@
+"""How far an adapter takes its model from where it started, and whether what is evaluated is what was trained.
+
+An update can be lost on the way to an evaluation: W lies on the grid of bf16, so W + dW rounded to bf16 is W again wherever dW
+is below half a step (docs/methods.md has figures). So each training writes into its manifest what its adapter does to a few fixed
+held-out rows, and each evaluation measures the same through its own path, before it answers, and stops where they disagree.
+
+    kl        KL(trained || start) of the next token, nats, mean over all places of the rows
+    changed   share of places at which the most likely next token is another one
+    noise     the KL that remains with the adapter at a thousandth of its strength: what a precision cannot tell from a change
+    norm      Frobenius norm of dW = (alpha/r) B A over all layers, by module
+    kept      <dW as loaded, dW> / <dW, dW>, over all modules: 1 where nothing was rounded away
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from peft.tuners.lora import LoraLayer
+from safetensors.torch import load_file
+
+from workflow_scripts.artifacts.manifests import Artifact
+from workflow_scripts.data import slicing
+from workflow_scripts.plumbing.messages import InputError
+
+ROWS, TOKENS = 4, 128  # what is looked at: enough for a KL, and seconds on a CPU
+WEAK = 1e-3
+KEPT = 0.99  # of dW, at least, must be in the model that is evaluated
+AGREES = 0.5  # of the trained KL, at least, an evaluation must find: a 4-bit base and the full one it stands for differ by less
+
+
+def fixed_rows(tokenizer: Any, rows: Artifact) -> list[list[int]]:
+    """Token ids of the first held-out rows, answers included where the slice has any, each cut to its first TOKENS."""
+    found = []
+    for row in rows.rows(heldout=True)[:ROWS]:
+        talk = next(iter(slicing.conversations(row)), None)
+        turns = talk or slicing.prompt_turns(row)
+        ids = tokenizer.apply_chat_template(turns, add_generation_prompt=talk is None)["input_ids"]
+        found.append(ids[:TOKENS])
+    return found
+
+
+@contextmanager
+def strength(model: Any, factor: float) -> Iterator[None]:
+    """The adapters of `model` at a multiple of their strength."""
+    layers = [module for module in model.modules() if isinstance(module, LoraLayer)]
+    before = [dict(layer.scaling) for layer in layers]
+    for layer, scaling in zip(layers, before, strict=True):
+        layer.scaling.update({name: factor * value for name, value in scaling.items()})
+    try:
+        yield
+    finally:
+        for layer, scaling in zip(layers, before, strict=True):
+            layer.scaling.update(scaling)
+
+
+def measure(model: Any, rows: list[list[int]]) -> dict[str, float]:
+    """`kl`, `changed` and `noise` of a peft model on rows of token ids, in the precision in which it computes."""
+    device = next(model.parameters()).device
+    sums = dict.fromkeys(("kl", "changed", "noise"), 0.0)
+    training = model.training
+    model.eval()
+    with torch.no_grad():
+        for ids in rows:
+            batch = {"input_ids": torch.tensor([ids], device=device), "use_cache": False}
+            trained = model(**batch).logits[0].float().log_softmax(-1)
+            with model.disable_adapter():
+                start = model(**batch).logits[0].float().log_softmax(-1)
+            with strength(model, WEAK):
+                weak = model(**batch).logits[0].float().log_softmax(-1)
+            sums["kl"] += (trained.exp() * (trained - start)).sum().item()
+            sums["noise"] += (weak.exp() * (weak - start)).sum().item()
+            sums["changed"] += (trained.argmax(-1) != start.argmax(-1)).sum().item()
+    model.train(training)
+    places = sum(map(len, rows))
+    return {name: max(0.0, float(f"{value / places:.4g}")) for name, value in sums.items()}
+
+
+def updates(model: Any) -> Iterator[tuple[str, torch.Tensor, torch.Tensor, float]]:
+    """(name of the module in peft's files, A, B, alpha/r) of each layer of the adapter `default`; A and B in fp32."""
+    for name, module in model.named_modules():
+        if isinstance(module, LoraLayer) and "default" in module.lora_A:
+            pair = (getattr(module, side)["default"].weight.detach().float() for side in ("lora_A", "lora_B"))
+            yield name, *pair, module.scaling["default"]
+
+
+def inner(a1: torch.Tensor, b1: torch.Tensor, a2: torch.Tensor, b2: torch.Tensor) -> float:
+    """<B1 A1, B2 A2> without either product: tr((B1' B2)(A2 A1'))."""
+    return ((b1.T @ b2).double() * (a1 @ a2.T).double()).sum().item()
+
+
+def norms(model: Any) -> dict[str, float]:
+    squares: dict[str, float] = {}
+    for name, a, b, scale in updates(model):
+        kind = name.rpartition(".")[2]
+        squares[kind] = squares.get(kind, 0.0) + scale**2 * inner(a, b, a, b)
+    return {kind: float(f"{value**0.5:.4g}") for kind, value in sorted(squares.items())}
+
+
+def of_training(model: Any, tokenizer: Any, rows: Artifact) -> dict[str, Any]:
+    """For an adapter's manifest, through the path on which it was trained; of a reward model, which writes no tokens, `norm`."""
+    facts: dict[str, Any] = {"norm": norms(model)}
+    if "SequenceClassification" in type(model.get_base_model()).__name__:
+        return facts
+    ids = fixed_rows(tokenizer, rows)
+    return facts | measure(model, ids) | {"tokens": ids}
+
+
+def kept(model: Any, adapter: Artifact) -> float:
+    """Of the adapter in the file, the share that is in the model, by projection."""
+    file = load_file(adapter.file("adapter_model.safetensors"))
+    there = wanted = 0.0
+    for name, a, b, scale in updates(model):
+        own_a, own_b = (file[f"{name}.lora_{side}.weight"].float().to(a.device) for side in "AB")
+        there += scale**2 * inner(a, b, own_a, own_b)
+        wanted += scale**2 * inner(own_a, own_b, own_a, own_b)
+    return there / wanted if wanted else 1.0
+
+
+def survives(model: Any, dtype: torch.dtype) -> dict[str, float]:
+    """Of a peft model in fp32 that is to be merged and cast to `dtype`: `kept`, as above, and `unchanged`, the share of weights
+    that the merge would leave as they are."""
+    there = wanted = 0.0
+    same = count = 0
+    modules = dict(model.named_modules())
+    for name, a, b, scale in updates(model):
+        w, d = modules[name].base_layer.weight.detach(), scale * (b @ a)
+        m = (w + d).to(dtype).float() - w
+        there, wanted = there + (m.double() * d).sum().item(), wanted + (d.double() ** 2).sum().item()
+        same, count = same + int((m == 0).sum()), count + m.numel()
+    return {"kept": float(f"{there / wanted if wanted else 1.0:.5g}"), "unchanged": float(f"{same / count:.5g}")}
+
+
+def check(model: Any, adapter: Artifact) -> dict[str, float]:
+    """The same measures through an evaluation's path. InputError where the update that was trained is not in `model`."""
+    trained = adapter.data.get("distance")
+    if trained is None or "kl" not in trained:
+        raise InputError(f"{adapter.path}: does not say what the adapter does; delete it and run snakemake again")
+    found = {"kept": float(f"{kept(model, adapter):.6g}")} | measure(model, trained["tokens"])
+    signal, seen = (max(0.0, one["kl"] - one["noise"]) for one in (trained, found))
+    told_apart = signal > 3 * trained["noise"] and signal > 3 * found["noise"]
+    if found["kept"] < KEPT or told_apart and seen < AGREES * signal:
+        raise InputError(
+            f"{adapter.folder}: what is evaluated is not what was trained: {found['kept']:.1%} of the update is in the model (at "
+            f"least {KEPT:.0%} is expected), and it is {found['kl']:.3g} nats a token from its start, {trained['kl']:.3g} when "
+            "it was trained"
+        )
+    return found
