@@ -185,7 +185,7 @@ def test_a_rank_of_the_list_may_be_the_global_one_where_nothing_is_swept_and_the
     [
         (
             "families: {primary: {runs: [dpo_r8]}}",
-            r"report\.families\.primary: found dpo_r8 \(r 8\) and sft_v2 \(r 16\): methods",
+            r"report\.families\.primary: found dpo_r8 \(r 8\) and sft_v2_merged \(r 16\): methods",
         ),
         ("families: {methods: {pairs: [dpo, kto_r32]}}", r"report\.families\.methods: found dpo \(r 16\) and kto_r32 \(r 32\)"),
         ("controls: {negative: {run: dpo_flipped, against: sft_v2_r8}}", r"report\.controls\.negative: found dpo_flipped"),

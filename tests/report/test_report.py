@@ -46,7 +46,7 @@ def alter(folder: Path, name: str, change) -> None:
 def findings(html: str) -> dict[str, str]:
     """Method -> verdict of the first box."""
     box = html[html.index('<div class="box">') : html.index("<h3>Controls")]
-    return dict(re.findall(r"<li><strong>(\w+)</strong> against sft_v2: <span class=\"([^\"]+)\">", box))
+    return dict(re.findall(r"<li><strong>(\w+)</strong> against sft_v2_merged: <span class=\"([^\"]+)\">", box))
 
 
 def test_known_effects_are_better_and_an_equal_method_cannot_be_told(html):

@@ -156,30 +156,33 @@ class Memory:
         return Phase("eval_rm", name, {"scoring": peak})
 
     def generate(self, task: str, rows: int) -> Phase:
-        """Answers to a task: the base with its adapter is merged in fp32 on the card, cast, and then answers."""
+        """Answers to a task: by the base with its adapter beside it."""
         evaluation = self.config.data["eval"]
-        how, merging = self._merged()
+        how, fixed = self._judged()
         rows = min(rows, self.config.data["data"]["slices"][self.config.evaluations[task]]["rows"])
-        answering = how.e * self.shape.parameters + decoding(how, rows, EVAL_PROMPT, evaluation[task]["max_new_tokens"])
-        return Phase("generate", task, {"merge in fp32": merging, "answers": answering})
+        answering = fixed + decoding(how, rows, EVAL_PROMPT, evaluation[task]["max_new_tokens"])
+        return Phase("generate", task, {"answers": answering})
 
     def choose(self, task: str, row: int = 0, tail: int = OPTIONS) -> Phase:
         """Multiple choice. row: tokens of the longest prompt, with its examples; tail: tokens of each row that get logits.
 
         lm-eval keeps those logits, their log-softmax in fp32 and that of the batch before; torch makes an fp32 copy of bf16.
         """
-        how, merging = self._merged()
+        how, fixed = self._judged()
         body = self.config.data["eval"][task]
         row = row or EVAL_PROMPT * (1 + body.get("shots", 0))
         rows = min(body["batch_size"], self.config.data["data"]["slices"][body["prompts"]]["rows"])
         each = how.e + 4 + 4 + (4 if self.config.data["eval"]["precision"] == "bf16" else 0)
         logits = rows * tail * self.shape.vocabulary * each
-        asked = how.e * self.shape.parameters + max(how.forward(rows * row, row), logits)
-        return Phase("choose", task, {"merge in fp32": merging, "options": asked})
+        asked = fixed + max(how.forward(rows * row, row), logits)
+        return Phase("choose", task, {"options": asked})
 
-    def _merged(self) -> tuple[Pass, float]:
-        """(passes of the merged model, bytes that merging takes on the card: all weights in fp32, and of one module its change
-        and a copy, or of the embedding, which is the first to be cast, what it is cast to)."""
-        e, largest = BYTES[self.config.data["eval"]["precision"]], max(a * b for a, b in self.shape.modules.values())
-        more = max(4 * 2 * largest, e * self.shape.embedding if e < 4 else 0)
-        return Pass(self.shape, (), 0, e, dropout=False, copies=False), 4 * (self.shape.parameters + self.adapter) + more
+    def _judged(self) -> tuple[Pass, float]:
+        """(passes of the model that is judged, bytes of its weights): the base in full precision, and the largest adapter in
+        fp32. Where all are judged on what they trained on, those in 4-bit take less."""
+        e = BYTES[self.config.data["eval"]["precision"]]
+        how = Pass(
+            self.shape, tuple(self.block["target_modules"]), self.block["r"], e, dropout=False, copies=True, autocast=False
+        )
+        adapters = [self.adapter_of(body) for body in self.config.experiments.values()]
+        return how, e * self.shape.parameters + 4 * max(adapters)

@@ -65,7 +65,7 @@ def planned(config: Config, place: Place) -> bool:
     if place.name in ("", *config.models):
         return True
     match = RUN_NAME.fullmatch(place.name)
-    known = match is not None and match["experiment"] in config.experiments
+    known = match is not None and match["experiment"] in {*config.experiments, *config.judged}
     return known and place.name == run_name(match["experiment"], int(match["seed"] or 1))  # type: ignore[index]
 
 

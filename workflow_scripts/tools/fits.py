@@ -23,7 +23,6 @@ from workflow_scripts.plan.gpu_memory import CARDS, GIB, Memory, Phase, fits, ne
 from workflow_scripts.plan.plan import Plan
 from workflow_scripts.tools import runs
 
-MERGE = "merge in fp32"
 LEAST_PROMPT = 128  # tokens; below it no advice
 
 
@@ -32,7 +31,7 @@ def remedy(memory: Memory, phase: Phase, card: float) -> tuple[dict[str, object]
     if phase.kind == "generate":
         size = memory.config.data["eval"]["batch_size"]
         while not fits(phase.peak, card):
-            if phase.stage == MERGE or size == 1:
+            if size == 1:
                 return None
             size //= 2
             phase = memory.generate(phase.name, size)
@@ -111,11 +110,11 @@ def disk(plan: Plan, memory: Memory) -> dict[str, float]:
     rows = sum(estimates.of("slice", name)["disk_mb"] for name in data["data"]["slices"])
     found = {
         "base": weights * len(plan.config.models),
-        "merged": weights * len(starts),
+        "merged": 4 * memory.shape.parameters * len(starts),  # in fp32, unless the base's dtype keeps the update
         "adapters": 4 * sum(memory.adapter_of(plan.experiment(run)) for run in plan.runs()),
         "checkpoints": 2 * 12 * max(trained),  # two of a training: weights and both moments
         "rows and answers": 1e6 * (rows + answers),
-        "put in place": weights,  # what is written stands twice until it is complete
+        "put in place": 4 * memory.shape.parameters,  # what is written stands twice until it is complete
     }
     if fetched := sum(body["source"] == "hub" for body in plan.config.models.values()):
         found["hub's cache"] = weights * fetched

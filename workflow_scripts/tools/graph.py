@@ -72,8 +72,11 @@ def parents(plan: Plan, phase: Phase) -> dict[str, Phase]:
     found = {"prompts": prompts[task]} if verb in ("generate", "score") else {}
     if verb == "score" and (fewshot := choices.fewshot(plan.config.data["eval"], task)):
         found["fewshot"] = Phase("slice", fewshot)
+    run, view = plan.config.view(run)
     if run in plan.config.models:
         return found | {"start": Phase("base", run)}
+    if view == "merged":
+        return found | {"start": Phase("merge", run)}
     found["start"] = start(plan, run)
     if kind in ("train", "eval_rm"):
         found["rows"] = Phase("slice", plan.experiment(run)["slice"])
@@ -92,10 +95,10 @@ def phases_by_file(plan: Plan, named: Iterable[str]) -> dict[str, Phase]:
         *(Phase("base", name) for name in models),
         *(Phase("slice", name) for name in plan.config.data["data"]["slices"]),
     ]
-    seeded = {match[0] for path in named for match in re.finditer(r"[a-z][a-z0-9_]*\.seed[1-9][0-9]*", path)}
-    seeded |= {name.removeprefix(f"{task}_") for name in seeded for task in plan.config.evaluations}
-    known = plan.config.experiments
-    extra = [name for name in sorted(seeded) if name.split(".")[0] in known and not name.endswith(".seed1")]
+    words = {match[0] for path in named for match in re.finditer(r"[a-z][a-z0-9_]*(\.seed[1-9][0-9]*)?", path)}
+    words |= {name.removeprefix(f"{task}_") for name in words for task in plan.config.evaluations}
+    known = {*plan.config.experiments, *plan.config.judged}
+    extra = [name for name in sorted(words - {*models}) if name.split(".")[0] in known and not name.endswith(".seed1")]
     if "report" in plan.config.data:
         found.append(Phase("report", ""))
         extra += comparison.runs(plan.config)
@@ -103,7 +106,12 @@ def phases_by_file(plan: Plan, named: Iterable[str]) -> dict[str, Phase]:
         kinds = [f"{verb}_{task}" for verb in ("generate", "score") for task in plan.config.evaluations]
         kinds = [kind for kind in kinds if kind not in NEVER]
         if run not in models:
-            kinds = ["train", "eval_rm"] if plan.is_reward_model(run) else ["train", "merge", *kinds]
+            if plan.config.view(run)[1]:
+                pass  # judged alone
+            elif plan.is_reward_model(run):
+                kinds = ["train", "eval_rm"]
+            else:
+                kinds = ["train", "merge", *kinds]
         found += [Phase(kind, run) for kind in kinds]
     return {file: phase for phase in found for file in outputs(plan, phase)}
 
