@@ -4,7 +4,7 @@ import pytest
 
 from tests.support.right_way import ROLLOUTS, sample
 from workflow_scripts.plumbing.messages import InputError
-from workflow_scripts.report.trained import NOT_TRAINED, TRAINED, UNKNOWN, interval_of, trained
+from workflow_scripts.report.trained import NOT_OTHER_WAY, NOT_TRAINED, OTHER_WAY, TRAINED, UNKNOWN, interval_of, trained
 
 
 def manifest(method, **values):
@@ -50,6 +50,24 @@ def test_the_verdict(method, values, verdict):
     found = trained(manifest(method, **values))
     assert found["verdict"] == verdict
     assert found["trained"] is {TRAINED: True, NOT_TRAINED: False, UNKNOWN: None}[verdict]
+
+
+@pytest.mark.parametrize(
+    ("margin", "verdict"),
+    [
+        ((0.0, -0.5, 0.1, 20), OTHER_WAY),
+        ((0.0, -0.1, 0.1, 20), NOT_OTHER_WAY),
+        ((0.0, 0.5, 0.1, 20), NOT_OTHER_WAY),  # labels that did not flip
+        ((0.0, -0.5, None, 1), UNKNOWN),
+    ],
+)
+def test_a_control_with_flipped_labels_has_to_go_the_other_way(margin, verdict):
+    """From nothing but ties, the accuracy rises whatever the way."""
+    control = manifest("dpo", accuracy=(0.0, 0.1, 0.02, 20), margin=margin)
+    control["step"]["config"]["flip_labels"] = True
+    found = trained(control)
+    assert found["verdict"] == verdict and found["flipped"]
+    assert found["trained"] is {OTHER_WAY: True, NOT_OTHER_WAY: False, UNKNOWN: None}[verdict]
 
 
 def test_what_a_value_says():

@@ -17,20 +17,31 @@ OBJECTIVES: dict[str, dict[str, str]] = {
     "grpo": {"reward": UP},
     "rloo": {"reward": UP},
 }
+# A control that trained on flipped labels has to go the other way on held-out rows, whose labels are right. By the margin alone:
+# from nothing but ties, accuracy can only rise.
+FLIPPED = {"margin": DOWN}
 TRAINED, NOT_TRAINED, UNKNOWN = "trained", "did not train with these settings", "not known"
+OTHER_WAY, NOT_OTHER_WAY = "moved the other way, as it should", "did not move the other way, as flipped labels should"
+
+
+def in_words(moved: bool | None, flipped: bool) -> str:
+    return {True: OTHER_WAY if flipped else TRAINED, False: NOT_OTHER_WAY if flipped else NOT_TRAINED, None: UNKNOWN}[moved]
 
 
 def trained(manifest: dict[str, Any]) -> dict[str, Any]:
-    """`method`; `values`, one entry for each value of its objective; `trained`: True, False, or None; `verdict`, that in words.
+    """`method`; `flipped`: whether its labels are; `values`, one entry for each value of its objective; `trained`: True, False,
+    or None; `verdict`, that in words.
 
-    An entry: `name`, `good` (up | down), `before`, `after`, `change`, `interval` (95 %, of the change) and `moved`: whether all
-    of the interval lies on the good side of 0. A method trained if all its values moved. `change` is None where the manifest has
-    none, and `interval` and `moved` where it has no standard error (manifests from before there was one; a single unit).
+    An entry: `name`, `good` (up | down; for flipped labels the way that it has to go), `before`, `after`, `change`, `interval`
+    (95 %, of the change) and `moved`: whether all of the interval lies on the good side of 0. A method trained if all its values
+    moved. `change` is None where the manifest has none, and `interval` and `moved` where it has no standard error (manifests from
+    before there was one; a single unit).
     InputError if it is no adapter's manifest.
     """
     try:
-        method, objective = manifest["step"]["config"]["method"], manifest["objective"]
-        before, after, goods = objective["before"], objective["after"], OBJECTIVES[method]
+        config, objective = manifest["step"]["config"], manifest["objective"]
+        method, flipped = config["method"], bool(config.get("flip_labels"))
+        before, after, goods = objective["before"], objective["after"], FLIPPED if flipped else OBJECTIVES[method]
     except (KeyError, TypeError) as error:
         raise InputError(
             f"a manifest of kind {manifest.get('kind')!r}: expected an adapter's, with the objective of its method ({error}); "
@@ -49,12 +60,7 @@ def trained(manifest: dict[str, Any]) -> dict[str, Any]:
         )
     verdicts = [value["moved"] for value in values]
     told = False if False in verdicts else None if None in verdicts or not values else True
-    return {
-        "method": method,
-        "values": values,
-        "trained": told,
-        "verdict": {True: TRAINED, False: NOT_TRAINED, None: UNKNOWN}[told],
-    }
+    return {"method": method, "flipped": flipped, "values": values, "trained": told, "verdict": in_words(told, flipped)}
 
 
 def interval_of(mean: float, stderr: float | None, n: int) -> tuple[float, float] | None:
