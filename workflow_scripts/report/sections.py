@@ -10,7 +10,7 @@ from workflow_scripts.config.names import CHOICE, METRIC, answered
 from workflow_scripts.report import collect, figures
 from workflow_scripts.report.collect import Run, World
 from workflow_scripts.report.judge import contrasts
-from workflow_scripts.report.trained import in_words, trained
+from workflow_scripts.report.trained import NOT_SEEN, UNKNOWN, trained
 from workflow_scripts.stats import accuracy
 
 # What is drawn of a training, by the names that TRL and our trainers log: the first that a run has.
@@ -84,16 +84,16 @@ def training(world: World) -> list[dict]:
                 "runs": runs,
                 "values": values,
                 "moved": sum(verdict is True for verdict in verdicts),
-                "verdict": _in_words(verdicts, runs[0]["flipped"]),
+                "verdict": _of_seeds([run["verdict"] for run in runs], verdicts),
             }
         )
     return rows
 
 
-def _in_words(moved: list[bool | None], flipped: bool) -> str:
-    if None not in moved and any(moved) and not all(moved):
-        return "not in every seed"
-    return in_words(None if None in moved else all(moved), flipped)
+def _of_seeds(verdicts: list[str], moved: list[bool | None]) -> str:
+    if len(set(verdicts)) == 1:
+        return verdicts[0]
+    return UNKNOWN if None in moved else "not in every seed" if any(moved) else NOT_SEEN
 
 
 def kinds(world: World) -> dict:
