@@ -196,17 +196,17 @@ def test_a_collator_that_masks_everything_stops_training(base, slices, tmp_path,
     assert not (tmp_path / "run" / "adapter" / "manifest.json").exists()
 
 
-@pytest.mark.parametrize("experiment, max_length", [("sft_v2", 20), ("dpo", 24)])
-def test_a_prompt_that_fills_max_length_is_refused_by_name_and_not_dropped(experiment, max_length, base, slices, tmp_path):
-    with pytest.raises(InputError, match=rf"row (sft|pairs)/\d+ .* alone fills train.max_length \({max_length} tokens\)"):
-        small_steps.train(tmp_path / "run", experiment, base, slices[experiment], max_length=max_length)
+def test_a_prompt_that_fills_max_length_is_refused_by_name_and_not_dropped(base, slices, tmp_path):
+    """SFT's. Of pairs, what is too long is left out by name and count: tests/training/test_methods_input.py."""
+    with pytest.raises(InputError, match=r"row sft/\d+ .* alone fills train.max_length \(20 tokens\)"):
+        small_steps.train(tmp_path / "run", "sft_v2", base, slices["sft_v2"], max_length=20)
 
 
 def test_an_answer_that_is_cut_still_trains(base, slices, tmp_path, tokenizer):
-    rows = manifests.read(slices["dpo"]).rows()
-    prompts = [tokenizer.apply_chat_template(row["prompt"], add_generation_prompt=True)["input_ids"] for row in rows]
+    rows = manifests.read(slices["sft_v2"]).rows()
+    prompts = [tokenizer.apply_chat_template(row["messages"][:-1], add_generation_prompt=True)["input_ids"] for row in rows]
     longest = max(map(len, prompts))
-    adapter = small_steps.train(tmp_path / "run", "dpo", base, slices["dpo"], max_length=longest + 2)
+    adapter = small_steps.train(tmp_path / "run", "sft_v2", base, slices["sft_v2"], max_length=longest + 2)
     assert adapter.data["adapter_moved"] == 1.0
 
 
