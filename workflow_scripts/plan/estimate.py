@@ -224,7 +224,7 @@ class Estimates:
             seconds += self._decode(rollouts, rollouts * each * size, new_tokens)
             seconds += 2 * self._decode(math.ceil(held / judged), held, new_tokens)
         else:
-            seconds += 2 * self._forward(copies * held, copies if body["method"] == "dpo" else judged, length)
+            seconds += 2 * self._forward(copies * held, judged, length)
         if train.get("precompute_ref_log_probs"):
             seconds += (2 if body["method"] == "kto" else 1) * self._forward(copies * rows["rows"], judged, length)
         # An adapter is a few per cent of the base: on disk twice with the optimiser's state, in memory with its gradients too.
