@@ -197,9 +197,9 @@ def test_a_collator_that_masks_everything_stops_training(base, slices, tmp_path,
 
 
 def test_a_prompt_that_fills_max_length_is_refused_by_name_and_not_dropped(base, slices, tmp_path):
-    experiment, max_length = "sft_v2", 20
-    with pytest.raises(InputError, match=rf"row sft/\d+ .* alone fills train.max_length \({max_length} tokens\)"):
-        small_steps.train(tmp_path / "run", experiment, base, slices[experiment], max_length=max_length)
+    """SFT's. Of pairs, what is too long is left out by name and count: tests/training/test_methods_input.py."""
+    with pytest.raises(InputError, match=r"row sft/\d+ .* alone fills train.max_length \(20 tokens\)"):
+        small_steps.train(tmp_path / "run", "sft_v2", base, slices["sft_v2"], max_length=20)
 
 
 def test_an_answer_that_is_cut_still_trains(base, slices, tmp_path, tokenizer):

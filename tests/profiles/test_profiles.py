@@ -74,10 +74,14 @@ def test_a_profile_loads_and_plans_what_the_default_one_plans(site, name, defaul
     assert job_table(site, name, env) == default_table and "train_ppo" in default_table
 
 
-@pytest.mark.parametrize("name", [*PROFILES, "lsf", "aws-batch"])
+def test_a_folder_of_profiles_has_a_profile():
+    assert PROFILES == sorted(path.name for path in (ROOT / "profiles").iterdir() if path.is_dir())
+
+
+@pytest.mark.parametrize("name", [*PROFILES, "lsf"])
 def test_every_profile_reruns_by_parameters_alone_and_keeps_our_lock(site, name):
-    folder = name if name in PROFILES else site.snippet(name).split("/")[1]
-    profile = yaml.safe_load((site.clone.folder / "profiles" / folder / "profile.yaml").read_text())
+    folder = f"profiles/{name}" if name in PROFILES else site.snippet(name)
+    profile = yaml.safe_load((site.clone.folder / folder / "profile.yaml").read_text())
     default = yaml.safe_load((ROOT / "profiles/default/profile.yaml").read_text())
     for key in ("rerun-triggers", "rerun-incomplete", "keep-going", "nolock"):
         assert profile[key] == default[key], key
@@ -287,7 +291,7 @@ def test_kubernetes_is_refused_off_the_volume_and_without_ours_everywhere(site):
     assert not server.jobs
 
 
-# LSF and AWS Batch: the profiles that the documentation shows
+# LSF: the profile that the documentation shows; and AWS Batch
 
 
 def test_lsf_gets_gpus_memory_cores_and_time(site):
@@ -306,10 +310,9 @@ def test_lsf_gets_gpus_memory_cores_and_time(site):
 
 
 def test_aws_batch_gets_gpus_memory_cores_and_time(site):
-    server = servers.Batch()
+    server, profile = servers.Batch(), ["--workflow-profile", "profiles/aws-batch"]
     keys = {name: "none" for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY")}
     env = site.environment(PLUGINS["aws-batch"], AWS_ENDPOINT_URL=server.url, AWS_EC2_METADATA_DISABLED="true", **keys)
-    profile = ["--workflow-profile", site.snippet("aws-batch")]
     try:
         refused = site.snakemake(TARGETS[0], *profile, "--configfile", *CUDA, env=env)
         assert f"expected ID:PATH of the file system with {site.clone.folder}" in refused.stderr
@@ -319,7 +322,7 @@ def test_aws_batch_gets_gpus_memory_cores_and_time(site):
     definitions = [body for _, path, body in server.calls if path == "/v1/registerjobdefinition"]
     queued = [body for _, path, body in server.calls if path == "/v1/submitjob"]
     assert len(definitions) == len(queued) == len(sent)
-    shown = yaml.safe_load((site.clone.folder / "profiles/aws-batch/profile.yaml").read_text())
+    shown = yaml.safe_load((ROOT / "profiles/aws-batch/profile.yaml").read_text())
     for job, definition, entry in zip(sent, definitions, queued, strict=True):
         wants, container = job["resources"], definition["containerProperties"]
         asked = {part["type"]: int(part["value"]) for part in container["resourceRequirements"]}

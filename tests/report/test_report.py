@@ -59,7 +59,9 @@ def test_a_method_that_did_not_move_its_own_objective_is_marked(html):
     table = html[html.index('id="trained"') : html.index("Every run, with the interval")]
     rows = re.findall(r"<tr><td>(\w+)</td>(.*?)</tr>", table, flags=re.S)
     assert len(rows) == 13
-    assert [name for name, row in rows if "did not train with these settings" in row] == ["dpo_ipo"]
+    assert [name for name, row in rows if "no change that its held-out rows show" in row] == ["dpo_ipo"]
+    assert [name for name, row in rows if "moved the other way, as it should" in row] == ["dpo_flipped"]
+    assert all(f'<span class="{"worse" if name == "dpo_ipo" else "better"}">' in row for name, row in rows)
 
 
 def test_the_table_has_a_row_for_each_comparison_with_the_page_s_numbers(made, html):

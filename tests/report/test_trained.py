@@ -4,7 +4,7 @@ import pytest
 
 from tests.support.right_way import ROLLOUTS, sample
 from workflow_scripts.plumbing.messages import InputError
-from workflow_scripts.report.trained import NOT_TRAINED, TRAINED, UNKNOWN, interval_of, trained
+from workflow_scripts.report.trained import NOT_SEEN, OTHER_WAY, SAME_WAY, TRAINED, UNKNOWN, WRONG_WAY, interval_of, trained
 
 
 def manifest(method, **values):
@@ -31,32 +31,51 @@ def test_the_interval_is_students_with_n_minus_1():
     ("method", "values", "verdict"),
     [
         ("sft", {"loss": (2.0, 1.0, 0.4, 10)}, TRAINED),  # -1 +- 0.905
-        ("sft", {"loss": (2.0, 1.0, 0.5, 10)}, NOT_TRAINED),  # -1 +- 1.13
-        ("sft", {"loss": (2.0, 1.0, 0.4, 3)}, NOT_TRAINED),  # -1 +- 1.72
-        ("sft", {"loss": (1.0, 2.0, 0.1, 10)}, NOT_TRAINED),  # the wrong way
-        ("sft", {"loss": (1.0, 1.0, 0.0, 10)}, NOT_TRAINED),
+        ("sft", {"loss": (2.0, 1.0, 0.5, 10)}, NOT_SEEN),  # -1 +- 1.13
+        ("sft", {"loss": (2.0, 1.0, 0.4, 3)}, NOT_SEEN),  # -1 +- 1.72
+        ("sft", {"loss": (1.0, 2.0, 0.1, 10)}, WRONG_WAY),
+        ("sft", {"loss": (1.0, 1.0, 0.0, 10)}, NOT_SEEN),
         ("sft", {"loss": (2.0, 1.0, None, 1)}, UNKNOWN),
         ("dpo", {"accuracy": (0.0, 0.9, 0.1, 20), "margin": (0.0, 0.5, 0.1, 20)}, TRAINED),
-        ("dpo", {"accuracy": (0.0, 0.5, 0.1, 20), "margin": (0.0, 0.0, 0.0, 20)}, NOT_TRAINED),  # ties that rounding broke
-        ("rm", {"accuracy": (0.5, 0.6, 0.1, 20), "margin": (0.0, 0.5, 0.1, 20)}, NOT_TRAINED),
+        ("dpo", {"accuracy": (0.0, 0.5, 0.1, 20), "margin": (0.0, 0.0, 0.0, 20)}, NOT_SEEN),  # ties that rounding broke
+        ("rm", {"accuracy": (0.5, 0.6, 0.1, 20), "margin": (0.0, 0.5, 0.1, 20)}, NOT_SEEN),
         ("kto", {"accuracy": (None, None, None, 0), "margin": (0.0, 0.5, 0.1, 20)}, TRAINED),  # no prompt with both answers
-        ("kto", {"accuracy": (0.0, 0.9, None, 1), "margin": (0.0, 0.0, 0.0, 20)}, NOT_TRAINED),  # one that failed is enough
+        ("kto", {"accuracy": (0.0, 0.9, None, 1), "margin": (0.0, 0.0, 0.0, 20)}, NOT_SEEN),  # one that failed is enough
         ("grpo", {"reward": (0.2, 0.4, 0.05, 20), "tokens": (9, 1, 0.1, 20)}, TRAINED),
-        ("ppo", {"reward": (0.4, 0.2, 0.05, 20)}, NOT_TRAINED),
-        ("rloo", {"reward": (0.2, 0.2, 0.05, 20)}, NOT_TRAINED),
+        ("ppo", {"reward": (0.4, 0.2, 0.05, 20)}, WRONG_WAY),
+        ("dpo", {"accuracy": (0.0, 0.2, 0.05, 20), "margin": (0.0, -0.5, 0.1, 20)}, WRONG_WAY),
+        ("rloo", {"reward": (0.2, 0.2, 0.05, 20)}, NOT_SEEN),
     ],
 )
 def test_the_verdict(method, values, verdict):
     found = trained(manifest(method, **values))
     assert found["verdict"] == verdict
-    assert found["trained"] is {TRAINED: True, NOT_TRAINED: False, UNKNOWN: None}[verdict]
+    assert found["trained"] is {TRAINED: True, NOT_SEEN: False, WRONG_WAY: False, UNKNOWN: None}[verdict]
+
+
+@pytest.mark.parametrize(
+    ("margin", "verdict"),
+    [
+        ((0.0, -0.5, 0.1, 20), OTHER_WAY),
+        ((0.0, -0.1, 0.1, 20), NOT_SEEN),
+        ((0.0, 0.5, 0.1, 20), SAME_WAY),  # labels that did not flip
+        ((0.0, -0.5, None, 1), UNKNOWN),
+    ],
+)
+def test_a_control_with_flipped_labels_has_to_go_the_other_way(margin, verdict):
+    """From nothing but ties, the accuracy rises whatever the way."""
+    control = manifest("dpo", accuracy=(0.0, 0.1, 0.02, 20), margin=margin)
+    control["step"]["config"]["flip_labels"] = True
+    found = trained(control)
+    assert found["verdict"] == verdict
+    assert found["trained"] is {OTHER_WAY: True, NOT_SEEN: False, SAME_WAY: False, UNKNOWN: None}[verdict]
 
 
 def test_what_a_value_says():
     (loss,) = trained(manifest("sft", loss=(2.0, 1.0, 0.4, 10), token_accuracy=(0.1, 0.2, 0.3, 10)))["values"]
     low, high = loss.pop("interval")
     assert (low, high) == pytest.approx((-1.904863, -0.095137), abs=1e-6)
-    assert loss == {"name": "loss", "good": "down", "before": 2.0, "after": 1.0, "change": -1.0, "moved": True}
+    assert loss == {"name": "loss", "good": "down", "before": 2.0, "after": 1.0, "change": -1.0, "moved": True, "wrong": False}
 
 
 def test_a_manifest_without_a_change_gives_no_interval():
@@ -102,4 +121,4 @@ def test_a_learning_rate_of_next_to_nothing_is_told_from_a_real_one(right_way, m
     figure("change over its uncertainty", found, at_least=line)
     figure("the same, no learning rate", nothing, at_most=line)
     assert trained(real)["verdict"] == TRAINED, trained(real)
-    assert trained(none)["verdict"] == (TRAINED if nothing > 1 else NOT_TRAINED), trained(none)
+    assert trained(none)["verdict"] in ({TRAINED} if nothing > 1 else {NOT_SEEN, WRONG_WAY}), trained(none)

@@ -308,7 +308,9 @@ def test_a_verifier_judges_what_the_evaluation_judges(base, slices, tmp_path, re
         job = small_steps.job("train_grpo", tmp_path / "adapter/manifest.json", parents, settings)
         function = rewards.functions(job, job.parents())[reward]
         assert function.__name__ == reward
-        found[bool(thinking)] = function([[]], [[{"role": "assistant", "content": text}]], row=[json.dumps(row)])
+        ids = chat.tokenizer_of(manifests.read(base))(text)["input_ids"]
+        prompt, said = [{"role": "user", "content": "q"}], [{"role": "assistant", "content": text}]
+        found[bool(thinking)] = function([prompt], [said], completion_ids=[ids], row=[json.dumps(row)])
     assert found[True] == [judged] and (found[False] != [judged] or reward == "numeric")
 
 

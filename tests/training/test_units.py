@@ -8,12 +8,12 @@ from statistics import fmean, stdev
 import pytest
 
 from tests.support import small_steps
-from workflow_scripts.training import change, units
+from workflow_scripts.training import change, trainers, units
 
-# Method -> (TRL's names of what the step takes, units among 8 held-out rows in batches of 2: batches or prompts)
+# Method -> (TRL's names of what the step takes, units among 8 held-out rows in batches of 2: rows, batches or prompts)
 ROLLOUT = ("reward", "completions/mean_length", "rewards/ifeval/mean")
 METHODS = {
-    "sft_v2": (("loss", "mean_token_accuracy"), 4),
+    "sft_v2": (("loss", "mean_token_accuracy"), 8),
     "dpo": (("loss", "rewards/accuracies", "rewards/margins"), 4),
     "kto": (("loss",), 8),  # 8 pairs taken apart
     "ppo_ifeval": (ROLLOUT, 8),
@@ -32,11 +32,9 @@ def trainer(folder, speaking_base, slices):
     """method -> its trainer as the step builds it, with an adapter that is not at its start."""
     import torch
 
-    def build(method):
-        more = SIZES.get(method, {})
-        built = small_steps.built_trainer(
-            folder / method, method, speaking_base, slices[method], per_device_eval_batch_size=2, **more
-        )
+    def build(method, size=2, **more):
+        more = SIZES.get(method, {}) | {"per_device_eval_batch_size": size} | more
+        built = small_steps.built_trainer(folder / method, method, speaking_base, slices[method], **more)
         torch.manual_seed(1)
         for name, parameter in built.model.named_parameters():
             if "lora_B" in name:
@@ -55,10 +53,48 @@ def test_the_mean_over_the_units_is_what_trl_reports(trainer, method):
     for figure in figures:
         assert figure in found, f"{type(built).__name__} has no {figure} in _metrics['eval'] any more: training/units.py takes it"
         assert len(found[figure]) == n
-        assert fmean(found[figure]) == pytest.approx(metrics[f"eval_{figure}"], abs=1e-6)
+        if method != "sft_v2":  # whose batches TRL weighs alike, however many tokens they have
+            assert fmean(found[figure]) == pytest.approx(metrics[f"eval_{figure}"], abs=1e-6)
         if figure != "rewards/accuracies":  # of two pairs a batch: often one
             assert len(set(found[figure])) > 1, "units that are all alike show nothing"
     assert not {"prediction_step", "_calculate_rewards"} & set(vars(built))  # the wraps are gone
+    assert not built.model._forward_hooks
+
+
+@pytest.mark.parametrize("loss", ["nll", "dft"])
+def test_rows_of_sft_weigh_by_their_tokens_whatever_the_batch(trainer, loss):
+    """TRL's figures of all held-out rows in one batch are the means over the rows, and those of a batch of one are a row's."""
+    whole, alone, pairs = (trainer("sft_v2", size, loss_type=loss) for size in (8, 1, 2))
+    metrics = whole.evaluate()
+    with units.kept(pairs) as found:
+        pairs.evaluate()
+    tokens = [sum(label != -100 for label in alone.data_collator([row])["labels"][0][1:]) for row in alone.eval_dataset]
+    assert len(set(map(int, tokens))) > 1
+    each: dict = {"loss": [], "mean_token_accuracy": []}
+    predict = alone.prediction_step
+
+    def step(*args, **kwargs):
+        result = predict(*args, **kwargs)
+        each["loss"].append(result[0].item())
+        each["mean_token_accuracy"] = list(alone._metrics["eval"]["mean_token_accuracy"])
+        return result
+
+    alone.prediction_step = step
+    alone.evaluate()
+    for figure, rows in each.items():
+        assert fmean(found[figure]) == pytest.approx(metrics[f"eval_{figure}"], abs=1e-6)
+        parts = [(value * int(n), int(n)) for value, n in zip(rows, tokens, strict=True)]
+        assert found[figure] == pytest.approx(change.of_ratio(parts), abs=1e-5)
+
+
+@pytest.mark.parametrize("method", ["sft_v2", "dpo", "ppo_ifeval"])
+def test_an_objective_counts_rows_and_not_batches(trainer, method):
+    keys = {"sft_v2": {"loss": "loss"}, "dpo": {"accuracy": "rewards/accuracies", "margin": "rewards/margins"}}
+    built = trainer(method, size=4)
+    values, found = trainers.objective(built, keys.get(method, {"reward": "reward"}))
+    assert {name: len(one) for name, one in found.items()} == dict.fromkeys(values, 8)
+    assert values == {name: pytest.approx(fmean(one), abs=1e-6) for name, one in found.items()}
+    assert built.args.per_device_eval_batch_size == 4
 
 
 @pytest.mark.parametrize("method", ["dpo", "grpo"])

@@ -9,6 +9,7 @@ from workflow_scripts.artifacts.manifests import Artifact
 from workflow_scripts.plumbing.messages import InputError
 
 IGNORE = -100  # label of a token without a loss
+THOUGHT = ("<think>", "</think>")  # what marks where a model thinks: `evaluation/scores.py:answer` takes it off
 
 
 def tokenizer_of(base: Artifact) -> Any:
@@ -51,6 +52,21 @@ def declared_ends(*configs: Any) -> list[int]:
 def ends(tokenizer: Any, model: Any) -> list[int]:
     """Every token that ends an answer: the end of a turn, and what else the model declares (Llama 3 and Qwen2.5 have several)."""
     return list(dict.fromkeys([end_of_turn(tokenizer), *declared_ends(model.generation_config)]))
+
+
+def said(tokenizer: Any, tokens: list[int], asked: str) -> str:
+    """The text of what a model generated, without special tokens, but for the marks of a thought where these are special ones.
+
+    Without them the thought would read as the answer. Where the template opens the thought at the end of the prompt (`asked`, its
+    rendered text), the mark stands before the text: else a thought that was cut off before its end would have no mark at all.
+    Anything else is `decode` with skip_special_tokens, byte for byte.
+    """
+    special = {number: token.content for number, token in tokenizer.added_tokens_decoder.items() if token.special}
+    kept = [number for number in tokens if special.get(number) in THOUGHT]
+    if kept:
+        tokens = [number for number in tokens if number in kept or number not in special]
+    text = tokenizer.decode(tokens, skip_special_tokens=not kept)
+    return THOUGHT[0] + text if asked.rstrip().endswith(THOUGHT[0]) else text
 
 
 def sample_plainly(model: Any) -> None:

@@ -10,7 +10,7 @@ from workflow_scripts.config.names import CHOICE, METRIC, answered
 from workflow_scripts.report import collect, figures
 from workflow_scripts.report.collect import Run, World
 from workflow_scripts.report.judge import contrasts
-from workflow_scripts.report.trained import trained
+from workflow_scripts.report.trained import NOT_SEEN, UNKNOWN, trained
 from workflow_scripts.stats import accuracy
 
 # What is drawn of a training, by the names that TRL and our trainers log: the first that a run has.
@@ -84,16 +84,16 @@ def training(world: World) -> list[dict]:
                 "runs": runs,
                 "values": values,
                 "moved": sum(verdict is True for verdict in verdicts),
-                "verdict": _in_words(verdicts),
+                "verdict": _of_seeds([run["verdict"] for run in runs], verdicts),
             }
         )
     return rows
 
 
-def _in_words(moved: list[bool | None]) -> str:
-    if None in moved:
-        return "not known"
-    return "trained" if all(moved) else "not in every seed" if any(moved) else "did not train with these settings"
+def _of_seeds(verdicts: list[str], moved: list[bool | None]) -> str:
+    if len(set(verdicts)) == 1:
+        return verdicts[0]
+    return UNKNOWN if None in moved else "not in every seed" if any(moved) else NOT_SEEN
 
 
 def kinds(world: World) -> dict:

@@ -17,20 +17,27 @@ OBJECTIVES: dict[str, dict[str, str]] = {
     "grpo": {"reward": UP},
     "rloo": {"reward": UP},
 }
-TRAINED, NOT_TRAINED, UNKNOWN = "trained", "did not train with these settings", "not known"
+# A control that trained on flipped labels has to go the other way on held-out rows, whose labels are right. By the margin alone:
+# from nothing but ties, accuracy can only rise.
+FLIPPED = {"margin": DOWN}
+# What an interval on both sides of 0 says is less than "did not train": a change may be there, and too small for so few rows.
+TRAINED, NOT_SEEN, WRONG_WAY, UNKNOWN = "trained", "no change that its held-out rows show", "moved the wrong way", "not known"
+OTHER_WAY, SAME_WAY = "moved the other way, as it should", "moved the good way, in spite of its flipped labels"
 
 
 def trained(manifest: dict[str, Any]) -> dict[str, Any]:
-    """`method`; `values`, one entry for each value of its objective; `trained`: True, False, or None; `verdict`, that in words.
+    """`method`; `values`, one entry for each value of its objective; `trained`: True, False, or None; `verdict`, in words.
 
-    An entry: `name`, `good` (up | down), `before`, `after`, `change`, `interval` (95 %, of the change) and `moved`: whether all
-    of the interval lies on the good side of 0. A method trained if all its values moved. `change` is None where the manifest has
-    none, and `interval` and `moved` where it has no standard error (manifests from before there was one; a single unit).
+    An entry: `name`, `good` (up | down; for flipped labels the way that it has to go), `before`, `after`, `change`, `interval`
+    (95 %, of the change), `moved`: whether all of the interval lies on the good side of 0, and `wrong`: on the other side. A
+    method trained if all its values moved. `change` is None where the manifest has none, and `interval`, `moved` and `wrong`
+    where it has no standard error (manifests from before there was one; a single unit).
     InputError if it is no adapter's manifest.
     """
     try:
-        method, objective = manifest["step"]["config"]["method"], manifest["objective"]
-        before, after, goods = objective["before"], objective["after"], OBJECTIVES[method]
+        config, objective = manifest["step"]["config"], manifest["objective"]
+        method, flipped = config["method"], bool(config.get("flip_labels"))
+        before, after, goods = objective["before"], objective["after"], FLIPPED if flipped else OBJECTIVES[method]
     except (KeyError, TypeError) as error:
         raise InputError(
             f"a manifest of kind {manifest.get('kind')!r}: expected an adapter's, with the objective of its method ({error}); "
@@ -42,19 +49,21 @@ def trained(manifest: dict[str, Any]) -> dict[str, Any]:
             continue  # KTO on unpaired rows has no pairs to order
         change = objective.get("change", {}).get(name)
         interval = None if change is None else interval_of(**change)
-        moved = None if interval is None else interval[0] > 0 if good == UP else interval[1] < 0
+        moved = wrong = None
+        if interval is not None:
+            up, down = interval[0] > 0, interval[1] < 0
+            moved, wrong = (up, down) if good == UP else (down, up)
         values.append(
             {"name": name, "good": good, "before": before[name], "after": after[name]}
-            | {"change": None if change is None else change["mean"], "interval": interval, "moved": moved}
+            | {"change": None if change is None else change["mean"], "interval": interval, "moved": moved, "wrong": wrong}
         )
     verdicts = [value["moved"] for value in values]
     told = False if False in verdicts else None if None in verdicts or not values else True
-    return {
-        "method": method,
-        "values": values,
-        "trained": told,
-        "verdict": {True: TRAINED, False: NOT_TRAINED, None: UNKNOWN}[told],
-    }
+    if told is False:
+        verdict = (SAME_WAY if flipped else WRONG_WAY) if any(value["wrong"] for value in values) else NOT_SEEN
+    else:
+        verdict = UNKNOWN if told is None else OTHER_WAY if flipped else TRAINED
+    return {"method": method, "values": values, "trained": told, "verdict": verdict}
 
 
 def interval_of(mean: float, stderr: float | None, n: int) -> tuple[float, float] | None:

@@ -4,7 +4,8 @@ A reward is named in the config: `numeric` (1 if the final answer is the row's n
 prompt's instructions that the answer follows, by lm-eval's own checkers), or the experiment of a reward model. A mixture is
 their weighted sum. The verifiers need fields that only slices of their kind have, which is checked before training. They judge
 what the evaluation judges: without its thought where `eval.<task>.strip_think` says so, and a thought that was cut off is no
-answer for either.
+answer for either. Both read the text in one way (`models/chat.py:said`); TRL's own leaves out the marks where they are special
+tokens.
 """
 
 import json
@@ -15,7 +16,7 @@ from workflow_scripts.artifacts import manifests
 from workflow_scripts.artifacts.manifests import Artifact, Job
 from workflow_scripts.evaluation import ifeval
 from workflow_scripts.evaluation.scores import answer
-from workflow_scripts.models.chat import tokenizer_of
+from workflow_scripts.models import chat
 from workflow_scripts.plumbing.messages import InputError
 from workflow_scripts.rl import reward_model, verifiers
 from workflow_scripts.training import trainers
@@ -60,10 +61,11 @@ def followed(prompts: list, completions: list, row: list[str], **columns: Any) -
         ]
 
 
-def without_thought(reward: Reward) -> Reward:
-    def judge(prompts: list, completions: list, **columns: Any) -> list[float | None]:
-        said = [[{**turns[-1], "content": answer(turns[-1]["content"])}] for turns in completions]
-        return reward(prompts, said, **columns)
+def without_thought(reward: Reward, tokenizer: Any) -> Reward:
+    def judge(prompts: list, completions: list, completion_ids: list[list[int]], **columns: Any) -> list[float | None]:
+        asked = [tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True) for prompt in prompts]
+        texts = [chat.said(tokenizer, tokens, text) for tokens, text in zip(completion_ids, asked, strict=True)]
+        return reward(prompts, [[{"role": "assistant", "content": answer(text)}] for text in texts], **columns)
 
     return judge
 
@@ -83,7 +85,7 @@ def functions(job: Job, parents: dict[str, Artifact], on_backbone: Callable[[str
         if name in FIELDS:
             made[name] = {"numeric": numeric, "ifeval": followed}[name]
             if name in job.config.get("strip_think", ()):
-                made[name] = without_thought(made[name])
+                made[name] = without_thought(made[name], chat.tokenizer_of(parents["start"]))
         else:
             made[name] = learned(job, name, parents[f"start of {name}"], parents[f"reward {name}"], on_backbone)
     for name, function in made.items():
@@ -99,7 +101,7 @@ def learned(job: Job, name: str, start: Artifact, adapter: Artifact, on_backbone
         quant = settings.get("quant") if settings["quantise"] != "none" else None
         model, tokenizer = reward_model.load(start, adapter, job.work, job.step["device"], job.step["precision"], quant)
     else:
-        model, tokenizer = None, tokenizer_of(start)
+        model, tokenizer = None, chat.tokenizer_of(start)
 
     def rewards(prompts: list, completions: list, **columns: Any) -> list[float | None]:
         talks = [prompt + completion for prompt, completion in zip(prompts, completions, strict=True)]

@@ -78,7 +78,7 @@ def answer(
         for i, tokens in zip(rows, generated[:, batch["input_ids"].shape[1] :].tolist(), strict=True):
             length = next((n for n, token in enumerate(tokens, start=1) if token in ends), None)
             stopped, tokens = length is not None, tokens[:length]
-            text = tokenizer.decode(tokens[:-1] if stopped else tokens, skip_special_tokens=True)
+            text = chat.said(tokenizer, tokens[:-1] if stopped else tokens, texts[i])
             answers[i] = {"response": text, "tokens": len(tokens), "finish_reason": "stop" if stopped else "length"}
         if saved is not None:
             with open(saved, "a", encoding="utf-8") as file:

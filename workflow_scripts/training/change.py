@@ -1,6 +1,7 @@
 """How far a training moved a value on held-out rows: the mean of the paired differences of its units, with a standard error.
 
-A unit is a part of the held-out rows that gives a number of its own, the same part before and after: a row, a prompt, a batch.
+A unit is a part of the held-out rows that gives a number of its own, the same part before and after: a row, a pair, a prompt
+(training/units.py).
 """
 
 from collections.abc import Iterable

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from statistics import fmean
 from typing import Any
 
 from transformers import PrinterCallback, TrainerCallback
@@ -178,18 +179,21 @@ def fit(trainer: Any, job: Job, measure: Callable[[], Measured]) -> dict:
 def objective(trainer: Any, keys: dict[str, str]) -> Measured:
     """The method's own objective on the held-out rows: our name -> value, from the trainer's `eval_` metrics by `keys`.
 
-    TRL's metrics are means over batches, so all batches get one size: the largest that is no larger than the config's, divides
-    the rows (or sampled answers), and holds whole groups. The units of its change: training/units.py.
+    A value is the mean of its units (training/units.py). DPO's pairs are evaluated one by one. The others' batches get one size,
+    so that TRL's means over batches weigh rows (or sampled answers) equally: the largest that is no larger than the config's,
+    divides them, and holds whole groups.
     """
+    from trl import DPOTrainer
+
     args = trainer.args
     group = getattr(args, "num_generations_eval", None) or 1
     size, rows = args.per_device_eval_batch_size, len(trainer.eval_dataset) * group
-    args.per_device_eval_batch_size = max(n for n in range(group, max(size, group) + 1, group) if rows % n == 0)
+    limit = 1 if isinstance(trainer, DPOTrainer) else max(size, group)
+    args.per_device_eval_batch_size = max(n for n in range(group, limit + 1, group) if rows % n == 0)
     with units.kept(trainer) as found:
-        metrics = trainer.evaluate()
+        trainer.evaluate()
     args.per_device_eval_batch_size = size
-    means = {name: round(float(metrics[f"eval_{key}"]), 6) for name, key in keys.items()}
-    return means, {name: found[key] for name, key in keys.items()}
+    return {name: round(fmean(found[key]), 6) for name, key in keys.items()}, {name: found[key] for name, key in keys.items()}
 
 
 def save(trainer: Any, draft: Draft, job: Job, start: Artifact, facts: dict) -> None:

@@ -1,11 +1,18 @@
-"""What one evaluation of a TRL trainer gave for each unit of the held-out rows; TRL itself reports means over them.
+"""What one evaluation of a TRL trainer gave for each unit of the held-out rows; TRL itself reports means over batches.
 
-Units are evaluation batches: that is what TRL computes its figures for, whatever the loss, packed or not. All have one size, and
-hold the same rows each time. Of methods that sample answers they are prompts, by the rewards of each one's answers: finer, and
-the batch needs not be small for it, which would make sampling slow and give other samples.
+A unit is a row, so that the standard error of a change counts rows whatever the batch:
+
+- SFT: a row (packed: a sequence), from the log-probabilities that TRL's forward gives for each token. Rows weigh by their tokens
+  with a loss, as in training: the mean over the units is the loss of all held-out tokens. TRL's own figure is the mean over
+  batches, which is another number for another batch size. (Without a mixture of experts' auxiliary loss.)
+- DPO: a pair; `trainers.objective` evaluates pairs one by one, so that TRL's figures of a batch are a pair's.
+- Methods that sample answers: a prompt, by the rewards of each one's answers. No batch of one, which would make sampling slow.
+- KTO's loss alone has batches for units: it needs other rows of its batch. Its rewards: steps/train_kto.py, by prompt. Reward
+  models: rl/reward_model.py, by pair.
 
 By two methods of the trainer, each wrapped for one evaluation: `prediction_step`, after which a batch's figures lie in
-`_metrics["eval"]`, and `_calculate_rewards`. tests/training/test_units.py says when TRL changes them.
+`_metrics["eval"]`, and `_calculate_rewards`; and by what SFT's model returns. tests/training/test_units.py says when TRL changes
+them.
 """
 
 from collections.abc import Iterator
@@ -13,7 +20,7 @@ from contextlib import contextmanager
 from statistics import fmean
 from typing import Any
 
-from workflow_scripts.training.change import Units
+from workflow_scripts.training.change import Units, of_ratio
 
 LENGTH = "completions/mean_length"
 
@@ -21,8 +28,11 @@ LENGTH = "completions/mean_length"
 @contextmanager
 def kept(trainer: Any) -> Iterator[Units]:
     """TRL's name of a figure (without `eval_`) -> one number for each unit, filled by the evaluation made in this block."""
+    from trl import SFTTrainer
+
     found: Units = {"loss": []}
     answers: dict[str, dict[str, list[float]]] = {}  # figure -> prompt's id -> a number for each answer
+    tokens: dict[str, list[tuple[float, float]]] = {"loss": [], "mean_token_accuracy": []}  # SFT: (sum, tokens) of each row
     predict, judge = trainer.prediction_step, getattr(trainer, "_calculate_rewards", None)
 
     def prediction_step(*args: Any, **kwargs: Any) -> Any:
@@ -30,6 +40,14 @@ def kept(trainer: Any) -> Iterator[Units]:
         found["loss"].append(result[0].item())
         found.update({name: list(values) for name, values in trainer._metrics["eval"].items()})  # cleared when it is logged
         return result
+
+    def forward(model: Any, inputs: Any, output: Any) -> None:
+        losses = -output.log_probs.double()
+        if trainer.args.loss_type == "dft":
+            losses *= output.log_probs.double().exp()
+        counts = output.label_mask.sum(-1).tolist()
+        for figure, values in (("loss", losses), ("mean_token_accuracy", output.is_top1)):
+            tokens[figure] += zip(values.sum(-1).tolist(), counts, strict=True)
 
     def calculate_rewards(inputs: Any, prompts: Any, completions: Any, completion_ids_list: Any) -> Any:
         rewards = judge(inputs, prompts, completions, completion_ids_list)  # type: ignore[misc]
@@ -42,12 +60,17 @@ def kept(trainer: Any) -> Iterator[Units]:
         return rewards
 
     trainer.prediction_step = prediction_step
+    model: Any = trainer.model
+    hook = model.register_forward_hook(forward) if isinstance(trainer, SFTTrainer) else None
     if judge is not None:
         trainer._calculate_rewards = calculate_rewards
     try:
         yield found
     finally:
         del trainer.prediction_step
+        if hook is not None:
+            hook.remove()
         if judge is not None:
             del trainer._calculate_rewards
     found |= {figure: [fmean(by_prompt[key]) for key in sorted(by_prompt)] for figure, by_prompt in answers.items()}
+    found |= {figure: of_ratio(rows) for figure, rows in tokens.items() if rows}
