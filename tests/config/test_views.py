@@ -75,3 +75,14 @@ def test_how_answers_are_decoded_stands_in_their_step(tmp_path):
     assert one["config"]["decoding"] == "greedy" and other["config"] == one["config"] | {"decoding": "folder"}
     with pytest.raises(InputError, match="eval.decoding: found 'sampled'|eval.decoding: found the string 'sampled'"):
         plan(tmp_path, "eval: {decoding: sampled}\n")
+
+
+@pytest.mark.parametrize(("overlay", "how"), [("matched_full", "none"), ("matched_nf4", "nf4")])
+@pytest.mark.parametrize("under", ["smollm2", "qwen05b"])
+def test_the_matched_configs_train_and_judge_every_method_on_one_base(overlay, how, under):
+    made = configs.load(*(ROOT / f"config/{name}.yaml" for name in (under, overlay)))
+    bodies = {name: body for name, body in made.experiments.items() if name != "dpo_4bit"}
+    assert {body["quantise"] for body in bodies.values()} == {how} and {"dpo", "kto", "grpo_rm"} <= set(bodies)
+    judged = {name: made.judged_in_4bit(name) for name, body in bodies.items() if body["method"] != "rm"}
+    assert set(judged.values()) == {how == "nf4"}
+    assert made.data["pathvars"]["results"] == f"results/{overlay}"
