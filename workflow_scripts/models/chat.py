@@ -69,8 +69,12 @@ def control_tokens(tokenizer: Any) -> list[str]:
     return sorted(token.content for token in tokenizer.added_tokens_decoder.values() if token.special)
 
 
-def unwritable(tokenizer: Any, talks: list[list[dict]], control: list[str]) -> str | None:
-    """Why the chat template can't write one of these conversations as what it is, or None. control: `control_tokens`."""
+def unwritable(tokenizer: Any, talks: list[list[dict]], control: list[str], every: bool = False) -> str | None:
+    """Why the chat template can't write one of these conversations as what it is, or None.
+
+    control: `control_tokens`. Some templates leave out of an answer what it says up to `</think>`: the last answer, or each one
+    where `every` is trained on, must be in the text, but for spaces.
+    """
     from jinja2.exceptions import TemplateError
 
     for talk in talks:
@@ -78,9 +82,14 @@ def unwritable(tokenizer: Any, talks: list[list[dict]], control: list[str]) -> s
             if any(mark in turn["content"] for turn in talk):
                 return f"with the control token {mark} in a text"
         try:
-            tokenizer.apply_chat_template(talk, tokenize=False, add_generation_prompt=talk[-1]["role"] != "assistant")
+            text = tokenizer.apply_chat_template(talk, tokenize=False, add_generation_prompt=talk[-1]["role"] != "assistant")
         except (TemplateError, TypeError):
             return "that the model's chat template refuses"
+        if talk[-1]["role"] == "assistant":
+            written = "".join(text.split())
+            answers = [turn["content"] for turn in (talk if every else talk[-1:]) if turn["role"] == "assistant"]
+            if not all("".join(answer.split()) in written for answer in answers):
+                return "with an answer that the model's chat template does not write whole"
     return None
 
 
