@@ -1,10 +1,14 @@
 """Rows that hold more than their texts, and answers that the template cuts: less would be trained than a row says."""
 
 import io
+import json
+import shutil
 
 import pytest
+import transformers
 
 from tests.support.slicer import chat_row, good, pair_row, turn
+from workflow_scripts.models import chat
 
 GPT = {"from": "gpt", "value": "a"}
 ASKED = {"from": "human", "value": "q"}
@@ -116,6 +120,42 @@ def test_an_answer_that_the_template_cuts_is_not_trained_in_part(slicer, cutting
 def test_thoughts_of_a_prompts_earlier_answers_may_go_and_spaces_may_differ(slicer, cutting):
     earlier = [turn("user", "is it?"), turn("assistant", THOUGHT), turn("user", "sure?")]
     assert dropped(slicer, {"prompt": earlier, "chosen": " yes\n\n it is ", "rejected": "no"}, "preference") == {}
+
+
+@pytest.fixture
+def joining(slicer, base, tmp_path, monkeypatch):
+    """A tokenizer that makes one token of two line breaks, as Qwen2.5's does. (The rarest token gives way to it.)"""
+    folder = tmp_path / "joining"
+    shutil.copytree(base.parent, folder)
+    made = json.loads((folder / "tokenizer.json").read_text())
+    vocabulary = made["model"]["vocab"]
+    vocabulary["ĊĊ"] = vocabulary.pop(max(vocabulary, key=vocabulary.get))
+    made["model"]["merges"][-1] = ["Ċ", "Ċ"]
+    made["pre_tokenizer"]["pretokenizers"][0]["pattern"] = {"Regex": r"\s*[\r\n]+|\d| ?[A-Za-z]+|[^A-Za-z\d]"}
+    (folder / "tokenizer.json").write_text(json.dumps(made))
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    monkeypatch.setattr(chat, "tokenizer_of", lambda base: tokenizer)
+
+
+@pytest.mark.parametrize(
+    ("kind", "row"),
+    [
+        ("sft", chat_row("is it?", "\n\nyes")),
+        ("sft", chat_row("sure?", "yes", turn("user", "is it?"), turn("assistant", "\nyes"))),
+        ("preference", pair_row("is it?", rejected="\nno")),
+    ],
+)
+def test_an_answer_is_not_trained_after_other_tokens_than_it_is_asked_for_with(slicer, joining, kind, row):
+    """huggingface/trl #2054 and #5213: "Mismatch between tokenized prompt and the start of tokenized prompt+completion"."""
+    assert dropped(slicer, row, kind) == {"with an answer whose first line breaks the tokenizer joins to the question": 1}
+
+
+def test_spaces_that_stay_tokens_of_their_own_begin_an_answer(slicer, joining):
+    assert dropped(slicer, chat_row("is it?", " yes\n\nit is")) == {}
+
+
+def test_line_breaks_that_stay_tokens_of_their_own_begin_an_answer(slicer):
+    assert dropped(slicer, chat_row("is it?", "\n\nyes")) == {}
 
 
 @pytest.mark.parametrize("name", ["mine.jsonl", "mine.json"])

@@ -73,7 +73,8 @@ def unwritable(tokenizer: Any, talks: list[list[dict]], control: list[str], ever
     """Why the chat template can't write one of these conversations as what it is, or None.
 
     control: `control_tokens`. Some templates leave out of an answer what it says up to `</think>`: the last answer, or each one
-    where `every` is trained on, must be in the text, but for spaces.
+    where `every` is trained on, must be in the text, but for spaces. And some tokenizers make one token of a question's last
+    line break and an answer's first: the answer would be trained after other tokens than it is asked for with.
     """
     from jinja2.exceptions import TemplateError
 
@@ -87,10 +88,18 @@ def unwritable(tokenizer: Any, talks: list[list[dict]], control: list[str], ever
             return "that the model's chat template refuses"
         if talk[-1]["role"] == "assistant":
             written = "".join(text.split())
-            answers = [turn["content"] for turn in (talk if every else talk[-1:]) if turn["role"] == "assistant"]
-            if not all("".join(answer.split()) in written for answer in answers):
+            places = [n for n, turn in enumerate(talk) if turn["role"] == "assistant" and (every or n == len(talk) - 1)]
+            if not all("".join(talk[n]["content"].split()) in written for n in places):
                 return "with an answer that the model's chat template does not write whole"
+            if any(talk[n]["content"][:1].isspace() and _joined(tokenizer, talk[:n], talk[: n + 1]) for n in places):
+                return "with an answer whose first line breaks the tokenizer joins to the question"
     return None
+
+
+def _joined(tokenizer: Any, asked: list[dict], answered: list[dict]) -> bool:
+    """Whether the tokens of a question, up to where the answer begins, are not the first ones once it is answered."""
+    before = tokenizer.apply_chat_template(asked, add_generation_prompt=True)["input_ids"]
+    return tokenizer.apply_chat_template(answered)["input_ids"][: len(before)] != before
 
 
 def check_prompts(tokenizer: Any, asked: list[tuple[Any, list[dict]]], file: Path) -> None:
