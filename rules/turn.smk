@@ -5,6 +5,7 @@ from pathlib import Path
 
 from workflow_scripts.artifacts import work
 from workflow_scripts.plan import records
+from workflow_scripts.plumbing.environment import check_links, check_writable
 from workflow_scripts.plumbing.messages import InputError
 
 _turn = []
@@ -16,9 +17,13 @@ def take_turn():
     Who planned before another one finished a step would delete that step's outputs. Snakemake's own lock is off (see
     profiles/default): it outlives a SIGKILL, and any second run removes it. This one dies with its process.
     """
-    if _turn or workflow.execution_settings is None or not workflow.is_main_process or workflow.dryrun or workflow.touch:
+    if _turn or workflow.execution_settings is None or not workflow.is_main_process or workflow.touch:
         return
     try:
+        if workflow.dryrun:  # takes none; Snakemake would end with a traceback over what it leaves
+            _turn.append(None)
+            return check_writable([".snakemake/iocache/latest.pkl"])
+        check_links(Path(PLAN.work))
         _turn.append(work.turn(Path(PLAN.work), PLAN.results))
         records.clear_recorded(Path(PLAN.work))
     except InputError as error:

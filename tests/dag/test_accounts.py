@@ -27,10 +27,12 @@ def as_member(clone, *command: str) -> subprocess.CompletedProcess:
     account = ["setpriv", "--reuid", str(MEMBER), "--regid", str(GROUP), "--clear-groups", "--no-new-privs"]
     if not readable_for_all(Path(sys.executable)):
         account += ["--inh-caps", "+dac_read_search", "--ambient-caps", "+dac_read_search"]
-    home = clone.folder.parent / "home"
-    home.mkdir(exist_ok=True)
-    os.chown(home, MEMBER, GROUP)
-    env = clone.environment() | ELSEWHERE | {"HOME": str(home), "TMPDIR": str(home)}
+    scratch = clone.folder.parent / "scratch"
+    scratch.mkdir(exist_ok=True)
+    os.chown(scratch, MEMBER, GROUP)
+    # No home, as in a container that runs as a number: snakemake/snakemake #1593.
+    env = clone.environment() | ELSEWHERE | {"HOME": "/nonexistent", "TMPDIR": str(scratch)}
+    env.pop("XDG_CACHE_HOME", None)
     script = ["bash", "-c", 'umask 0002; exec "$@"', "bash", *command]
     return subprocess.run([*account, *script], cwd=clone.folder, env=env, capture_output=True, text=True, timeout=600)
 
@@ -55,6 +57,15 @@ def test_a_colleague_of_the_group_makes_again_what_another_account_made_and_move
     os.chown(clone.folder / "logs/dpo", OWNER, GROUP)
     for name in ("pairs.jsonl", "pairs.manifest.json"):
         (clone.folder / "results/data" / name).unlink()
+
+    left = clone.folder / ".snakemake/iocache/latest.pkl"  # of the owner's last dry run, with umask 022
+    left.write_bytes(b"")
+    os.chown(left, OWNER, GROUP)
+    left.chmod(0o644)
+    done = as_member(clone, *command, "-n")
+    assert done.returncode == 1 and "Traceback" not in done.stderr, done.stderr
+    assert "latest.pkl: can't be written, since " in done.stderr
+    left.unlink()
 
     (clone.folder / "logs/dpo").chmod(0o755)  # the owner's alone: said before any job, and not by one after the training
     done = as_member(clone, *command)
@@ -86,3 +97,23 @@ def test_make_installs_anew_in_a_clone_that_was_moved_and_only_there(fresh, move
     stamp.write_text(f"{'/somewhere/else' if moved else fresh.folder}\n")
     found = subprocess.run(["make", "-n", "setup"], cwd=fresh.folder, capture_output=True, text=True, check=True).stdout
     assert ("-m venv --clear .venv" in found) is moved
+
+
+@pytest.mark.parametrize("name", ["results", "logs"])
+def test_a_folder_behind_a_link_that_leads_nowhere_is_named_before_any_job(fresh, name):
+    """On a scratch file system that is not mounted here, or was cleared: snakemake/snakemake #2971 has results on such a one."""
+    (fresh.folder / name).symlink_to(fresh.folder / "scratch/me")
+    done = fresh.snakemake("results/data/sft.jsonl", check=False)
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    said = f"{name}: a link to {fresh.folder}/scratch/me, which is not there (not mounted here, or cleared); make that folder"
+    assert said in done.stderr and not list(fresh.folder.glob("results/data/*"))
+
+
+def test_a_clone_lies_anywhere_and_its_results_somewhere_else(fresh, tmp_path):
+    """Spaces, quotes and accents (snakemake/snakemake #2981, #3235), and results behind a link to another folder (#2971)."""
+    place = tmp_path / "Ma's recherche été"
+    fresh.folder.rename(place)
+    (tmp_path / "on scratch").mkdir()
+    (place / "results").symlink_to(tmp_path / "on scratch")
+    type(fresh)(place).snakemake("results/data/ifeval.jsonl")
+    assert len((tmp_path / "on scratch/data/ifeval.jsonl").read_text().splitlines()) == 24

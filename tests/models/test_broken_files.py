@@ -3,6 +3,7 @@
 import re
 
 import pytest
+import torch
 
 from tests.support import small_steps
 from workflow_scripts.models import sources
@@ -31,7 +32,7 @@ def test_json_that_was_cut_off_is_named(model, name, keep):
     text = (model / name).read_text()
     (model / name).write_text(text.rstrip()[: int(keep * (len(text.rstrip()) - 1))])
     with pytest.raises(InputError, match=rf"model/{name}: not valid JSON .*cut off, or is no such file; fetch it again"):
-        sources.from_folder(model)
+        sources.from_folder(model, torch.float32)
 
 
 @pytest.mark.parametrize(
@@ -40,15 +41,15 @@ def test_json_that_was_cut_off_is_named(model, name, keep):
 def test_weights_that_were_cut_off_are_named(model, keep, says):
     (model / WEIGHTS).write_bytes((model / WEIGHTS).read_bytes()[:keep])
     with pytest.raises(InputError, match=rf"{WEIGHTS}: .*{says}.*fetch it again"):
-        sources.from_folder(model)
+        sources.from_folder(model, torch.float32)
 
 
 def test_weights_of_another_shape_than_the_config_says_are_told(model):
     config = (model / "config.json").read_text()
     (model / "config.json").write_text(re.sub(r'"intermediate_size": \d+', '"intermediate_size": 640', config))
     with pytest.raises(InputError, match="model: the weights have other shapes than config.json says"):
-        sources.from_folder(model)
+        sources.from_folder(model, torch.float32)
 
 
 def test_a_whole_folder_loads(model):
-    assert sources.from_folder(model)[0].config.model_type == "qwen2"
+    assert sources.from_folder(model, torch.float32)[0].config.model_type == "qwen2"

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 
 from tests.conftest import ROOT
 from tests.support import qwen_vocabulary, small_steps
@@ -92,7 +93,7 @@ def test_a_tokenizer_with_more_tokens_than_rows_is_refused(model, tmp_path):
     from transformers import AutoModelForCausalLM
 
     shutil.copytree(model, tmp_path / "model")
-    small, tokenizer = sources.from_folder(tmp_path / "model")
+    small, tokenizer = sources.from_folder(tmp_path / "model", torch.float32)
     small.resize_token_embeddings(TOKENS - 1)
     small.save_pretrained(tmp_path / "model")
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "model").config.vocab_size == len(tokenizer) - 1

@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 
 from tests.support import small_steps
 from workflow_scripts.artifacts import manifests
@@ -236,7 +237,7 @@ def test_code_that_comes_with_a_model_is_not_run(tmp_path):
     file.write_text(json.dumps(json.loads(file.read_text()) | {"model_type": "own", "auto_map": {"AutoConfig": "m.C"}}))
     (tmp_path / "stories/m.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
     with pytest.raises(InputError, match="transformers cannot load this model"):
-        sources.from_folder(tmp_path / "stories")
+        sources.from_folder(tmp_path / "stories", torch.float32)
     assert not (tmp_path / "ran").exists()
 
 

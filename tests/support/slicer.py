@@ -22,7 +22,7 @@ class Words:
 
     def apply_chat_template(self, turns, add_generation_prompt=False, tokenize=True):
         if not tokenize:
-            return ""
+            return "\n".join(turn["content"] for turn in turns)
         start = ["<answer>"] * add_generation_prompt
         return {"input_ids": [word for turn in turns for word in ["<turn>", *turn["content"].split()]] + start}
 

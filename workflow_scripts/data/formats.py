@@ -26,7 +26,10 @@ HH_SPEAKERS = {"Human": "user", "Assistant": "assistant"}
 HH_LABEL = re.compile(r"\n\n(Human|Assistant):")
 GSM8K_FINAL = re.compile(r"####\s*(-?[0-9,]*\.?[0-9]+)\s*$")
 TOOLS = ("tools", "functions", "tool_calls", "function_call")
-NO_TOOLS: tuple = (None, "", "[]", [], {})
+MEDIA = ("images", "image", "videos", "video", "audios", "audio")
+THOUGHTS = ("reasoning_content", "reasoning", "thinking")
+MARKS = ("weight", "train", "trainable", "loss", "loss_weight")  # of a turn: how much it counts in the loss
+NOTHING: tuple = (None, False, "", "[]", [], {})
 TALKS = ("messages", "conversations", "prompt", "chosen", "rejected", "completion")  # keys that may hold turns
 
 
@@ -52,8 +55,8 @@ def convert(row: dict, kind: str, place: str, named: str | None = None) -> tuple
     InputError, beginning with `place`, on a row that no format or another one fits. Unusable as the docstring on top says.
     """
     given = {key: value for key, value in row.items() if value is not None}
-    if _with_tools(given):
-        raise Unusable("with tools")
+    if reason := _beyond_text(given, kind):
+        raise Unusable(reason)
     if named is None:
         form = _recognise(given, kind, place, row)
     else:
@@ -64,12 +67,29 @@ def convert(row: dict, kind: str, place: str, named: str | None = None) -> tuple
     return form.name, form.convert(given, kind, place)
 
 
-def _with_tools(given: dict) -> bool:
-    """Whether a row has tools or calls of them, in any format: without them what is left would be trained as the whole answer."""
+def _beyond_text(given: dict, kind: str) -> str | None:
+    """What a row has beside its texts, in any format, without which what is left would be trained as if it were the whole row.
+
+    Tools and calls of them; pictures and sound; a thought that stands beside the answer and not in it; and, where every answer
+    of a conversation is trained on (sft), a mark that one of them shall not be, as several other programs read it.
+    """
     talks = [given[key] if isinstance(given.get(key), list) else [given.get(key)] for key in TALKS]
     turns = [one for talk in talks for one in talk if isinstance(one, dict)]
-    speakers = {one.get(key) for one in turns for key in ("role", "from") if isinstance(one.get(key), str)}
-    return bool(speakers & parts.MACHINES) or any(one.get(key) not in NO_TOOLS for one in (given, *turns) for key in TOOLS)
+    speakers = [one.get("role", one.get("from")) for one in turns]
+
+    def has(keys: tuple[str, ...], *where: dict) -> bool:
+        return any(one.get(key) not in NOTHING for one in where for key in keys)
+
+    if any(isinstance(who, str) and who in parts.MACHINES for who in speakers) or has(TOOLS, given, *turns):
+        return "with tools"
+    if has(MEDIA, given, *turns):
+        return "with pictures or sound"
+    if has(THOUGHTS, *turns):
+        return "with a thought beside the answer"
+    answers = [one for one, who in zip(turns, speakers, strict=True) if who in ("assistant", "gpt")]
+    if kind == "sft" and any(one.get(key) not in (None, True, "true", "1") for one in answers for key in MARKS):  # 1 is True
+        return "with an answer that is marked not to be trained on"
+    return None
 
 
 def _recognise(given: dict, kind: str, place: str, row: dict) -> Format:
@@ -112,7 +132,7 @@ def columns(kind: str, present: Iterable[str], place: str) -> list[str]:
     forms = [form for form in FORMATS if kind in form.kinds]
     if not any(set(form.needs) <= set(present) for form in forms):
         raise unknown(place, present, kind)
-    wanted = {*TOOLS, *(key for form in forms for key in (*form.needs, *form.reads))}
+    wanted = {*TOOLS, *MEDIA, *(key for form in forms for key in (*form.needs, *form.reads))}
     return [name for name in present if name in wanted]
 
 

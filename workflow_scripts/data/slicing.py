@@ -92,7 +92,7 @@ def _objects(file: str) -> list:
             return json.load(opened)
     except (OSError, UnicodeDecodeError) as error:
         raise _unreadable(file, error) from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise InputError(f"{file}: not valid JSON: {error}") from None
 
 
@@ -161,6 +161,7 @@ def _take_parquet(file: str, wanted: list[int], kind: str, group_by: str | None)
 
 
 def _row_text(row: dict, place: str) -> str:
+    row = {key: bool(value) if key in formats.MEDIA else value for key, value in row.items()}  # that it is there drops the row
     try:
         return json.dumps(row, ensure_ascii=False, sort_keys=True)
     except TypeError as error:  # bytes, times

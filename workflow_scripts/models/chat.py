@@ -97,8 +97,13 @@ def control_tokens(tokenizer: Any) -> list[str]:
     return sorted(token.content for token in tokenizer.added_tokens_decoder.values() if token.special)
 
 
-def unwritable(tokenizer: Any, talks: list[list[dict]], control: list[str]) -> str | None:
-    """Why the chat template can't write one of these conversations as what it is, or None. control: `control_tokens`."""
+def unwritable(tokenizer: Any, talks: list[list[dict]], control: list[str], every: bool = False) -> str | None:
+    """Why the chat template can't write one of these conversations as what it is, or None.
+
+    control: `control_tokens`. Some templates leave out of an answer what it says up to `</think>`: the last answer, or each one
+    where `every` is trained on, must be in the text, but for spaces. And some tokenizers make one token of a question's last
+    line break and an answer's first: the answer would be trained after other tokens than it is asked for with.
+    """
     from jinja2.exceptions import TemplateError
 
     for talk in talks:
@@ -106,10 +111,23 @@ def unwritable(tokenizer: Any, talks: list[list[dict]], control: list[str]) -> s
             if any(mark in turn["content"] for turn in talk):
                 return f"with the control token {mark} in a text"
         try:
-            tokenizer.apply_chat_template(talk, tokenize=False, add_generation_prompt=talk[-1]["role"] != "assistant")
+            text = tokenizer.apply_chat_template(talk, tokenize=False, add_generation_prompt=talk[-1]["role"] != "assistant")
         except (TemplateError, TypeError):
             return "that the model's chat template refuses"
+        if talk[-1]["role"] == "assistant":
+            written = "".join(text.split())
+            places = [n for n, turn in enumerate(talk) if turn["role"] == "assistant" and (every or n == len(talk) - 1)]
+            if not all("".join(talk[n]["content"].split()) in written for n in places):
+                return "with an answer that the model's chat template does not write whole"
+            if any(talk[n]["content"][:1].isspace() and _joined(tokenizer, talk[:n], talk[: n + 1]) for n in places):
+                return "with an answer whose first line breaks the tokenizer joins to the question"
     return None
+
+
+def _joined(tokenizer: Any, asked: list[dict], answered: list[dict]) -> bool:
+    """Whether the tokens of a question, up to where the answer begins, are not the first ones once it is answered."""
+    before = tokenizer.apply_chat_template(asked, add_generation_prompt=True)["input_ids"]
+    return tokenizer.apply_chat_template(answered)["input_ids"][: len(before)] != before
 
 
 def check_prompts(tokenizer: Any, asked: list[tuple[Any, list[dict]]], file: Path) -> None:

@@ -24,7 +24,7 @@ PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 def folder_files(folder: Path | str) -> list[Path]:
     """The files of a Hugging Face folder that decide what the model is, by name.
 
-    InputError where the folder is none, has no config.json or tokenizer, or no weights as safetensors.
+    InputError where the folder is none, has no config.json or tokenizer, no weights as safetensors, or an adapter in it.
     """
     folder = Path(folder)
     if not folder.is_dir():
@@ -32,6 +32,11 @@ def folder_files(folder: Path | str) -> list[Path]:
     found = sorted(path for path in folder.iterdir() if path.is_file())
     files = [path for path in found if (path.suffix in CONTENT or path.name in VOCABULARIES) and path.name not in OURS]
     names = {path.name for path in files}
+    if "adapter_config.json" in names:  # transformers would load the base that it names instead, and save the adapter alone
+        raise InputError(
+            f"{folder}: has an adapter (adapter_config.json), expected a whole model and nothing else; fuse the adapter into its "
+            "base (merge_and_unload of peft) and name that folder, or move the files adapter_* out of this one"
+        )
     if "config.json" not in names:
         raise InputError(f"{folder}: has no config.json, expected a Hugging Face model folder")
     if not any(name.endswith(".safetensors") for name in names):
@@ -122,8 +127,13 @@ def from_gguf(file: Path) -> tuple[Any, Any]:
     return model, tokenizer
 
 
-def from_folder(folder: Path) -> tuple[Any, Any]:
-    """(model, tokenizer) of a Hugging Face folder, in the dtype in which the weights are stored."""
+def from_folder(folder: Path, dtype: Any) -> tuple[Any, Any]:
+    """(model in `dtype`, tokenizer) of a Hugging Face folder.
+
+    The dtype that config.json names is not asked: it may be a coarser one than that of the weights, which were then rounded.
+    InputError where weights are missing, have no place in the model, or are not finite numbers in `dtype`.
+    """
+    import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     for path in folder_files(folder):
@@ -132,7 +142,7 @@ def from_folder(folder: Path) -> tuple[Any, Any]:
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, **where)
         loaded: Any = AutoModelForCausalLM.from_pretrained(
-            folder, dtype="auto", use_safetensors=True, output_loading_info=True, **where
+            folder, dtype=dtype, use_safetensors=True, output_loading_info=True, **where
         )
     except RuntimeError as error:
         if "mismatched" not in str(error):
@@ -147,6 +157,16 @@ def from_folder(folder: Path) -> tuple[Any, Any]:
         )
     if getattr(model.config, "quantization_config", None):
         raise InputError(f"{folder}: holds quantised weights, expected full precision; a merge needs them")
+    if extra := sorted(report["unexpected_keys"]):
+        raise InputError(
+            f"{folder}: holds weights that the model of its config.json has no place for: {', '.join(extra[:3])} ({len(extra)} "
+            "tensors); without them it is another model. Take the config.json that belongs to them, or save the model again "
+            "as the causal LM that it is"
+        )
+    if wrong := next((name for name, weight in model.named_parameters() if not torch.isfinite(weight).all()), None):
+        kind = str(dtype).removeprefix("torch.")
+        too_large = "; numbers above 65504 are none in fp16: set `dtype: bf16` or fp32" if dtype == torch.float16 else ""
+        raise InputError(f"{folder}: {wrong} holds values that are no finite numbers in {kind}{too_large or '; fetch it again'}")
     return model, tokenizer
 
 

@@ -24,12 +24,28 @@ def name_the_account() -> None:
         os.environ["LOGNAME"] = str(os.getuid())
 
 
+def check_links(place: Path) -> None:
+    """InputError if a place lies behind a link to what is not there: `results` on a scratch file system that was cleared."""
+    for one in [place, *place.parents]:
+        if one.is_symlink() and not one.exists():
+            raise InputError(
+                f"{one}: a link to {one.readlink()}, which is not there (not mounted here, or cleared); make that folder, or "
+                "remove the link"
+            )
+
+
 def check_writable(files: Iterable[str]) -> None:
-    """InputError if one of these files, which jobs will write, could not be: a folder or a file there is another account's."""
+    """InputError if one of these files, which jobs or Snakemake will write, could not be: a folder or a file there is another
+    account's, or a link leads nowhere."""
     seen: dict[Path, bool] = {}
+    linked: set[Path] = set()
     for file in map(Path, files):
-        # An output is renamed over what is there, which asks for the folder alone; a log is written into the file that is there.
-        place = file if file.suffix == ".log" and file.exists() else next(one for one in file.absolute().parents if one.exists())
+        # An output is renamed over what is there, which asks for the folder alone; the others are written into what is there.
+        inside = file.suffix in (".log", ".pkl") and file.exists()
+        if file.parent not in linked:
+            linked.add(file.parent)
+            check_links(file.parent)
+        place = file if inside else next(one for one in file.absolute().parents if one.exists())
         if place not in seen:
             seen[place] = os.access(place, os.W_OK | (os.X_OK if place.is_dir() else 0))
         if not seen[place]:

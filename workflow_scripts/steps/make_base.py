@@ -66,6 +66,7 @@ def imported(job: manifests.Job) -> tuple[Any, Any, list[str], dict]:
     from transformers.utils import logging
 
     from workflow_scripts.models import sources, templates
+    from workflow_scripts.models.device import DTYPES
 
     logging.disable_progress_bar()
     config, facts = job.config, {}
@@ -77,14 +78,15 @@ def imported(job: manifests.Job) -> tuple[Any, Any, list[str], dict]:
         folder = given(job, config["path"])
         if sources.content_sha256(sources.folder_hashes(folder)) != job.step["external"]["content"]:
             raise InputError(f"{folder}: changed since this step was planned; run snakemake again")
-        model, tokenizer = sources.from_folder(folder)
+        model, tokenizer = sources.from_folder(folder, DTYPES[config["dtype"]])
     else:
         folder, commit = sources.from_hub(config["hub"]["id"], config["hub"].get("revision"))
-        model, tokenizer = sources.from_folder(folder)
+        model, tokenizer = sources.from_folder(folder, DTYPES[config["dtype"]])
         facts = {"revision": commit, "pinned": "revision" in config["hub"]}
     facts |= {"dtype": config["dtype"]}
     facts["template"] = templates.install(tokenizer, config.get("training_template"), config.get("end_of_turn"))
     settle(model, tokenizer, config["dtype"], job.out)
+    check_decoding(model, job.out)
     talks = [templates.rendered(tokenizer, tokenizer.chat_template, turns) for turns in templates.SINGLE + templates.SEVERAL]
     texts = [text for text in talks if text is not None]  # some templates take no system turn
     return model, tokenizer, texts + ["Two  spaces,\n\n\tand don't 12,345 cafés 日本語 🙂."], facts
@@ -109,11 +111,61 @@ def settle(model: Any, tokenizer: Any, dtype: str, out: Path) -> None:
         raise InputError(
             f"{out}: the tokenizer has a token {largest}, the model's embeddings have {rows} rows; they do not belong together"
         )
+    check_end_is_trained(model, tokenizer, out)
     more = chat.declared_ends(model.generation_config, model.config)
     ends = list(dict.fromkeys([tokenizer.eos_token_id, *more]))  # the end of a turn first: what a model declares ends answers too
     for part in (model.config, model.generation_config):
         part.eos_token_id = ends if len(ends) > 1 else ends[0]
         part.pad_token_id = tokenizer.pad_token_id
+
+
+def check_end_is_trained(model: Any, tokenizer: Any, out: Path) -> None:
+    """InputError if the model can never write the token that ends its turns: its row of the output embeddings is zero.
+
+    Some base models have tokens for turns that no training has touched (those of Llama 3 are below 1e-16). A LoRA block on the
+    linear layers leaves that row as it is, and its logit at 0: each answer would run to the limit.
+    """
+    import torch
+
+    rows, end = model.get_output_embeddings().weight.detach(), tokenizer.eos_token_id
+    if float(rows[end].abs().max()) <= 1e-6 * float(rows.abs().mean(dtype=torch.float32)):
+        raise InputError(
+            f"{out}: the end of a turn, {tokenizer.eos_token!r} (token {end}), was never trained in this model: its row of the "
+            "output embeddings is zero, and adapters leave it so; no answer would end. Take a model that knows it (the Instruct "
+            "one), or a template that closes turns with a token that the model knows, named under base.end_of_turn"
+        )
+
+
+def check_decoding(model: Any, out: Path) -> None:
+    """InputError if what the model's folder says of decoding can't be followed: it would end, or spoil, each of its evaluations.
+
+    Two tokens are written as an evaluation writes them. Some settings need more than the model (stop_strings its tokenizer,
+    penalty_alpha remote code, prompt_lookup_num_tokens a batch of one); others make of an answer what is no text; and with
+    max_time the clock decides where an answer ends.
+    """
+    import json
+
+    import torch
+
+    own = model.generation_config
+    said = {key: value for key, value in own.to_diff_dict().items() if not key.endswith(("token_id", "_version"))}
+    try:
+        json.dumps(said)
+        if own.max_time is not None:
+            raise ValueError("with max_time the clock decides where an answer ends")
+        prompts = torch.tensor([[own.eos_token_id[0] if isinstance(own.eos_token_id, list) else own.eos_token_id]] * 2)
+        with torch.inference_mode():
+            found = model.eval().generate(
+                input_ids=prompts, attention_mask=torch.ones_like(prompts), do_sample=False, num_beams=1, max_new_tokens=2
+            )
+        if not torch.is_tensor(found):
+            raise TypeError("generate returns a mapping with return_dict_in_generate")
+    except Exception as error:  # any of a library: what the settings are is not ours to know
+        raise InputError(
+            f"{out}: no answer can be given with what the model's generation_config.json says, "
+            f"{', '.join(sorted(said)) or 'nothing'}: {' '.join(str(error).split())[:200]}. Remove that from a copy of the "
+            "model's folder, and name the copy under base.path"
+        ) from None
 
 
 def check_saved(folder: Path, tokenizer: Any, texts: list[str], out: Path) -> None:

@@ -168,7 +168,7 @@ def read_hub(source: dict, rows: int, seed: int) -> tuple[str, list[Source]]:
 def parse(line: str, place: str) -> dict:
     try:
         row = json.loads(line)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise InputError(f"{place}: not valid JSON: {error}; expected one JSON object on each line") from None
     if not isinstance(row, dict):
         raise InputError(f"{place}: expected a JSON object, found {type(row).__name__}")
@@ -281,7 +281,7 @@ def filter_rows(rows: list[dict], check: slicing.Decontaminator, tokenizer, max_
         questions = [turn["content"] for turn in before if turn["role"] == "user"]
         if check.covers(questions, "\n".join([*(turn["content"] for turn in before), *slicing.answer_texts(row)])):
             dropped["covering an evaluation prompt"] += 1
-        elif reason := chat.unwritable(tokenizer, [before, *slicing.conversations(row)], control):
+        elif reason := chat.unwritable(tokenizer, [before, *slicing.conversations(row)], control, "messages" in row):
             dropped[reason] += 1
         elif len(tokenizer.apply_chat_template(before, add_generation_prompt=True)["input_ids"]) > max_prompt_tokens:
             dropped[f"with a prompt above {max_prompt_tokens} tokens"] += 1
