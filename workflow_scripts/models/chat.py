@@ -89,6 +89,7 @@ def decode_as_declared(model: Any, tokenizer: Any, decoding: str) -> None:
     for name in ("temperature", "top_p", "top_k", "min_p", "typical_p"):  # nothing is sampled
         setattr(model.generation_config, name, None)
     model.generation_config.do_sample = False
+    model.generation_config.return_dict_in_generate = False
 
 
 def control_tokens(tokenizer: Any) -> list[str]:

@@ -74,6 +74,7 @@ def answer(
                 max_new_tokens=max_new_tokens,
                 eos_token_id=ends,
                 pad_token_id=tokenizer.pad_token_id,
+                tokenizer=tokenizer,  # for the texts at which a folder may want to stop
             )
         for i, tokens in zip(rows, generated[:, batch["input_ids"].shape[1] :].tolist(), strict=True):
             length = next((n for n, token in enumerate(tokens, start=1) if token in ends), None)

@@ -86,7 +86,6 @@ def imported(job: manifests.Job) -> tuple[Any, Any, list[str], dict]:
     facts |= {"dtype": config["dtype"]}
     facts["template"] = templates.install(tokenizer, config.get("training_template"), config.get("end_of_turn"))
     settle(model, tokenizer, config["dtype"], job.out)
-    check_decoding(model, job.out)
     talks = [templates.rendered(tokenizer, tokenizer.chat_template, turns) for turns in templates.SINGLE + templates.SEVERAL]
     texts = [text for text in talks if text is not None]  # some templates take no system turn
     return model, tokenizer, texts + ["Two  spaces,\n\n\tand don't 12,345 cafés 日本語 🙂."], facts
@@ -134,38 +133,6 @@ def check_end_is_trained(model: Any, tokenizer: Any, out: Path) -> None:
             "output embeddings is zero, and adapters leave it so; no answer would end. Take a model that knows it (the Instruct "
             "one), or a template that closes turns with a token that the model knows, named under base.end_of_turn"
         )
-
-
-def check_decoding(model: Any, out: Path) -> None:
-    """InputError if what the model's folder says of decoding can't be followed: it would end, or spoil, each of its evaluations.
-
-    Two tokens are written as an evaluation writes them. Some settings need more than the model (stop_strings its tokenizer,
-    penalty_alpha remote code, prompt_lookup_num_tokens a batch of one); others make of an answer what is no text; and with
-    max_time the clock decides where an answer ends.
-    """
-    import json
-
-    import torch
-
-    own = model.generation_config
-    said = {key: value for key, value in own.to_diff_dict().items() if not key.endswith(("token_id", "_version"))}
-    try:
-        json.dumps(said)
-        if own.max_time is not None:
-            raise ValueError("with max_time the clock decides where an answer ends")
-        prompts = torch.tensor([[own.eos_token_id[0] if isinstance(own.eos_token_id, list) else own.eos_token_id]] * 2)
-        with torch.inference_mode():
-            found = model.eval().generate(
-                input_ids=prompts, attention_mask=torch.ones_like(prompts), do_sample=False, num_beams=1, max_new_tokens=2
-            )
-        if not torch.is_tensor(found):
-            raise TypeError("generate returns a mapping with return_dict_in_generate")
-    except Exception as error:  # any of a library: what the settings are is not ours to know
-        raise InputError(
-            f"{out}: no answer can be given with what the model's generation_config.json says, "
-            f"{', '.join(sorted(said)) or 'nothing'}: {' '.join(str(error).split())[:200]}. Remove that from a copy of the "
-            "model's folder, and name the copy under base.path"
-        ) from None
 
 
 def check_saved(folder: Path, tokenizer: Any, texts: list[str], out: Path) -> None:
