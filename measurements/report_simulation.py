@@ -485,8 +485,8 @@ def main() -> None:
 
 MARKS = ("<!-- tables: measurements/report_simulation.py -->", "<!-- end of tables -->")
 COLUMNS = (
-    "family", "prompts", "seeds", "spread", "verdicts", "families", "wrong", "wrong before", "coverage", "coverage before", "worst",
-    "worst before", "found", "found before", "equivalent", "wrongly equivalent", "wrong, twice", "worst, twice",
+    "family", "prompts", "seeds", "spread", "verdicts", "families", "wrong", "wrong before", "coverage", "coverage before",
+    "worst", "worst before", "found", "found before", "equivalent", "wrongly equivalent", "wrong, twice", "worst, twice",
 )  # fmt: skip
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+import yaml
 
 from tests.conftest import make_clone
 from tests.support import report_world
@@ -211,9 +212,8 @@ def test_a_cell_that_a_spreadsheet_would_run_is_text(value):
             {"families": {"primary": {"task": "mmlu"}}},
             r"report\.families\.primary\.task: found 'mmlu', expected what `eval:` has",
         ),
-        ({"confirmatory": None}, r"report\.confirmatory: not given, and there are 4 families; name the one whose verdicts count"),
         ({"confirmatory": "first"}, r"report\.confirmatory: found 'first', expected one of the families: primary, methods, base"),
-        ({"confirmatory": ["primary", "base"]}, r"report\.confirmatory: found \['primary', 'base'\], expected text"),
+        ({"confirmatory": ["primary", "base"]}, r"report\.confirmatory: found a list, expected a string"),
         ({"families": {"primary": {"reference": "dpo"}}}, r"dpo is the reference: it can't be compared with itself"),
         (
             {"controls": {"null": {"run": "sft_v2", "seeds_from": 1, "alpha": 0.01}}},
@@ -227,6 +227,20 @@ def test_a_report_of_what_the_config_lacks_is_refused(tmp_path, overlay, message
     config = report_world.write_config(tmp_path, overlay={"report": overlay})
     with pytest.raises(InputError, match=message):
         Plan(configs.load(config)).check()
+
+
+def test_several_families_need_the_name_of_the_confirmatory_one_and_a_single_one_does_not(tmp_path):
+    from workflow_scripts.plan.plan import Plan
+
+    path = report_world.write_config(tmp_path)
+    data = yaml.safe_load(path.read_text())
+    del data["report"]["confirmatory"]
+    path.write_text(yaml.safe_dump(data))
+    with pytest.raises(InputError, match=r"report\.confirmatory: not given, and there are 4 families; name the one whose"):
+        Plan(configs.load(path)).check()
+    data["report"]["families"] = {"primary": data["report"]["families"]["primary"]}
+    path.write_text(yaml.safe_dump(data))
+    Plan(configs.load(path)).check()
 
 
 def test_only_score_files_are_inputs_so_no_curve_or_time_makes_a_report_stale(made):

@@ -110,7 +110,7 @@ def possible(split: Split) -> np.ndarray:
     return split.prompt[..., None] + np.maximum(0.0, between)
 
 
-def tail(x: np.ndarray, variances: np.ndarray, prompts: int) -> np.ndarray:
+def tail(x: np.ndarray, variances: np.ndarray, prompts: float) -> np.ndarray:
     """P(an estimate whose true value is 0 is at least x), over the possible variances (..., nodes).
 
     The prompt part is known from hundreds of prompts, the seed part from a few seeds. The variance of their sum is no mean
@@ -118,8 +118,8 @@ def tail(x: np.ndarray, variances: np.ndarray, prompts: int) -> np.ndarray:
     chance gets a small variance and many degrees of freedom at once. So the uncertain part is integrated over what it may be,
     a generalised p-value (Tsui & Weerahandi 1989, Journal of the American Statistical Association 84, 602-607), which is Fisher's
     solution of the Behrens-Fisher problem: x / sqrt(prompt + max(0, seed df / W - resid)) against Student's t of the prompts,
-    mean over W, a chi-square with the seed part's degrees of freedom. Where seeds are all, that is Student's t with their degrees of
-    freedom; with one seed it is the paired t-test.
+    mean over W, a chi-square with the seed part's degrees of freedom. Where seeds are all, that is Student's t with their
+    degrees of freedom; with one seed it is the paired t-test.
     """
     with np.errstate(divide="ignore", invalid="ignore"):
         ratio = np.where(variances > 0, x[..., None] / np.sqrt(variances), np.sign(x)[..., None] * np.inf)

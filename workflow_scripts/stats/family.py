@@ -132,7 +132,7 @@ def again(after: np.ndarray, before: np.ndarray, names: tuple[str, str], alpha: 
     own = components.parts((tables[names[0]] - tables[names[1]])[None])
     own = replace(own, seed=first.seed + second.seed, resid=first.resid + second.resid)
     split = components.alone(own, groups=2)
-    return _compared(tables, [names], own, split, split, alpha, None)[0]
+    return _compared(tables, [names], own, split, split, alpha, None, plan=False)[0]
 
 
 def _compared(
@@ -143,7 +143,9 @@ def _compared(
     unpooled: Split,
     alpha: float,
     margin: float | None,
+    plan: bool = True,
 ) -> tuple[Comparison, ...]:
+    """plan: say how many prompts or seeds would be enough, which takes a moment."""
     several, each = own.seeds > 1, alpha / len(contrasts)
     p = components.p_value(own.mean, split)
     same = components.p_equivalent(own.mean, split, margin) if margin is not None and several else None
@@ -159,7 +161,7 @@ def _compared(
         if same is not None and same[k] <= each:
             verdict = EQUIVALENT
         one = Split(split.prompt[k], split.seed[k], split.resid[k], split.df[k], split.prompts, split.seeds)
-        open_ = several and verdict == CANNOT_TELL and split.variance[k] > 0
+        open_ = plan and several and verdict == CANNOT_TELL and split.variance[k] > 0
         more_prompts = power.prompts_needed(difference, one, each) if open_ else None
         more_seeds = power.seeds_needed(difference, one, each) if open_ else None
         identical = np.array_equal(tables[after], tables[before])
