@@ -1,61 +1,80 @@
-"""Do the report's verdicts and intervals keep what they promise? Families of binary verdicts are simulated and compared.
+"""Do the report's verdicts and intervals keep what they promise? Families of binary verdicts are simulated and judged.
 
-    PYTHONPATH=. python measurements/report_simulation.py --families 1000 --jobs 2
+    PYTHONPATH=. python measurements/report_simulation.py --families 1000 --jobs 2 --csv measurements/report_simulation.csv
+    PYTHONPATH=. python measurements/report_simulation.py --table measurements/report_simulation.csv \\
+        --out docs/report_simulation.md
 
-Prints the tables of docs/report_simulation.md; about five minutes on two cores.
-
-The model, for arm a, seed s and prompt i, with all effects normal:
+The first draws (fifteen minutes on one core), the second writes the tables into the document. The model, for arm a,
+seed s and prompt i, with all effects normal:
 
     logit P(verdict is 1) = mu_a + difficulty_i + interaction_ai + parent_s + own_as
 
 What a 95 % interval must cover is the difference between two arms over the population of prompts and seeds. mu_a is therefore
 solved so that each arm's probability, averaged over all effects, is the base rate: in a null family all true differences are
-exactly 0. The figures come from the functions that the report itself calls (`workflow_scripts.stats.components`).
+exactly 0. A difference for the power, or as large as the margin, is added to the estimates of the same null family. The figures
+come from the functions that the report itself calls (`workflow_scripts.stats`); beside them, on the same draws, those of the
+pooled seed variance with Satterthwaite's degrees of freedom, which the report had before.
 """
 
 import argparse
+import csv
 import dataclasses
 import itertools
-import json
 import multiprocessing
 import os
 import sys
+import time
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import pandas
-from scipy import optimize, special
+from scipy import optimize, special, stats
 
-from workflow_scripts.stats import components, power
-from workflow_scripts.stats.family import homogeneity
+from workflow_scripts.stats import components
+from workflow_scripts.stats.components import Parts
+from workflow_scripts.stats.moderated import moderate
 
-ALPHA, PROMPTS, CHUNK = 0.05, 541, 50
-DIFFICULTY, INTERACTION = 3.0, 0.7  # standard deviations on the logit scale, where no score files are given
-REFERENCE, PAIRS = "6 against a reference", "all pairs of 5"
+ALPHA, MARGIN, LIMIT = 0.05, 0.02, 0.01  # of a family; of equivalence, a fraction; of the null control
+DIFFICULTY, INTERACTION = 3.0, 0.7  # standard deviations on the logit scale
+PROMPTS = {400: 0.3, 541: 0.3, 1319: 0.3, 14042: 0.5}  # how many -> accuracy of every arm
+SEEDS = (2, 3, 5, 10)
+SHARED, OWN, BASE, PAIRS = "5, reference is their parent", "5, independent reference", "6 against the base", "all pairs of 5"
+NULL = "null control"
+SPREAD = {  # seed effects -> (sd of quiet arms in points, times for a wild one, which are wild)
+    "none": (0.0, 1, "no"),
+    "even 1": (1.0, 1, "no"),
+    "even 3": (3.0, 1, "no"),
+    "one 1 : 3": (1.0, 3, "one"),
+    "one 0.1 : 1": (0.1, 10, "one"),
+    "one 0.1 : 2": (0.1, 20, "one"),
+    "one 0.2 : 4": (0.2, 20, "one"),
+    "half 0.1 : 2": (0.1, 20, "half"),
+    "start 0.1 : 2": (0.1, 20, "start"),
+}
+FULL, FEW = (541, 14042), ("even 1", "one 1 : 3", "one 0.2 : 4", "half 0.1 : 2")  # for the other sizes, few spreads
+MORE_TRUST = (14042,)  # prompts for which it is also tried to let the family add twice as many degrees of freedom
+CHUNK = 6_000_000  # verdicts at a time
 
 
 @dataclass(frozen=True)
 class Setting:
     family: str
+    prompts: int
     seeds: int
-    parent: str  # shared | independent
-    variances: str  # equal | unequal: the first arm 0.5 times, the second 2 times the seed sd
-    rate: float
-    seed_sd: float  # points: of a run's accuracy, from its own seed effect
-    difficulty: float
-    interaction: float
+    spread: str
+    verdicts: str  # binary | limit: see `limit`
 
 
 @dataclass(frozen=True)
 class Model:
-    """The setting as numbers: one entry for each arm; arm 0 is the reference, the last one is shifted for the power."""
+    """The setting as numbers: one entry for each arm; arm 0 is the reference."""
 
     contrasts: np.ndarray  # (contrasts, arms)
     mu: np.ndarray
-    parent: np.ndarray  # sd of the effect that all arms of a seed share, as each arm feels it
+    parent: np.ndarray  # sd on the logit scale of the effect that all arms of a seed share
     own: np.ndarray  # sd of each arm's own seed effect
+    fixed: bool  # arm 0 is a model without seeds: the same answers with each
 
 
 def expect(values: int, sd: float) -> tuple[np.ndarray, np.ndarray]:
@@ -72,28 +91,6 @@ def centre(rate: float, sd: float) -> float:
     return float(optimize.brentq(lambda mu: weights @ special.expit(mu + nodes) - rate, -30, 30, xtol=1e-12))
 
 
-def model(setting: Setting, shift: float = 0.0) -> Model:
-    """The setting with the last arm's true accuracy shifted. Its seed effects keep their size in points, not in logits."""
-    count = 7 if setting.family == REFERENCE else 5
-    pairs = [(a, 0) for a in range(1, 7)] if count == 7 else [(b, a) for a, b in itertools.combinations(range(5), 2)]
-    contrasts = np.zeros((len(pairs), count))
-    for row, (after, before) in zip(contrasts, pairs, strict=True):
-        row[after], row[before] = 1, -1
-    prompts = np.hypot(setting.difficulty, setting.interaction)
-    own, parent = np.full(count, setting.seed_sd), np.zeros(count)  # in points
-    if setting.variances == "unequal":
-        own[:2] *= 0.5, 2
-    if setting.parent == "shared":
-        parent[:] = setting.seed_sd
-        if setting.family == REFERENCE:  # the reference is the parent: its own effect is the one that its children inherit
-            parent[:], own[0] = own[0], 0.0
-    rates = np.full(count, setting.rate)
-    rates[-1] += shift
-    own, parent = (sds / slopes(rates, prompts) / 100 for sds in (own, parent))
-    mu = [centre(rate, np.sqrt(prompts**2 + a**2 + b**2)) for rate, a, b in zip(rates, own, parent, strict=True)]
-    return Model(contrasts, np.array(mu), parent, own)
-
-
 def slopes(rates: np.ndarray, sd: float) -> np.ndarray:
     """Accuracy gained for each logit, at each rate: points into logits."""
     nodes, weights = expect(101, sd)
@@ -101,230 +98,354 @@ def slopes(rates: np.ndarray, sd: float) -> np.ndarray:
     return (chances * (1 - chances)) @ weights
 
 
-def truth(setting: Setting, world: Model, after: int, before: int) -> tuple[float, float, float]:
-    """The variances (prompt, seed, residual) of d[s, i] between two arms, by quadrature over all effects."""
-    difficulty, difficulty_w = expect(41, setting.difficulty)
-    parent, parent_w = expect(15, float(world.parent.any()))
-    means, by_prompt, by_seed = [], [], []
-    for arm in (after, before):
-        interaction, interaction_w = expect(15, setting.interaction)
-        own, own_w = expect(15, world.own[arm])
-        logit = world.mu[arm] + difficulty[:, None, None, None] + interaction[:, None, None] + own
-        logit = logit + world.parent[arm] * parent[:, None]
-        chances = special.expit(logit)  # (difficulty, interaction, parent, own)
-        means.append(np.einsum("buPo,u,o->bP", chances, interaction_w, own_w))
-        by_prompt.append((np.einsum("buPo,P,o->bu", chances, parent_w, own_w), interaction_w))
-        by_seed.append((np.einsum("buPo,b,u->Po", chances, difficulty_w, interaction_w), own_w))
-    first, second = (difficulty_w @ mean @ parent_w for mean in means)
-    square = (first - second) ** 2
-
-    def spread(sides: list[tuple[np.ndarray, np.ndarray]], shared_w: np.ndarray) -> float:
-        """Variance of the difference of two functions of a shared effect and of one effect of each side's own."""
-        inner = [values @ weights for values, weights in sides]
-        within = sum(np.square(values) @ weights - mean**2 for (values, weights), mean in zip(sides, inner, strict=True))
-        return float(shared_w @ (within + (inner[0] - inner[1]) ** 2) - square)
-
-    prompt, seed = spread(by_prompt, difficulty_w), spread(by_seed, parent_w)
-    both_right = difficulty_w @ (means[0] * means[1]) @ parent_w
-    return prompt, seed, float(first + second - 2 * both_right - square - prompt - seed)
+def model(setting: Setting) -> Model:
+    if setting.family == NULL:  # the SFT model against itself under other seeds, sd 3, and five quiet children
+        sds = np.array([3.0, 3.0] + 5 * [0.3])
+        contrasts = np.hstack([np.zeros((5, 1)), -np.ones((5, 1)), np.eye(5)])
+        return _model(setting, np.vstack([contrasts, np.eye(7)[0] - np.eye(7)[1]]), sds, np.array([0.0, 0.0] + 5 * [3.0]), False)
+    count = {SHARED: 6, OWN: 6, BASE: 7, PAIRS: 5}[setting.family]
+    pairs = [(b, a) for a, b in itertools.combinations(range(count), 2) if a == 0 or setting.family == PAIRS]
+    contrasts = np.array([np.eye(count)[after] - np.eye(count)[before] for after, before in pairs])
+    quiet, times, wild = SPREAD[setting.spread]
+    own = np.full(count, quiet)
+    chosen = {"no": slice(0, 0), "one": slice(count - 1, count), "half": slice(count // 2, count), "start": slice(0, 1)}[wild]
+    own[chosen] *= times
+    parent = np.zeros(count)
+    if setting.family == SHARED:  # the reference's own effect is the one that its children inherit
+        parent[:], own[0] = own[0], 0.0
+    elif setting.family == BASE:  # the children share what their SFT run was; the base has none
+        parent[1:], own[0] = own[0], 0.0
+    return _model(setting, contrasts, own, parent, setting.family == BASE)
 
 
-def detectable(setting: Setting) -> tuple[float, Model]:
-    """(minimum detectable effect of the last arm against arm 0 from the true variances, the model with that arm shifted by it).
-
-    The shift changes the variances between prompts, so both are solved for together.
-    """
-    n, seeds, effect, world = PROMPTS, setting.seeds, 0.0, model(setting)
-    worth = components.effective(world.contrasts)
-    for _ in range(8):
-        prompt, seed, resid = truth(setting, world, len(world.mu) - 1, 0)
-        residual = resid / (n * seeds)
-        squares = (prompt / n + residual, seed / seeds + residual, residual)
-        variance = squares[0] + seed / seeds
-        df = components.satterthwaite(np.array(variance), tuple(map(np.array, squares)), components.dfs(seeds, n, worth))
-        effect = power.detectable(variance**0.5, float(df), ALPHA / len(world.contrasts))
-        world = model(setting, effect)
-    return effect, world
+def _model(setting: Setting, contrasts: np.ndarray, own: np.ndarray, parent: np.ndarray, fixed: bool) -> Model:
+    rate, prompts = PROMPTS[setting.prompts], float(np.hypot(DIFFICULTY, INTERACTION))
+    slope = 100 * slopes(np.array([rate]), prompts)[0]
+    own, parent = own / slope, parent / slope
+    mu = [centre(rate, float(np.sqrt(prompts**2 + a**2 + b**2))) for a, b in zip(own, parent, strict=True)]
+    return Model(contrasts, np.array(mu), parent, own, fixed)
 
 
-def verdicts(setting: Setting, worlds: list[Model], families: int, rng: np.random.Generator) -> list[np.ndarray]:
-    """For each model (families, arms, seeds, prompts) of 0 and 1, all from the same random numbers."""
-    arms, seeds = len(worlds[0].mu), setting.seeds
+def draw(setting: Setting, world: Model, families: int, rng: np.random.Generator) -> np.ndarray:
+    """(families, arms, seeds, prompts) of 0 and 1."""
+    arms, seeds, prompts = len(world.own), setting.seeds, setting.prompts
 
     def normal(*shape: int) -> np.ndarray:
         return rng.standard_normal(shape, dtype=np.float32)
 
-    chance = rng.random((families, arms, seeds, PROMPTS), dtype=np.float32)
-    np.clip(chance, 1e-7, 1 - 1e-7, out=chance)
-    noise = np.log(chance / (1 - chance))  # logistic: above -logit with the probability of the logit
-    noise += np.float32(setting.difficulty) * normal(families, 1, 1, PROMPTS)
-    noise += np.float32(setting.interaction) * normal(families, arms, 1, PROMPTS)
-    parent, own = normal(families, 1, seeds, 1), normal(families, arms, seeds, 1)
-    found = []
-    for world in worlds:
-        mu, by_parent, by_own = (each.astype(np.float32)[:, None, None] for each in (world.mu, world.parent, world.own))
-        found.append((noise > -(mu + by_parent * parent + by_own * own)).astype(float))
+    easy = np.float32(DIFFICULTY) * normal(families, 1, prompts) + np.float32(INTERACTION) * normal(families, arms, prompts)
+    parent, own = normal(families, 1, seeds), normal(families, arms, seeds)
+    if setting.family == NULL:  # the second arm is the parent of the others: its own effect is theirs
+        parent[:, 0], shared = own[:, 1], np.array([0, 0] + 5 * [1], dtype=np.float32)
+        effect = world.own.astype(np.float32)[:, None] * own + (world.parent.astype(np.float32) * shared)[:, None] * parent
+    else:
+        effect = world.own.astype(np.float32)[:, None] * own + world.parent.astype(np.float32)[:, None] * parent
+    found = np.empty((families, arms, seeds, prompts), dtype=np.float32)
+    for seed in range(seeds):  # seed by seed: half the memory
+        chance = easy + (world.mu.astype(np.float32)[:, None] + effect[:, :, seed, None])
+        np.negative(chance, out=chance)
+        np.exp(chance, out=chance)
+        chance += 1  # 1 / the probability
+        chance *= rng.random(chance.shape, dtype=np.float32)
+        np.less(chance, 1, out=found[:, :, seed], casting="unsafe")
+    if world.fixed:
+        found[:, 0] = found[:, 0, :1]
     return found
 
 
-def judge(runs: np.ndarray, contrasts: np.ndarray, worth: float) -> tuple[np.ndarray, ...]:
-    """For each family and contrast: p, whether the interval covers 0, whether the unpooled one does."""
-    after, before = contrasts.argmax(axis=1), contrasts.argmin(axis=1)
-    own = components.parts(runs[:, after] - runs[:, before])
-    pooled = (part.mean(axis=1, keepdims=True) for part in (own.seed, own.resid))
-    found = [components.variance(own, *pooled, worth), components.variance(own, own.seed, own.resid, 1.0)]
-    p, p_unpooled = (components.p_value(own.mean, variance, df, PROMPTS) for variance, df in found)
-    return p, p > ALPHA, p_unpooled > ALPHA
+def parts(runs: np.ndarray, contrasts: np.ndarray) -> Parts:
+    """`components.parts` of each contrast's differences, from sums of products over arms: (families, contrasts)."""
+    seeds, prompts = runs.shape[-2:]
+    by_prompt, by_seed = runs.sum(axis=-2), runs.sum(axis=-1, dtype=np.float64)
+    flat = runs.reshape(*runs.shape[:-2], -1)
+    mean = by_seed.sum(axis=-1) @ contrasts.T / (seeds * prompts)
+    between = np.square(np.einsum("ka,fas->fks", contrasts, by_seed) / prompts - mean[..., None]).sum(axis=-1)
+
+    def squares(table: np.ndarray) -> np.ndarray:
+        """Sums of squares of the contrasts' rows; sums of whole numbers, exact in float32 below 2^24."""
+        return np.einsum("ka,fab,kb->fk", contrasts, (table @ table.swapaxes(-1, -2)).astype(np.float64), contrasts)
+
+    over_prompts = squares(by_prompt) / seeds**2 - prompts * mean**2
+    rest = squares(flat) - seeds * prompts * mean**2 - seeds * over_prompts - prompts * between
+    size, each = seeds * prompts, (seeds - 1) * (prompts - 1)
+    return Parts(
+        mean,
+        over_prompts / (prompts - 1) / prompts,
+        between / (seeds - 1) / seeds,
+        np.maximum(0, rest) / each / size,
+        seeds,
+        prompts,
+    )
+
+
+def limit(setting: Setting, world: Model, families: int, rng: np.random.Generator) -> Parts:
+    """The parts of each contrast where prompts are many: means over prompts are normal, mean squares chi-square.
+
+    Of a difference of two arms, the variances between prompts and of what neither explains come from binary verdicts, drawn as
+    `draw` does; each arm has half of them. The verdicts of a model without seeds do not differ between seeds.
+    """
+    prompts, seeds, arms = setting.prompts, setting.seeds, len(world.own)
+    two = np.eye(arms)[[2]] - np.eye(arms)[[1]]
+    pilot = parts(draw(dataclasses.replace(setting, seeds=4), world, 8, rng), two)
+    between = np.full(arms, float((pilot.prompt - pilot.resid).mean()) / 2)  # of an arm's mean, by the choice of prompts
+    rest = np.full(arms, float(pilot.resid.mean()) * 4 / 2)  # of one run's mean
+    if world.fixed:
+        between[0], rest[0] = between[0] + rest[0], 0.0
+    slope = slopes(np.array([PROMPTS[prompts]]), float(np.hypot(DIFFICULTY, INTERACTION)))[0]
+    effects = world.own[:, None] * rng.standard_normal((families, arms, seeds))
+    effects += world.parent[:, None] * rng.standard_normal((families, 1, seeds))
+    runs = slope * effects + np.sqrt(rest)[:, None] * rng.standard_normal((families, arms, seeds))
+    runs += (np.sqrt(between) * rng.standard_normal((families, arms)))[:, :, None]
+    by_seed = np.einsum("ka,fas->fks", world.contrasts, runs)
+    shape, df = by_seed.shape[:2], (prompts - 1, (prompts - 1) * (seeds - 1))
+    resid = np.square(world.contrasts) @ rest / seeds
+    prompt = (np.square(world.contrasts) @ between + resid) * rng.chisquare(df[0], shape) / df[0]
+    seed = by_seed.var(axis=-1, ddof=1) / seeds
+    return Parts(by_seed.mean(axis=-1), prompt, seed, resid * rng.chisquare(df[1], shape) / df[1], seeds, prompts)
+
+
+def pooled(own: Parts, worth: float) -> tuple[np.ndarray, np.ndarray]:
+    """What the report had before, the seed part pooled: (standard error, Satterthwaite's degrees of freedom)."""
+    seed, resid = (part.mean(axis=-1, keepdims=True) for part in (own.seed, own.resid))
+    variance = own.prompt + np.maximum(0.0, seed - resid)
+    dfs = own.prompts - 1, worth * (own.seeds - 1), worth * (own.seeds - 1) * (own.prompts - 1)
+    noise = sum(np.square(part) / df for part, df in zip((own.prompt, seed, resid), dfs, strict=True))
+    return np.sqrt(variance), np.clip(variance**2 / noise, min(dfs), dfs[0])
+
+
+def found_at(distance: np.ndarray, most: np.ndarray) -> float:
+    """The true difference that is found with 80 %, in points: distance is the estimate at 0, found where |estimate| > most."""
+
+    def short(effect: float) -> float:
+        return float(np.mean(np.abs(distance + effect) > most)) - 0.8
+
+    return 100 * float(optimize.brentq(short, 0, 100 * most.max() + 100, xtol=1e-6))
+
+
+def judge(own: Parts, contrasts: np.ndarray) -> dict:
+    """For each family: was there a wrong verdict? For each contrast: does its interval cover?"""
+    worth, each = components.effective(contrasts), ALPHA / len(contrasts)
+    split = moderate(own, worth)
+    p, (se, df) = components.p_value(own.mean, split), pooled(own, worth)
+    before = 2 * special.stdtr(df, -np.abs(own.mean) / se)
+    last = dataclasses.replace(split, **{name: getattr(split, name)[:, 0] for name in ("prompt", "seed", "resid", "df")})
+    same = [components.p_equivalent(own.mean + shift, split, MARGIN) <= each for shift in (0, MARGIN)]
+    found = {
+        "wrong": p.min(axis=1) <= each,
+        "covers": p > ALPHA,
+        "wrong before": before.min(axis=1) <= each,
+        "covers before": before > ALPHA,
+        "estimate": own.mean[:, 0],
+        "most": components.half_width(last, each),
+        "most before": stats.t.isf(each / 2, df[:, 0]) * se[:, 0],
+        "equivalent": same[0].mean(axis=1),
+        "wrongly equivalent": same[1].any(axis=1),
+    }
+    if own.seeds == 3 and own.prompts in MORE_TRUST:
+        p = components.p_value(own.mean, moderate(own, worth, trust=2.0))
+        found |= {"wrong, twice": p.min(axis=1) <= each, "covers, twice": p > ALPHA}
+    return found
+
+
+def judge_null(runs: np.ndarray, contrasts: np.ndarray) -> dict:
+    """The null control, as `family.again` judges it, and as it was before: with the variance of five quiet children pooled in."""
+    first, second = (parts(runs[:, [arm]], np.eye(1)) for arm in (0, 1))
+    own = parts(runs, contrasts)
+    alone = parts(runs[:, :2], np.array([[1.0, -1.0]]))
+    alone = dataclasses.replace(alone, seed=first.seed + second.seed, resid=first.resid + second.resid)
+    se, df = pooled(own, components.effective(contrasts))
+    return {
+        "wrong": components.p_value(alone.mean, components.alone(alone, groups=2))[:, 0] < LIMIT,
+        "wrong before": (2 * stats.t.sf(np.abs(own.mean) / se, df))[:, -1] < LIMIT,
+    }
 
 
 def simulate(task: tuple[Setting, int, np.random.SeedSequence]) -> dict:
     """One row of the table."""
     setting, families, sequence = task
     world, rng = model(setting), np.random.default_rng(sequence)
-    worth, count = components.effective(world.contrasts), len(world.contrasts)
-    effect, shifted = detectable(setting)
-    tested = int(np.flatnonzero((world.contrasts[:, -1] == 1) & (world.contrasts[:, 0] == -1))[0])
-    wrong, uneven, found, covered, covered_unpooled = [], [], [], [], []
-    for start in range(0, families, CHUNK):
-        size = min(CHUNK, families - start)
-        null, alternative = verdicts(setting, [world, shifted], size, rng)
-        p, covers, covers_unpooled = judge(null, world.contrasts, worth)
-        wrong += list(p.min(axis=1) <= ALPHA / count)  # Holm's first step: with it, or not at all, comes a wrong verdict
-        covered.append(covers)
-        covered_unpooled.append(covers_unpooled)
-        for family in null:
-            checked = homogeneity({str(arm): runs for arm, runs in enumerate(family)})
-            uneven.append(checked is not None and checked.p <= ALPHA)
-        found += list(judge(alternative, world.contrasts, worth)[0][:, tested] <= ALPHA / count)
-    coverage = np.concatenate(covered).mean(axis=0)
-    return {
-        **dataclasses.asdict(setting),
-        "families": families,
-        "fwer": 100 * np.mean(wrong),
-        "coverage": 100 * coverage.mean(),
-        "worst": 100 * coverage.min(),
-        "unpooled": 100 * np.concatenate(covered_unpooled).mean(),
-        "power": 100 * np.mean(found),
-        "mde": 100 * effect,
-        "uneven": 100 * np.mean(uneven),
-    }
+    families *= 4 if setting.family == NULL else 1
+    at_once = max(1, CHUNK // (len(world.own) * setting.seeds * setting.prompts))
+    if setting.verdicts == "limit":
+        at_once = families
+    found: dict[str, list] = {}
+    for start in range(0, families, at_once):
+        size = min(at_once, families - start)
+        if setting.family == NULL:
+            judged = judge_null(draw(setting, world, size, rng), world.contrasts)
+        elif setting.verdicts == "limit":
+            judged = judge(limit(setting, world, size, rng), world.contrasts)
+        else:
+            runs = draw(setting, world, size, rng)
+            own = parts(runs, world.contrasts)
+            if start == 0:
+                check(own, runs[0], world.contrasts)
+            judged = judge(own, world.contrasts)
+        for name, values in judged.items():
+            found.setdefault(name, []).append(values)
+    all_ = {name: np.concatenate(values) for name, values in found.items()}
+    row = dataclasses.asdict(setting) | {"families": families}
+    row |= {name: 100 * float(np.mean(all_[name])) for name in ("wrong", "wrong before")}
+    if setting.family != NULL:
+        row |= {"coverage": 100 * all_["covers"].mean(), "worst": 100 * all_["covers"].mean(axis=0).min()}
+        row |= {
+            "coverage before": 100 * all_["covers before"].mean(),
+            "worst before": 100 * all_["covers before"].mean(axis=0).min(),
+        }
+        row |= {f"found{kind}": found_at(all_["estimate"], all_[f"most{kind}"]) for kind in ("", " before")}
+        if "covers, twice" in all_:
+            row |= {"wrong, twice": 100 * float(np.mean(all_["wrong, twice"]))}
+            row |= {"worst, twice": 100 * all_["covers, twice"].mean(axis=0).min()}
+        row |= {name: 100 * float(np.mean(all_[name])) for name in ("equivalent", "wrongly equivalent")}
+    return {name: round(float(value), 3) if isinstance(value, float) else value for name, value in row.items()}
 
 
-def settings(difficulty: float, interaction: float) -> list[Setting]:
-    chosen = []
-    for family, seeds, rate, sd in itertools.product((REFERENCE, PAIRS), (3, 5), (0.12, 0.3, 0.6), (0.0, 1.0, 2.0, 3.0)):
-        kinds = itertools.product(("shared", "independent"), ("equal", "unequal")) if sd else [("independent", "equal")]
-        chosen += [Setting(family, seeds, parent, even, rate, sd, difficulty, interaction) for parent, even in kinds]
-    return chosen
+def check(own: Parts, runs: np.ndarray, contrasts: np.ndarray) -> None:
+    """The short cut by sums of products is the report's own `components.parts`."""
+    table = np.einsum("ka,asi->ksi", contrasts, runs.astype(float))
+    expected = components.parts(table)
+    for name in ("mean", "prompt", "seed", "resid"):
+        np.testing.assert_allclose(getattr(own, name)[0], getattr(expected, name), rtol=1e-6, atol=1e-12)
 
 
-def fitted(paths: list[Path]) -> tuple[float, float]:
-    """(difficulty, interaction): standard deviations on the logit scale that give the covariances of real verdicts.
-
-    By moments: two runs of different arms share the difficulty, two seeds of one arm (`ifeval_dpo.json`, `ifeval_dpo.seed2.json`)
-    the interaction, too. Without a second seed of an arm the interaction stays at its default.
-    """
-    runs = {}
-    for path in paths:
-        rows = json.loads(path.read_text())["per_prompt"]
-        runs[path.name.removesuffix(".json")] = {row["key"]: all(row["follow_instruction_list_strict"]) for row in rows}
-    table = pandas.DataFrame(runs).dropna().astype(float)
-    if len(table.columns) < 2:
-        sys.exit(f"--scores: found {len(table.columns)} file, expected at least two, to see which prompts are hard for both")
-    shares: dict[bool, list[float]] = {True: [], False: []}
-    for a, b in itertools.combinations(table.columns, 2):
-        one, other = table[a].mean(), table[b].mean()
-        if 0 < one < 1 and 0 < other < 1:
-            correlation = np.cov(table[a], table[b])[0, 1] / np.sqrt(one * (1 - one) * other * (1 - other))
-            shares[a.split(".")[0] == b.split(".")[0]].append(correlation)
-    if not shares[False]:
-        sys.exit("--scores: found one arm, or arms without any spread of verdicts; expected files of at least two arms")
-    rate = table.to_numpy().mean()
-
-    def correlation(shared: float, own: float) -> float:
-        """Of two verdicts that share a normal effect and have another of their own."""
-        nodes, weights = expect(41, shared)
-        mu, (inner, inner_w) = centre(rate, np.hypot(shared, own)), expect(15, own)
-        chances = special.expit(mu + nodes[:, None] + inner) @ inner_w
-        return float((weights @ chances**2 - rate**2) / (rate * (1 - rate)))
-
-    def solve(function, target: float) -> float:
-        return 0.0 if target <= function(0.0) else float(optimize.brentq(lambda sd: function(sd) - target, 0, 20))
-
-    between = float(np.mean(shares[False]))
-    if not shares[True]:
-        return solve(lambda sd: correlation(sd, INTERACTION), between), INTERACTION
-    total = solve(lambda sd: correlation(sd, 0.0), float(np.mean(shares[True])))
-    part = optimize.minimize_scalar(
-        lambda angle: (correlation(total * np.cos(angle), total * np.sin(angle)) - between) ** 2,
-        bounds=(0, np.pi / 2),
-        method="bounded",
-    ).x
-    return float(total * np.cos(part)), float(total * np.sin(part))
+def settings() -> list[Setting]:
+    """Every family in the limit of many prompts, and some of them with binary verdicts: they say whether the limit is near."""
+    families = (SHARED, OWN, BASE, PAIRS)
+    every = itertools.product(families, PROMPTS, SEEDS, SPREAD)
+    chosen = [Setting(*one, "limit") for one in every if one[1] in FULL or one[3] in FEW]
+    chosen += [Setting(*one, "binary") for one in itertools.product(families, (541,), (3,), FEW)]
+    chosen += [Setting(*one, "binary") for one in itertools.product((SHARED, PAIRS), (541,), (2, 5, 10), FEW[1:])]
+    chosen += [Setting(*one, "binary") for one in itertools.product((SHARED, PAIRS), (400, 1319), (3,), FEW[2:])]
+    chosen = [one for one in chosen if not (one.family == PAIRS and SPREAD[one.spread][2] == "start")]
+    return chosen + [Setting(NULL, 541, seeds, "SFT 3, children 0.3", "binary") for seeds in SEEDS]
 
 
-COLUMNS = {
-    "family": "family",
-    "seeds": "seeds",
-    "parent": "parent",
-    "variances": "seed variances",
-    "rate": "base %",
-    "seed_sd": "seed sd",
-    "fwer": "wrong verdict %",
-    "coverage": "coverage %",
-    "worst": "worst contrast %",
-    "unpooled": "unpooled %",
-    "mde": "MDE",
-    "power": "power %",
-    "uneven": "uneven %",
-}
+def table(columns: list[str], rows: list[list]) -> str:
+    def cell(value: object) -> str:
+        return f"{value:.1f}" if isinstance(value, float) else str(value)
+
+    lines = ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
+    return "\n".join([*lines, *("| " + " | ".join(map(cell, row)) + " |" for row in rows)])
 
 
-def markdown(rows: pandas.DataFrame) -> str:
-    lines = ["| " + " | ".join(rows.columns) + " |", "|" + "---|" * len(rows.columns)]
-    lines += [
-        "| " + " | ".join(f"{v:.1f}" if isinstance(v, float) else str(v) for v in row) + " |" for row in rows.to_numpy(object)
+def the(rows: list[dict], family: str, spread: str, prompts: int, seeds: int) -> dict:
+    known = {(row["family"], row["spread"], int(row["prompts"]), int(row["seeds"])): row for row in rows}
+    return known[family, spread, prompts, seeds]
+
+
+def largest(rows: list[dict], name: str) -> float:
+    return max(float(row[name]) for row in rows)
+
+
+def smallest(rows: list[dict], name: str) -> float:
+    return min(float(row[name]) for row in rows)
+
+
+def tables(rows: list[dict]) -> str:
+    """All that the document shows of the rows."""
+    known = [row for row in rows if row["family"] != NULL]
+    limits = [row for row in known if row["verdicts"] == "limit"]
+    parts = ["### Wrong verdicts and coverage", "", worst_of(limits), "", "### Wanted, and found", "", wanted(rows)]
+    parts += ["", "### What it costs: the difference that is found with 80 %, in points", "", costs(limits)]
+    parts += ["", "### Arms far apart, one by one", "", apart(limits)]
+    parts += ["", "### The limit against binary verdicts", "", against_binary(known)]
+    null = [
+        [int(r["prompts"]), int(r["seeds"]), float(r["wrong"]), float(r["wrong before"])] for r in rows if r["family"] == NULL
     ]
-    return "\n".join(lines)
+    parts += ["", "### The null control at 1 %: SFT sd 3 points, children 0.3", ""]
+    parts += [
+        table(["prompts", "seeds", "fails, %", "before"], null),
+        "",
+        "### Equivalent within 2 points",
+        "",
+        equivalence(limits),
+    ]
+    return "\n".join(parts)
 
 
-def summary(rows: pandas.DataFrame) -> pandas.DataFrame:
-    """Over base rates and seed sds: mean and largest rate of wrong verdicts, range of the others."""
+def worst_of(limits: list[dict]) -> str:
     lines = []
-    for (seeds, family, kind), part in rows.assign(kind=kinds(rows)).groupby(["seeds", "family", "kind"], sort=False):
-        ends = {name: f"{part[name].min():.1f} to {part[name].max():.1f}" for name in ("coverage", "unpooled", "power")}
-        lines.append(
-            {
-                "seeds": seeds,
-                "family": family,
-                "seed effects": kind,
-                "settings": len(part),
-                "wrong verdict %, mean": part["fwer"].mean(),
-                "largest": part["fwer"].max(),
-                "coverage %": ends["coverage"],
-                "worst contrast %": part["worst"].min(),
-                "unpooled %": ends["unpooled"],
-                "power %": ends["power"],
-            }
-        )
-    return pandas.DataFrame(lines)
+    for prompts, seeds in itertools.product(PROMPTS, SEEDS):
+        some = [row for row in limits if (int(row["prompts"]), int(row["seeds"])) == (prompts, seeds)]
+        line = [f"{prompts:,}", seeds, len(some), largest(some, "wrong"), largest(some, "wrong before")]
+        lines.append([*line, smallest(some, "coverage"), smallest(some, "worst"), smallest(some, "worst before")])
+    names = [
+        "prompts",
+        "seeds",
+        "settings",
+        "wrong verdict %, largest",
+        "before",
+        "coverage %, lowest",
+        "worst contrast %",
+        "before",
+    ]
+    return table(names, lines)
 
 
-def targets(rows: pandas.DataFrame) -> str:
-    """Settings that miss the targets, by kind of seed variances: what the report must be honest about."""
-    lines = ["\n## Targets\n", "How many settings are outside; a single setting may be, by chance.\n"]
-    for even, part in rows.groupby("variances", sort=False):
-        over = part["fwer"] > 100 * (ALPHA + 1.96 * np.sqrt(ALPHA * (1 - ALPHA) / part["families"]))
-        low, high, off = part["coverage"] < 93, part["coverage"] > 97, (part["power"] - 80).abs() > 4
-        lines.append(
-            f"- {even} seed variances, {len(part)} settings: wrong verdicts above 5 % plus error in {over.sum()}; "
-            f"coverage below 93 % in {low.sum()}, above 97 % in {high.sum()}; power beyond 80 +- 4 % in {off.sum()}."
-        )
-    return "\n".join(lines)
+def wanted(rows: list[dict]) -> str:
+    known = [row for row in rows if row["family"] != NULL]
+    over = [row for row in known if float(row["wrong"]) > 5 + 196 * (0.05 * 0.95 / int(row["families"])) ** 0.5]
+    null = [float(row["wrong"]) for row in rows if row["family"] == NULL]
+    same = [row for row in known if float(row["wrongly equivalent"]) > 5]
+    twice = [row for row in known if row["wrong, twice"]]
+    uncovered = sum(float(row["worst"]) < 90 for row in known)
+    wrong, worst, equal = largest(known, "wrong"), smallest(known, "worst"), largest(known, "wrongly equivalent")
+    lines = [
+        ["wrong verdicts at most 5 % and simulation error", f"largest {wrong:.1f} %; above in {len(over)} of {len(known)}"],
+        ["worst contrast covered at least 90 %", f"lowest {worst:.1f} %; below in {uncovered} of {len(known)}"],
+        ["the null control fails in about 1 %", f"{min(null):.1f} to {max(null):.1f} %"],
+        ["a difference as large as the margin *equivalent*: at most 5 %", f"largest {equal:.1f} %; above in {len(same)}"],
+    ]
+    if twice:
+        found = f"{largest(twice, 'wrong, twice'):.1f} % wrong, {smallest(twice, 'worst, twice'):.1f} % covered"
+        lines.append(["not used: the family adds up to 2 d degrees of freedom (14,042 prompts, 3 seeds)", found])
+    return table(["wanted", "found"], lines)
 
 
-def kinds(rows: pandas.DataFrame) -> list[str]:
-    return ["none" if row.seed_sd == 0 else f"{row.variances}, {row.parent} parent" for row in rows.itertuples()]
+def costs(limits: list[dict]) -> str:
+    chosen = itertools.product((SHARED, PAIRS), ("even 1", "one 0.2 : 4"), (541, 14042))
+    lines = []
+    for family, spread, prompts in chosen:
+        line = [family, spread, f"{prompts:,}"]
+        for seeds in SEEDS:
+            row = the(limits, family, spread, prompts, seeds)
+            line.append(f"{float(row['found']):.1f} ({float(row['found before']):.1f})")
+        lines.append(line)
+    return table(["family", "seed sds", "prompts", *(f"{seeds} seeds (before)" for seeds in SEEDS)], lines)
+
+
+def apart(limits: list[dict]) -> str:
+    lines = []
+    for row in limits:
+        if row["prompts"] in ("541", "14042") and row["seeds"] in ("3", "5") and SPREAD[row["spread"]][1] > 1:
+            line = [f"{int(row['prompts']):,}", int(row["seeds"]), row["family"], row["spread"]]
+            lines.append([*line, *(float(row[name]) for name in ("wrong", "wrong before", "worst", "worst before"))])
+    names = ["prompts", "seeds", "family", "seed sds", "wrong verdict %", "before", "worst contrast %", "before"]
+    return table(names, lines)
+
+
+def against_binary(known: list[dict]) -> str:
+    def of(row: dict) -> tuple:
+        return row["family"], row["prompts"], row["seeds"], row["spread"]
+
+    limits = {of(row): row for row in known if row["verdicts"] == "limit"}
+    lines = []
+    for name in ("wrong", "worst", "found"):
+        pairs = [(float(row[name]), float(limits[of(row)][name])) for row in known if row["verdicts"] == "binary"]
+        both, apart_ = np.mean(pairs, axis=0), max(abs(one - other) for one, other in pairs)
+        lines.append([name, len(pairs), float(both[0]), float(both[1]), float(apart_)])
+    return table(["", "settings", "binary, mean", "limit, mean", "furthest apart"], lines)
+
+
+def equivalence(limits: list[dict]) -> str:
+    lines = []
+    for family, spread, prompts in itertools.product((SHARED, PAIRS), ("even 1", "one 0.2 : 4"), (541, 14042)):
+        line = [family, spread, f"{prompts:,}"]
+        for seeds in SEEDS:
+            row = the(limits, family, spread, prompts, seeds)
+            line.append(f"{float(row['equivalent']):.0f} ({float(row['wrongly equivalent']):.1f})")
+        lines.append(line)
+    return table(["family", "seed sds", "prompts", *(f"{seeds} seeds" for seeds in SEEDS)], lines)
 
 
 def main() -> None:
@@ -332,64 +453,41 @@ def main() -> None:
     parser.add_argument("--families", type=int, default=1000, help="simulated families for each setting")
     parser.add_argument("--jobs", type=int, default=2, help="processes")
     parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--scores", type=Path, nargs="+", help="score files of ifeval, to fit the difficulty of prompts on")
-    parser.add_argument("--csv", type=Path, help="write the unrounded table here, too")
+    parser.add_argument("--csv", type=Path, help="draw, and write the rows here")
+    parser.add_argument("--table", type=Path, help="draw nothing: take the rows from here")
+    parser.add_argument("--out", type=Path, help="the document whose tables are written anew")
     given = parser.parse_args()
-    difficulty, interaction = fitted(given.scores) if given.scores else (DIFFICULTY, INTERACTION)
-    chosen = settings(difficulty, interaction)
+    if given.table:
+        with given.table.open(encoding="utf-8") as file:
+            rows = list(csv.DictReader(file))
+        text = given.out.read_text(encoding="utf-8")
+        start, end = text.index(MARKS[0]) + len(MARKS[0]), text.index(MARKS[1])
+        given.out.write_text(f"{text[:start]}\n\n{tables(rows)}\n\n{text[end:]}", encoding="utf-8")
+        return
+    chosen = settings()
     sequences = np.random.SeedSequence(given.seed).spawn(len(chosen))
     tasks = [(setting, given.families, sequence) for setting, sequence in zip(chosen, sequences, strict=True)]
-    found = []
     os.environ["OMP_NUM_THREADS"] = os.environ["OPENBLAS_NUM_THREADS"] = "1"  # in the jobs: small matrices, and threads that spin
-    with ProcessPoolExecutor(given.jobs, multiprocessing.get_context("spawn")) as pool:
+    start, names = time.time(), None
+    with (
+        ProcessPoolExecutor(given.jobs, multiprocessing.get_context("spawn")) as pool,
+        given.csv.open("w", encoding="utf-8") as file,
+    ):
+        writer = csv.writer(file, lineterminator="\n")
         for number, row in enumerate(pool.map(simulate, tasks), start=1):
-            found.append(row)
-            print(f"\r{number} of {len(tasks)} settings", end="", file=sys.stderr, flush=True)
-    rows = pandas.DataFrame(found)
-    rows["rate"] = (100 * rows["rate"]).round().astype(int)
-    if given.csv:
-        rows.to_csv(given.csv, index=False)
-    error, power_error = (100 * 1.96 * np.sqrt(share * (1 - share) / given.families) for share in (ALPHA, power.POWER))
-    fit = "fitted on score files" if given.scores else "assumed"
-    words = {
-        "families": given.families,
-        "settings": len(tasks),
-        "prompts": PROMPTS,
-        "jobs": given.jobs,
-        "seed": given.seed,
-        "fit": fit,
-    }
-    words |= {"difficulty": difficulty, "interaction": interaction, "error": error, "power_error": power_error}
-    print(HEADER.format(**words))
-    print(markdown(summary(rows)))
-    print(targets(rows))
-    print("\n## Each setting\n")
-    print(markdown(rows[list(COLUMNS)].rename(columns=COLUMNS)))
+            if names is None:
+                names = list(COLUMNS)
+                writer.writerow(names)
+            writer.writerow([row.get(name, "") for name in names])
+            file.flush()
+            print(f"\r{number} of {len(tasks)} settings, {time.time() - start:.0f} s", end="", file=sys.stderr, flush=True)
 
 
-HEADER = """# Do verdicts and intervals keep what they promise?
-
-{families:,} families of binary verdicts are simulated for each of {settings} settings, and judged by the functions that
-the report itself calls (`workflow_scripts/stats`). The model is crossed and logistic: mu of the arm + difficulty of the prompt +
-prompt x arm + effect of the seed. mu is solved so that in a null family all true differences over the population of prompts and
-seeds are exactly 0. {prompts} prompts; standard deviations on the logit scale: difficulty {difficulty:.2f}, prompt x arm
-{interaction:.2f} ({fit}).
-
-    PYTHONPATH=. python measurements/report_simulation.py --families {families} --jobs {jobs} --seed {seed}
-
-- base %: accuracy of every arm in the null family. Seed sd: points of accuracy, of one run's own seed effect.
-- parent: *shared*, children inherit their parent's seed effect and add their own (the reference is the parent; for all pairs
-  the parent is not in the family); *independent*, they do not.
-- seed variances: *unequal*, one arm has 2 times the seed sd, the first (the reference) 0.5 times.
-- wrong verdict %: null families with any *better* or *worse*. At most 5 is promised; the simulation's error is {error:.1f}.
-- coverage %: 95 % intervals that hold 0, over all contrasts; worst contrast %: of the contrast that is covered least; unpooled %:
-  intervals from each contrast's own seed variance.
-- MDE: true difference, in points, found with 80 % power at Holm's first step, from the true variances. Power %: how often the
-  difference of the last arm to the first is found when it is that large (error {power_error:.1f}).
-- uneven %: families in which the check of equal seed variances gives p <= 0.05.
-
-## Summary
-"""
+MARKS = ("<!-- tables: measurements/report_simulation.py -->", "<!-- end of tables -->")
+COLUMNS = (
+    "family", "prompts", "seeds", "spread", "verdicts", "families", "wrong", "wrong before", "coverage", "coverage before",
+    "worst", "worst before", "found", "found before", "equivalent", "wrongly equivalent", "wrong, twice", "worst, twice",
+)  # fmt: skip
 
 if __name__ == "__main__":
     main()

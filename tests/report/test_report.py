@@ -8,6 +8,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+import yaml
 
 from tests.conftest import make_clone
 from tests.support import report_world
@@ -50,7 +51,7 @@ def findings(html: str) -> dict[str, str]:
 
 
 def test_known_effects_are_better_and_an_equal_method_cannot_be_told(html):
-    assert findings(html) == {"dpo": "better", "kto": "better", "ppo": "cannot tell", "grpo": "better", "rloo": "better"}
+    assert findings(html) == {"dpo": "better", "kto": "better", "ppo": "cannot tell", "grpo": "better", "rloo": "cannot tell"}
     assert "null: passed" in html and "negative: passed" in html and "positive: passed" in html
     assert "Do not trust" not in html and "Something is wrong" not in html and "One seed" not in html
 
@@ -73,6 +74,20 @@ def test_the_table_has_a_row_for_each_comparison_with_the_page_s_numbers(made, h
     assert f"{100 * float(dpo['difference']):+.1f}" in html and dpo["verdict"] == "better"
 
 
+def test_one_family_is_confirmatory_on_the_page_and_in_the_table_and_the_others_are_exploratory(made, html):
+    rows = csv.DictReader(io.StringIO((made[0] / "results/report/comparison.csv").read_text()))
+    roles = {row["family"]: row["role"] for row in rows}
+    assert roles == {"primary": "confirmatory", "methods": "exploratory", "base": "exploratory", "gsm8k": "exploratory"}
+    assert re.findall(r"\((\w+): [^()]*, (confirmatory|exploratory)\)</span></h3>", html) == list(roles.items())
+
+
+def test_better_by_quotes_the_interval_of_the_whole_family(made, html):
+    rows = csv.DictReader(io.StringIO((made[0] / "results/report/comparison.csv").read_text()))
+    (dpo,) = [row for row in rows if (row["family"], row["after"]) == ("primary", "dpo")]
+    low, high = (100 * float(dpo[key]) for key in ("low_simultaneous", "high_simultaneous"))
+    assert f"(95 % interval for all 5 comparisons at once {low:.1f} to {high:.1f})" in html
+
+
 def test_the_line_of_links_names_each_section_in_the_page_s_order(html):
     links = re.findall(r'href="#(\w+)"', html[html.index("<nav") : html.index("</nav>")])
     assert links == re.findall(r'<h2 id="(\w+)"', html) and {"trained", "budget", "how"} < set(links)
@@ -88,6 +103,16 @@ def test_a_failed_control_says_in_red_that_the_comparison_is_not_to_be_trusted(t
     plan = report_world.make(tmp_path, report_world.write_config(tmp_path), accuracy={"dpo_flipped": 0.6})
     html = report_world.report(tmp_path, plan)
     assert 'class="box alarm"><strong>Do not trust this comparison:' in html and "negative: FAILED" in html
+
+
+@pytest.mark.slow
+def test_with_a_margin_what_is_surely_within_it_is_equivalent(tmp_path):
+    config = report_world.write_config(tmp_path, overlay={"report": {"margin": 30}})
+    html = report_world.report(tmp_path, report_world.make(tmp_path, config))
+    assert findings(html)["ppo"] == "equivalent" and "equivalent within 30 points (difference " in html
+    table = csv.DictReader(io.StringIO((tmp_path / "results/report/comparison.csv").read_text()))
+    found = {row["after"]: (row["verdict"], float(row["margin"])) for row in table if row["family"] == "primary"}
+    assert found["ppo"] == ("equivalent", 0.3) and found["dpo"] == ("better", 0.3)
 
 
 @pytest.mark.slow
@@ -109,9 +134,12 @@ def test_budgets_are_means_over_seeds_of_what_each_training_was_given(html):
 
 def test_one_seed_is_said_loudly(tmp_path):
     html = report_world.report(tmp_path, report_world.make(tmp_path, report_world.write_config(tmp_path, seeds=1)))
-    assert (
-        'class="box alarm"><strong>One seed.</strong>' in html and "one seed, so what another seed would give is unknown" in html
-    )
+    assert 'class="box alarm"><strong>One seed: no verdicts.</strong>' in html and "null: not judged" in html
+    assert set(findings(html).values()) == {"no verdict"} and html.count("over prompts, one seed: no verdict") > 20
+    verdicts = html[html.index('id="verdicts"') : html.index('id="trained"')]
+    assert not re.search(r"better by|worse by|cannot tell|equivalent|p, family|Minimum detectable", verdicts)
+    rows = list(csv.DictReader(io.StringIO((tmp_path / "results/report/comparison.csv").read_text())))
+    assert {(row["verdict"], row["p"], row["p_family"], row["mde"]) for row in rows} == {("no verdict", "", "", "")}
 
 
 @pytest.mark.slow
@@ -186,6 +214,8 @@ def test_a_cell_that_a_spreadsheet_would_run_is_text(value):
             {"families": {"primary": {"task": "mmlu"}}},
             r"report\.families\.primary\.task: found 'mmlu', expected what `eval:` has",
         ),
+        ({"confirmatory": "first"}, r"report\.confirmatory: found 'first', expected one of the families: primary, methods, base"),
+        ({"confirmatory": ["primary", "base"]}, r"report\.confirmatory: found a list, expected a string"),
         ({"families": {"primary": {"reference": "dpo"}}}, r"dpo is the reference: it can't be compared with itself"),
         (
             {"controls": {"null": {"run": "sft_v2", "seeds_from": 1, "alpha": 0.01}}},
@@ -199,6 +229,20 @@ def test_a_report_of_what_the_config_lacks_is_refused(tmp_path, overlay, message
     config = report_world.write_config(tmp_path, overlay={"report": overlay})
     with pytest.raises(InputError, match=message):
         Plan(configs.load(config)).check()
+
+
+def test_several_families_need_the_name_of_the_confirmatory_one_and_a_single_one_does_not(tmp_path):
+    from workflow_scripts.plan.plan import Plan
+
+    path = report_world.write_config(tmp_path)
+    data = yaml.safe_load(path.read_text())
+    del data["report"]["confirmatory"]
+    path.write_text(yaml.safe_dump(data))
+    with pytest.raises(InputError, match=r"report\.confirmatory: not given, and there are 4 families; name the one whose"):
+        Plan(configs.load(path)).check()
+    data["report"]["families"] = {"primary": data["report"]["families"]["primary"]}
+    path.write_text(yaml.safe_dump(data))
+    Plan(configs.load(path)).check()
 
 
 def test_only_score_files_are_inputs_so_no_curve_or_time_makes_a_report_stale(made):

@@ -32,6 +32,13 @@ def check(config: Config) -> None:
                 some = ", ".join(answering(config))
                 raise config.fail(["report", *path], f"found {name!r}, expected one of {some}, or a view of one (_merged, _nf4)")
 
+    families = list(report["families"])
+    if "confirmatory" not in report and len(families) > 1:
+        problem = f"not given, and there are {len(families)} families; name the one whose verdicts count, before you see any: "
+        raise config.fail(["report", "confirmatory"], problem + ", ".join(families))
+    if report.get("confirmatory", families[0]) not in families:
+        problem = f"found {report['confirmatory']!r}, expected one of the families: {', '.join(families)}"
+        raise config.fail(["report", "confirmatory"], problem)
     for name, family in report["families"].items():
         path = ["families", name]
         judged = [task for task in config.evaluations if task != JUDGED]  # rewards are no verdicts

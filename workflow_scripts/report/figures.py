@@ -23,7 +23,7 @@ from matplotlib import pyplot  # noqa: E402
 from matplotlib.figure import Figure  # noqa: E402
 
 INK = "#010203"
-BETTER, WORSE, NEUTRAL = "#1a7f37", "#cf222e", "#6e7781"
+BETTER, WORSE, EQUIVALENT, NEUTRAL = "#1a7f37", "#cf222e", "#0969da", "#6e7781"
 LINES = ["#0969da", "#bf8700", "#8250df", "#1a7f37", "#cf222e", "#bc4c00", "#1b7c83", "#bf3989", "#57606a", "#4d2d00"]
 POINTS = 120  # of a curve: more can't be seen
 for key in ("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color"):
@@ -53,7 +53,7 @@ def forest(rows: list[dict], level: str, title: str) -> str:
     figure, axes = pyplot.subplots(figsize=(7.2, 0.6 + 0.34 * len(rows)))
     axes.axvline(0, color=INK, linewidth=0.8)
     for y, row in enumerate(reversed(rows)):
-        colour = {"better": BETTER, "worse": WORSE}.get(row["verdict"], NEUTRAL)
+        colour = {"better": BETTER, "worse": WORSE, "equivalent": EQUIVALENT}.get(row["verdict"], NEUTRAL)
         axes.plot([row["low_simultaneous"], row["high_simultaneous"]], [y, y], color=colour, linewidth=1.2, solid_capstyle="butt")
         axes.plot([row["low"], row["high"]], [y, y], color=colour, linewidth=4, solid_capstyle="butt")
         axes.plot([row["difference"]], [y], "o", color=colour, markersize=6)

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import numpy
 
 from workflow_scripts.report.collect import World
-from workflow_scripts.stats.family import Comparison, Family, compare
+from workflow_scripts.stats.family import Comparison, Family, again, compare
 
 
 @dataclass(frozen=True)
@@ -15,7 +15,7 @@ class Judged:
     name: str
     title: str
     task: str
-    confirmatory: bool  # only IFEval's prompt-level strict accuracy is
+    confirmatory: bool  # the one that `report.confirmatory` names; the others are exploratory
     result: Family
 
 
@@ -23,8 +23,12 @@ class Judged:
 class Control:
     name: str
     what: str  # for people
-    passed: bool
+    passed: bool | None  # None: not judged, with one seed
     comparison: Comparison
+
+    @property
+    def state(self) -> str:
+        return "not judged" if self.passed is None else "passed" if self.passed else "FAILED"
 
 
 def contrasts(family: dict) -> list[tuple[str, str]]:
@@ -40,47 +44,53 @@ def arms(world: World, task: str, pairs: list[tuple[str, str]]) -> dict[str, num
 
 
 def families(world: World) -> list[Judged]:
-    found = []
-    for family in world.config["report"]["families"]:
+    """The declared families. alpha holds for each; one is confirmatory, so that the report as a whole has one error rate.
+
+    A single declared family need not be named.
+    """
+    report, found = world.config["report"], []
+    margin = report["margin"] / 100 if "margin" in report else None
+    main = report.get("confirmatory", report["families"][0]["name"])
+    for family in report["families"]:
         pairs = contrasts(family)
-        result = compare(arms(world, family["task"], pairs), pairs, world.config["report"]["alpha"])
-        found.append(Judged(family["name"], family["title"], family["task"], family["task"] == "ifeval", result))
+        result = compare(arms(world, family["task"], pairs), pairs, report["alpha"], margin)
+        found.append(Judged(family["name"], family["title"], family["task"], family["name"] == main, result))
     return found
 
 
 def controls(world: World) -> list[Control]:
-    """The declared controls on IFEval, each by the test of the first family, with that family's seed variance pooled in.
+    """The declared controls on IFEval. p is not adjusted: a control is in no family.
 
-    A control has one comparison of its own, whose seeds say too little alone. p is not adjusted: a control is in no family.
+    The null control has a variance of its own (`stats.family.again`): the SFT model may vary more between seeds than what is made
+    from it. The others are judged as a comparison of the first family is, whose seed variance moderates theirs.
     """
     declared, alpha = world.config["report"]["controls"], world.config["report"]["alpha"]
     first = next(family for family in world.config["report"]["families"] if family["task"] == "ifeval")
     pairs = contrasts(first)
-    tables = arms(world, "ifeval", pairs)
     found = []
     for name in ("null", "negative", "positive"):
-        if name not in declared:
-            continue
-        control = declared[name]
-        if name == "null":
-            after, before = f"{control['run']} again", control["run"]
-            tables[after] = world.arm("ifeval", control["run"], [seed + control["seeds_from"] for seed in world.seeds])
-            tables[before] = world.arm("ifeval", before)
-        else:
-            after, before = control["run"], control["against"]
-            tables |= arms(world, "ifeval", [(after, before)])
-        known = [pair for pair in pairs if set(pair) != {after, before}]
-        comparison = compare(tables, [*known, (after, before)], alpha).comparisons[-1]
-        seeds = ", ".join(str(seed + control.get("seeds_from", 0)) for seed in world.seeds)
-        if name == "null":
-            limit = control["alpha"]  # by chance it fails in so many reports
-            what = f"{before} once more, with seeds {seeds}: there must be no difference (p above {limit:.0%})"
-            passed = comparison.p >= limit
-        elif name == "negative":
-            what = f"{after} must not be better than {before} (p below {alpha:.0%})"
-            passed = not (comparison.p < alpha and comparison.difference > 0)
-        else:
-            what = f"{after} must be better than {before} (p below {alpha:.0%})"
-            passed = comparison.p < alpha and comparison.difference > 0
-        found.append(Control(name, what, passed, comparison))
+        if name in declared:
+            make = null if name == "null" else directed
+            found.append(make(world, name, declared[name], pairs, alpha))
     return found
+
+
+def null(world: World, name: str, control: dict, pairs: list[tuple[str, str]], alpha: float) -> Control:
+    run, limit = control["run"], control["alpha"]  # by chance it fails in so many reports
+    others = [seed + control["seeds_from"] for seed in world.seeds]
+    comparison = again(world.arm("ifeval", run, others), world.arm("ifeval", run), (f"{run} again", run), alpha)
+    what = f"{run} once more, with seeds {', '.join(map(str, others))}: there must be no difference (p above {limit:.0%})"
+    if comparison.p is None:
+        return Control(name, f"{what}; with one seed nothing says how much seeds differ", None, comparison)
+    return Control(name, what, comparison.p >= limit, comparison)
+
+
+def directed(world: World, name: str, control: dict, pairs: list[tuple[str, str]], alpha: float) -> Control:
+    after, before = control["run"], control["against"]
+    known = [pair for pair in pairs if set(pair) != {after, before}]
+    comparison = compare(arms(world, "ifeval", [*known, (after, before)]), [*known, (after, before)], alpha).comparisons[-1]
+    better = comparison.low > 0  # with several seeds just where p is below alpha
+    how = f"the whole {1 - alpha:.0%} interval above 0" + (", over prompts: one seed" if len(world.seeds) == 1 else "")
+    if name == "negative":
+        return Control(name, f"{after} must not be better than {before} (not {how})", not better, comparison)
+    return Control(name, f"{after} must be better than {before} ({how})", better, comparison)

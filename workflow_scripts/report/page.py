@@ -36,7 +36,7 @@ def render(world: World, families: list[Judged], controls: list[Control]) -> str
         level=level(world.config["report"]["alpha"]),
         families=[shown(family) for family in families],
         controls=controls,
-        failed=[control for control in controls if not control.passed],
+        failed=[control for control in controls if control.passed is False],
         training=sections.training(world),
         scores=sections.scores(world),
         capacity=capacity.capacity(world),
@@ -65,23 +65,27 @@ def shown(family: Judged) -> dict:
                 "before": one.before,
                 "verdict": one.verdict,
                 "words": one.words,
-                "p": one.p_holm,
+                "p": one.p_family,
                 "unpooled": f"{points(one.low_unpooled)} to {points(one.high_unpooled)}",
                 "mcnemar": [f"{m.only_after} : {m.only_before}, p {p_text(m.p)}" for m in one.mcnemar],
                 **{key: 100 * getattr(one, key) for key in ("mean_after", "mean_before", "difference", "low", "high")},
                 **{key: 100 * getattr(one, key) for key in ("low_simultaneous", "high_simultaneous", "se")},
-                "df": one.df,
+                "df": one.seed_df,
             }
         )
     return {
         "name": family.name,
         "title": family.title,
         "task": family.task,
-        "confirmatory": family.confirmatory,
+        "role": role(family),
         "result": family.result,
         "rows": rows,
         "forest": figures.forest(rows, level(family.result.alpha), f"{family.title}: differences with intervals"),
     }
+
+
+def role(family: Judged) -> str:
+    return "confirmatory" if family.confirmatory else "exploratory"
 
 
 def level(alpha: float) -> str:
@@ -94,7 +98,10 @@ def points(value: float) -> str:
     return f"{100 * value:+.1f}"
 
 
-def p_text(p: float) -> str:
+def p_text(p: float | None) -> str:
+    """A p for people; one seed has none."""
+    if p is None:
+        return "none"
     return "< 0.001" if p < 0.001 else f"{p:.3f}" if p < 0.1 else f"{p:.2f}"
 
 
@@ -103,7 +110,14 @@ def table(families: list[Judged]) -> str:
     parts = []
     for family in families:
         result, part = family.result, family.result.table()
-        facts = {"family": family.name, "task": family.task, "seeds": result.seeds, "prompts": result.prompts, "mde": result.mde}
+        facts = {
+            "family": family.name,
+            "role": role(family),
+            "task": family.task,
+            "seeds": result.seeds,
+            "prompts": result.prompts,
+        }
+        facts |= {"mde": result.mde, "margin": result.margin}
         for at, (name, value) in enumerate(facts.items()):
             part.insert(at, name, value)
         parts.append(part)

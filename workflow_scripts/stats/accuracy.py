@@ -7,6 +7,7 @@ import numpy as np
 
 from workflow_scripts.evaluation.scores import mean_stderr
 from workflow_scripts.stats import components
+from workflow_scripts.stats.components import Split
 
 Clusters = Sequence[Sequence[bool]]  # for each prompt, the verdict of each of its instructions
 
@@ -15,8 +16,7 @@ Clusters = Sequence[Sequence[bool]]  # for each prompt, the verdict of each of i
 class Accuracy:
     mean: float
     stderr: float | None  # None with one prompt
-    df: float  # of the standard error
-    low: float | None  # 1 - alpha interval of Student's t, cut off at 0 and 1
+    low: float | None  # 1 - alpha interval, cut off at 0 and 1
     high: float | None
     seeds: int
     prompts: int
@@ -34,7 +34,9 @@ def of_run(clusters: Clusters, alpha: float = 0.05) -> Accuracy:
     For the prompt-level accuracy, whose items are independent, give `prompt_level(clusters)`.
     """
     mean, stderr = mean_stderr([list(cluster) for cluster in clusters])
-    return _accuracy(mean, None if stderr is None else stderr**2, len(clusters) - 1, 1, len(clusters), alpha)
+    none = np.zeros(())
+    split = None if stderr is None else Split(np.array(stderr**2), none, none, none + 1, len(clusters), 1)
+    return _accuracy(mean, split, 1, len(clusters), alpha)
 
 
 def of_arm(runs: Sequence[Clusters], alpha: float = 0.05) -> Accuracy:
@@ -43,7 +45,8 @@ def of_arm(runs: Sequence[Clusters], alpha: float = 0.05) -> Accuracy:
     Crossed random effects (`components.parts`) on z[s, i] = (sum of the m_i items of prompt i - mean * m_i) * n / N, with
     N items in n prompts. Over one seed the variance over prompts of z / n is Liang & Zeger's (1986, Biometrika 73, 13-22)
     cluster-robust variance, so one seed gives the same as `of_run`. The seed variance is this arm's own: with three seeds its
-    degrees of freedom are few, and the interval wide. Raises ValueError if the runs do not have the same prompts and items.
+    degrees of freedom are few, and the interval wide (`components.tail`). Raises ValueError if the runs do not have
+    the same prompts and items.
     """
     sizes = [[len(cluster) for cluster in run] for run in runs]
     if not sizes:
@@ -57,14 +60,13 @@ def of_arm(runs: Sequence[Clusters], alpha: float = 0.05) -> Accuracy:
     sums = np.array([[sum(cluster) for cluster in run] for run in runs], dtype=float)
     mean = float(sums.sum() / (items.sum() * len(runs)))
     if len(items) == 1:
-        return _accuracy(mean, None, 0, len(runs), 1, alpha)
+        return _accuracy(mean, None, len(runs), 1, alpha)
     own = components.parts((sums - mean * items) * len(items) / items.sum())
-    variance, df = components.variance(own, own.seed, own.resid, 1.0)
-    return _accuracy(mean, float(variance), float(df), len(runs), len(items), alpha)
+    return _accuracy(mean, components.alone(own), len(runs), len(items), alpha)
 
 
-def _accuracy(mean: float, variance: float | None, df: float, seeds: int, prompts: int, alpha: float) -> Accuracy:
-    if variance is None:
-        return Accuracy(mean, None, df, None, None, seeds, prompts, seeds > 1)
-    low, high = components.student(np.array(mean), np.array(variance), np.array(df), alpha)
-    return Accuracy(mean, variance**0.5, df, max(0.0, float(low)), min(1.0, float(high)), seeds, prompts, seeds > 1)
+def _accuracy(mean: float, split: Split | None, seeds: int, prompts: int, alpha: float) -> Accuracy:
+    if split is None:
+        return Accuracy(mean, None, None, None, seeds, prompts, seeds > 1)
+    half, stderr = float(components.half_width(split, alpha)), float(np.sqrt(split.variance))
+    return Accuracy(mean, stderr, max(0.0, mean - half), min(1.0, mean + half), seeds, prompts, seeds > 1)

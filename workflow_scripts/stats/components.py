@@ -8,7 +8,7 @@ take any axes in front (contrasts, simulated families), so that the simulation r
 from dataclasses import dataclass
 
 import numpy as np
-from scipy import stats
+from scipy import special
 
 
 @dataclass(frozen=True)
@@ -21,6 +21,23 @@ class Parts:
     resid: np.ndarray  # MS_residual / (n S); 0 with one seed
     seeds: int
     prompts: int
+
+
+@dataclass(frozen=True)
+class Split:
+    """What a contrast is judged by: the parts of its variance, and how well the one between seeds is known."""
+
+    prompt: np.ndarray
+    seed: np.ndarray
+    resid: np.ndarray
+    df: np.ndarray  # degrees of freedom of the seed part
+    prompts: float
+    seeds: float
+
+    @property
+    def variance(self) -> np.ndarray:
+        """Of the mean: prompt + max(0, seed - resid)."""
+        return self.prompt + np.maximum(0.0, self.seed - self.resid)
 
 
 def parts(table: np.ndarray) -> Parts:
@@ -60,62 +77,110 @@ def effective(contrasts: np.ndarray) -> float:
     return float(np.trace(gram) ** 2 / np.sum(gram**2))
 
 
-def variance(own: Parts, seed: np.ndarray, resid: np.ndarray, worth: float) -> tuple[np.ndarray, np.ndarray]:
-    """(variance of the mean, its degrees of freedom) from the contrast's own prompt part and the seed and residual parts given.
+def alone(own: Parts, groups: int = 1) -> Split:
+    """The contrast's own parts, nothing from others. groups: of S seeds each, from which its seed part comes."""
+    return Split(
+        own.prompt, own.seed, own.resid, np.full(own.seed.shape, float(max(1, groups * (own.seeds - 1)))), own.prompts, own.seeds
+    )
 
-    seed, resid: pooled over `worth` independent contrasts, or the contrast's own (worth 1). The variance is
-    prompt + max(0, seed - resid). Its degrees of freedom are Satterthwaite's (1946) for the sum of independent mean squares:
 
-        df = variance^2 / (prompt^2 / (n - 1) + seed^2 / (worth (S - 1)) + resid^2 / (worth (n - 1)(S - 1)))
+# Quantiles of a chi-square and their weights: Gauss-Legendre over v, with the probability v^3, so that the far small end is seen.
+_NODES, _WEIGHTS = np.polynomial.legendre.leggauss(24)
+QUANTILES, WEIGHTS = ((_NODES + 1) / 2) ** 3, 1.5 * _WEIGHTS * ((_NODES + 1) / 2) ** 2
+FEW = 400  # degrees of freedom that are looked up one by one; the simulation has thousands
+STEPS = 60
 
-    also where the seed part is cut off at 0: that the cut hides the part does not make it known. (Simulated in
-    docs/report_simulation.md: the df of prompt + max(0, seed - resid) as two parts is too liberal.) One seed: n - 1.
+
+def chi_square(df: np.ndarray) -> np.ndarray:
+    """(..., nodes): the chi-square's quantiles over its degrees of freedom, so with mean 1. Interpolated where there are many."""
+    half = np.asarray(df, dtype=float) / 2
+    if half.size <= FEW:
+        return special.gammaincinv(half[..., None], QUANTILES) / half[..., None]
+    grid = np.linspace(half.min(), half.max() + 1e-9, FEW)
+    known = np.log(special.gammaincinv(grid[:, None], QUANTILES) / grid[:, None])
+    return np.exp(np.stack([np.interp(half, grid, column) for column in known.T], axis=-1))
+
+
+def possible(split: Split) -> np.ndarray:
+    """(..., nodes): the variances of the mean that the estimate may stand for: prompt + max(0, seed df / W - resid)."""
+    if split.seeds == 1:
+        return split.prompt[..., None] * np.ones_like(QUANTILES)
+    with np.errstate(over="ignore"):
+        between = split.seed[..., None] / chi_square(split.df) - split.resid[..., None]
+    return split.prompt[..., None] + np.maximum(0.0, between)
+
+
+def tail(x: np.ndarray, variances: np.ndarray, prompts: float) -> np.ndarray:
+    """P(an estimate whose true value is 0 is at least x), over the possible variances (..., nodes).
+
+    The prompt part is known from hundreds of prompts, the seed part from a few seeds. The variance of their sum is no mean
+    square, and Satterthwaite's approximation by one fails where the seeds are one contrast's own: a seed part that is small by
+    chance gets a small variance and many degrees of freedom at once. So the uncertain part is integrated over what it may be,
+    a generalised p-value (Tsui & Weerahandi 1989, Journal of the American Statistical Association 84, 602-607), which is Fisher's
+    solution of the Behrens-Fisher problem: x / sqrt(prompt + max(0, seed df / W - resid)) against Student's t of the prompts,
+    mean over W, a chi-square with the seed part's degrees of freedom. Where seeds are all, that is Student's t with their
+    degrees of freedom; with one seed it is the paired t-test.
     """
-    total = own.prompt + np.maximum(0.0, seed - resid)
-    if own.seeds == 1:
-        return total, np.full_like(total, own.prompts - 1)
-    return total, satterthwaite(total, (own.prompt, seed, resid), dfs(own.seeds, own.prompts, worth))
+    with np.errstate(divide="ignore", invalid="ignore"):
+        ratio = np.where(variances > 0, x[..., None] / np.sqrt(variances), np.sign(x)[..., None] * np.inf)
+    return special.stdtr(prompts - 1, -np.nan_to_num(ratio, nan=0.0, posinf=np.inf, neginf=-np.inf)) @ WEIGHTS
 
 
-def dfs(seeds: float, prompts: float, worth: float) -> tuple[float, float, float]:
-    """Degrees of freedom of the prompt, seed and residual part."""
-    return prompts - 1, worth * (seeds - 1), worth * (seeds - 1) * (prompts - 1)
-
-
-def satterthwaite(total: np.ndarray, squares: tuple[np.ndarray, ...], each: tuple[float, ...]) -> np.ndarray:
-    """Satterthwaite's degrees of freedom, between the fewest of a part and the prompts'; where nothing varies, the prompts'."""
-    noise = sum(np.square(part) / df for part, df in zip(squares, each, strict=True))
-    with np.errstate(invalid="ignore", divide="ignore"):
-        found = np.square(total) / noise
-    return np.where(noise > 0, np.clip(found, min(each), each[0]), each[0])
-
-
-def p_value(difference: np.ndarray, variance: np.ndarray, df: np.ndarray, prompts: int) -> np.ndarray:
-    """Two-sided p of Student's t. Where nothing varies there is no t: 1 for no difference, else the sign test over prompts.
+def p_value(difference: np.ndarray, split: Split) -> np.ndarray:
+    """Two-sided p. Where nothing varies: 1 for no difference, else the sign test over prompts.
 
     A difference without variance means that all n prompts changed in the same direction: 2 * 0.5^n.
     """
-    with np.errstate(invalid="ignore", divide="ignore"):
-        p = 2 * stats.t.sf(np.abs(difference) / np.sqrt(variance), df)
-    return np.where(variance > 0, p, np.where(difference == 0, 1.0, 2.0 * 0.5**prompts))
+    p = 2 * tail(np.abs(difference), possible(split), split.prompts)
+    return np.where(split.variance > 0, np.minimum(p, 1.0), np.where(difference == 0, 1.0, 2.0 * 0.5**split.prompts))
 
 
-def interval(difference: np.ndarray, variance: np.ndarray, df: np.ndarray, alpha: float, prompts: int) -> np.ndarray:
-    """The 1 - alpha intervals (..., 2) of Student's t.
+def p_equivalent(difference: np.ndarray, split: Split, margin: float) -> np.ndarray:
+    """The larger p of two one-sided tests: difference <= -margin, and difference >= margin (Schuirmann 1987, Journal of
+    Pharmacokinetics and Biopharmaceutics 15, 657-680). Small where the difference is surely within the margin."""
+    size = np.abs(difference)
+    p = tail(margin - size, possible(split), split.prompts)
+    return np.where(split.variance > 0, p, np.where((difference == 0) & (margin > 0), 0.5**split.prompts, 1.0))
+
+
+def half_width(split: Split, alpha: float) -> np.ndarray:
+    """Of the 1 - alpha interval: the difference x whose two-sided p is alpha.
+
+    By Newton's method on log p over log x, where the tails of Student's t are nearly lines, kept within halved brackets.
+    """
+    variances = possible(split)
+    most = special.stdtrit(split.prompts - 1, 1 - alpha / 4) * np.sqrt(split.prompt)
+    if split.seeds > 1:
+        most = most + special.stdtrit(split.df, 1 - alpha / 4) * np.sqrt(split.seed)
+    low, high = np.zeros_like(most), 2 * most
+    x, df = np.asarray(most, dtype=float), split.prompts - 1
+    peak = np.exp(special.gammaln((df + 1) / 2) - special.gammaln(df / 2)) / np.sqrt(np.pi * df)  # of Student's density
+    sds = np.sqrt(np.where(variances > 0, variances, 1.0))
+    for _ in range(STEPS):
+        p = 2 * tail(x, variances, split.prompts)
+        low, high = np.where(p > alpha, x, low), np.where(p > alpha, high, x)
+        ratio = x[..., None] / sds
+        slope = -2 * (ratio * peak * np.exp(-(df + 1) / 2 * np.log1p(ratio**2 / df))) @ WEIGHTS / np.where(p > 0, p, 1.0)
+        with np.errstate(all="ignore"):
+            newton = x * np.exp(-np.log(p / alpha) / slope)
+        after = np.where((newton > low) & (newton < high), newton, (low + high) / 2)
+        if np.all(np.abs(after - x) <= 1e-9 * x):
+            return after
+        x = after
+    return x
+
+
+def interval(difference: np.ndarray, split: Split, alpha: float) -> np.ndarray:
+    """The 1 - alpha intervals (..., 2).
 
     Where nothing varies: (0, 0) for no difference; else all n prompts changed in the same direction, and the exact lower bound
     of the share that does (Clopper & Pearson 1934, Biometrika 26) bounds the difference: 2 (alpha / 2)^(1/n) - 1 to 1.
     """
-    low, high = student(difference, variance, df, alpha)
-    still = (variance == 0) & (difference != 0)
-    bound = 2 * (alpha / 2) ** (1 / prompts) - 1
+    half = half_width(split, alpha)
+    low, high = difference - half, difference + half
+    still = (split.variance == 0) & (difference != 0)
+    bound = 2 * (alpha / 2) ** (1 / split.prompts) - 1
     size, sign = np.abs(difference), np.sign(difference)
     near, far = sign * np.minimum(size, bound), sign
     low, high = np.where(still, np.minimum(near, far), low), np.where(still, np.maximum(near, far), high)
     return np.stack([low, high], axis=-1)
-
-
-def student(mean: np.ndarray, variance: np.ndarray, df: np.ndarray, alpha: float) -> tuple[np.ndarray, np.ndarray]:
-    """Both ends of Student's 1 - alpha interval."""
-    half = stats.t.isf(alpha / 2, df) * np.sqrt(variance)
-    return mean - half, mean + half

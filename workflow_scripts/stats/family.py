@@ -7,7 +7,7 @@ Verdicts are 0 or 1 for each prompt; a run is one arm (method) with one seed. Di
 """
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 import numpy as np
 import pandas
@@ -15,9 +15,11 @@ from scipy import stats
 from statsmodels.stats.contingency_tables import mcnemar
 
 from workflow_scripts.stats import components, power
-from workflow_scripts.stats.components import Parts
+from workflow_scripts.stats.components import Parts, Split
+from workflow_scripts.stats.moderated import moderate
 
-BETTER, WORSE, CANNOT_TELL = "better", "worse", "cannot tell"
+BETTER, WORSE, EQUIVALENT, CANNOT_TELL = "better", "worse", "equivalent", "cannot tell"
+NO_VERDICT = "no verdict"  # one seed: what another would give is unknown
 
 
 @dataclass(frozen=True)
@@ -38,22 +40,20 @@ class Comparison:
     mean_after: float
     mean_before: float
     difference: float
-    se: float  # over prompts and seeds, the seed variance pooled over the family
-    df: float
-    t: float
-    p: float  # two-sided
-    p_holm: float  # Holm (1979), adjusted for the family; the verdict follows it
+    se: float  # over prompts and, with several, seeds
+    seed_df: float | None  # degrees of freedom of its seed part: its own S - 1 and what the family adds; None with one seed
+    p: float | None  # two-sided, of this difference alone; None with one seed, as the next two
+    p_family: float | None  # Bonferroni: adjusted for the family; better and worse follow it
+    p_equivalent: float | None  # of two one-sided tests, adjusted alike; None without a margin
     low: float  # 1 - alpha interval of this difference alone
     high: float
     low_simultaneous: float  # Bonferroni: all intervals of the family cover at once with probability 1 - alpha
     high_simultaneous: float
-    se_unpooled: float  # with this contrast's own seed variance
-    df_unpooled: float
-    low_unpooled: float
+    low_unpooled: float  # with this contrast's own seed variance, nothing from the family's
     high_unpooled: float
-    verdict: str  # better | worse | cannot tell
-    prompts_needed: int | None  # at the present seeds, for 80 % power at Holm's first step; None: none suffices
-    seeds_needed: int | None  # at the present prompts, likewise; None with one seed, too
+    verdict: str  # better | worse | equivalent | cannot tell; with one seed: no verdict
+    prompts_needed: int | None  # at the present seeds, for 80 % power within the family; None: none suffices, or one seed
+    seeds_needed: int | None  # at the present prompts, likewise
     words: str
     mcnemar: tuple[McNemar, ...]  # one for each seed; descriptive
 
@@ -78,10 +78,13 @@ class Family:
     prompt_sd_points: float  # of a difference between prompts, beyond the residual
     seed_sd_points: float | None  # of a difference between seeds; None with one seed, as the next two
     resid_sd_points: float | None  # of a single prompt and seed; with one seed it is in prompt_sd_points
-    seed_df: float | None  # of the pooled seed variance
-    mde: float  # true difference found with 80 % power at Holm's first step, for a contrast of average variance
-    mde_low: float  # its 95 % interval, from the chi-square interval of the variance
-    mde_high: float
+    seed_df: float | None  # of the seed variance of a contrast, mean over the family
+    margin: float | None  # differences below it do not matter, as declared; None: not declared
+    mde: (
+        float | None
+    )  # true difference found with 80 % power within the family, for a contrast of average variance; one seed: None
+    mde_low: float | None  # its 95 % interval, from the chi-square interval of the seed variance
+    mde_high: float | None
     homogeneity: Homogeneity | None  # None with one seed, below three arms, or where no arm varies
 
     def table(self) -> pandas.DataFrame:
@@ -91,41 +94,77 @@ class Family:
         return pandas.DataFrame(rows).drop(columns="mcnemar").astype(whole)
 
 
-def compare(arms: dict[str, np.ndarray], contrasts: Sequence[tuple[str, str]], alpha: float = 0.05) -> Family:
+def compare(
+    arms: dict[str, np.ndarray], contrasts: Sequence[tuple[str, str]], alpha: float = 0.05, margin: float | None = None
+) -> Family:
     """Compare arms within one declared family.
 
     arms: name -> (seeds S, prompts n) of 0 and 1. The same prompts in the same order, and seed s of every arm descends from the
     parent's run of seed s, so that differences are taken run by run: d[s, i] = after[s, i] - before[s, i].
     contrasts: (after, before). alpha: the family-wise error rate of the verdicts, and 1 - alpha the coverage of intervals.
+    margin: a difference below it does not matter; with it there is a third verdict, equivalent.
 
-    The variance of a difference has crossed random effects, prompts and seeds (`components.parts`). Three seeds say next to
-    nothing about the seed variance of one contrast (2 degrees of freedom), so that part is pooled over the family
-    (`components.variance`); it supposes that contrasts have about the same seed variance, see `homogeneity` and the unpooled
-    interval. Verdicts are Holm's (1979, Scandinavian Journal of Statistics 6, 65-70). Raises ValueError, in words.
+    The variance of a difference has crossed random effects, prompts and seeds (`components.parts`), the seed part moderated by
+    the family (`moderated.moderate`); intervals and p are those of `components.tail`. *Better* and *worse* follow the
+    simultaneous interval: it leaves 0 out just where Bonferroni's p is at most alpha, so what is quoted is what was judged, the
+    direction too. *Equivalent* follows two one-sided tests at alpha over the number of contrasts, and goes before *better*. It
+    takes nothing from the level: where the difference is 0 only better and worse are wrong, where it is beyond the margin only
+    equivalent is. Raises ValueError, in words.
     """
     tables = _checked(arms, contrasts, alpha)
-    seeds, prompts = next(iter(tables.values())).shape
+    if margin is not None and not 0 < margin < 1:
+        raise ValueError(f"margin is {margin}; expected a fraction between 0 and 1, such as 0.02")
     differences = np.stack([tables[after] - tables[before] for after, before in contrasts])
     own = components.parts(differences)
-    worth = components.effective(contrast_matrix(contrasts))
-    pooled_seed, pooled_resid = own.seed.mean(), own.resid.mean()
-    variance, df = components.variance(own, pooled_seed, pooled_resid, worth)
-    variance_unpooled, df_unpooled = components.variance(own, own.seed, own.resid, 1.0)
-    p = components.p_value(own.mean, variance, df, prompts)
-    p_holm = holm(p)
-    first_step = alpha / len(contrasts)
-    alone = components.interval(own.mean, variance, df, alpha, prompts)
-    together = components.interval(own.mean, variance, df, first_step, prompts)
-    unpooled = components.interval(own.mean, variance_unpooled, df_unpooled, alpha, prompts)
+    split = moderate(own, components.effective(contrast_matrix(contrasts)))
+    comparisons = _compared(tables, contrasts, own, split, components.alone(own), alpha, margin)
+    return Family(comparisons, alpha, own.seeds, own.prompts, own.seeds > 1, **_summary(own, split, alpha, margin, tables))
 
+
+def again(after: np.ndarray, before: np.ndarray, names: tuple[str, str], alpha: float) -> Comparison:
+    """One arm against the same arm under other seeds: a comparison of its own, for the null control.
+
+    No seed of one belongs to a seed of the other, so each arm has its own variance between seeds, and they are of one kind:
+    their sum has 2 (S - 1) degrees of freedom. The family is not asked: methods may vary less than what they start from.
+    """
+    tables = _checked(dict(zip(names, (after, before), strict=True)), [names], alpha)
+    first, second = (components.parts(tables[name][None]) for name in names)
+    own = components.parts((tables[names[0]] - tables[names[1]])[None])
+    own = replace(own, seed=first.seed + second.seed, resid=first.resid + second.resid)
+    split = components.alone(own, groups=2)
+    return _compared(tables, [names], own, split, split, alpha, None, plan=False)[0]
+
+
+def _compared(
+    tables: dict[str, np.ndarray],
+    contrasts: Sequence[tuple[str, str]],
+    own: Parts,
+    split: Split,
+    unpooled: Split,
+    alpha: float,
+    margin: float | None,
+    plan: bool = True,
+) -> tuple[Comparison, ...]:
+    """plan: say how many prompts or seeds would be enough, which takes a moment."""
+    several, each = own.seeds > 1, alpha / len(contrasts)
+    p = components.p_value(own.mean, split)
+    same = components.p_equivalent(own.mean, split, margin) if margin is not None and several else None
+    alone, together, by_itself = (
+        components.interval(own.mean, *given) for given in ((split, alpha), (split, each), (unpooled, alpha))
+    )
     comparisons = []
     for k, (after, before) in enumerate(contrasts):
-        difference, se = float(own.mean[k]), float(np.sqrt(variance[k]))
-        verdict = CANNOT_TELL if p_holm[k] > alpha else BETTER if difference > 0 else WORSE
-        split = (float(own.prompt[k]), float(pooled_seed), float(pooled_resid))
-        more_prompts = power.prompts_needed(difference, split, seeds, prompts, worth, first_step)
-        more_seeds = power.seeds_needed(difference, split, seeds, prompts, worth, first_step)
-        identical = not differences[k].any()
+        difference = float(own.mean[k])
+        verdict = NO_VERDICT
+        if several:
+            verdict = CANNOT_TELL if p[k] > each else BETTER if difference > 0 else WORSE
+        if same is not None and same[k] <= each:
+            verdict = EQUIVALENT
+        one = Split(split.prompt[k], split.seed[k], split.resid[k], split.df[k], split.prompts, split.seeds)
+        open_ = plan and several and verdict == CANNOT_TELL and split.variance[k] > 0
+        more_prompts = power.prompts_needed(difference, one, each) if open_ else None
+        more_seeds = power.seeds_needed(difference, one, each) if open_ else None
+        identical = np.array_equal(tables[after], tables[before])
         comparisons.append(
             Comparison(
                 after=after,
@@ -133,29 +172,29 @@ def compare(arms: dict[str, np.ndarray], contrasts: Sequence[tuple[str, str]], a
                 mean_after=float(tables[after].mean()),
                 mean_before=float(tables[before].mean()),
                 difference=difference,
-                se=se,
-                df=float(df[k]),
-                t=difference / se if se else float(np.sign(difference)) * np.inf if difference else 0.0,
-                p=float(p[k]),
-                p_holm=float(p_holm[k]),
+                se=float(np.sqrt(split.variance[k])),
+                seed_df=float(split.df[k]) if several else None,
+                p=float(p[k]) if several else None,
+                p_family=float(min(1.0, p[k] * len(contrasts))) if several else None,
+                p_equivalent=None if same is None else float(min(1.0, same[k] * len(contrasts))),
                 low=float(alone[k, 0]),
                 high=float(alone[k, 1]),
                 low_simultaneous=float(together[k, 0]),
                 high_simultaneous=float(together[k, 1]),
-                se_unpooled=float(np.sqrt(variance_unpooled[k])),
-                df_unpooled=float(df_unpooled[k]),
-                low_unpooled=float(unpooled[k, 0]),
-                high_unpooled=float(unpooled[k, 1]),
+                low_unpooled=float(by_itself[k, 0]),
+                high_unpooled=float(by_itself[k, 1]),
                 verdict=verdict,
                 prompts_needed=more_prompts,
                 seeds_needed=more_seeds,
-                words=_words(verdict, difference, alone[k], more_prompts, more_seeds, seeds, alpha, identical),
+                words=_words(
+                    verdict, difference, alone[k], together[k], len(contrasts), more_prompts, more_seeds, alpha, margin, identical
+                ),
                 mcnemar=tuple(
                     _mcnemar(after_run, before_run) for after_run, before_run in zip(tables[after], tables[before], strict=True)
                 ),
             )
         )
-    return Family(tuple(comparisons), alpha, seeds, prompts, seeds > 1, **_summary(own, worth, first_step, tables))
+    return tuple(comparisons)
 
 
 def contrast_matrix(contrasts: Sequence[tuple[str, str]]) -> np.ndarray:
@@ -165,17 +204,6 @@ def contrast_matrix(contrasts: Sequence[tuple[str, str]]) -> np.ndarray:
     for row, (after, before) in zip(matrix, contrasts, strict=True):
         row[names.index(after)], row[names.index(before)] = 1.0, -1.0
     return matrix
-
-
-def holm(p: np.ndarray) -> np.ndarray:
-    """Holm's adjusted p: the k-th smallest of K times K - k + 1, at least its predecessor and at most 1.
-
-    As statsmodels' `multipletests(p, method="holm")`, which collects garbage each time (0.2 s in a large process).
-    """
-    order = np.argsort(p, kind="stable")
-    adjusted = np.empty_like(p)
-    adjusted[order] = np.minimum(1.0, np.maximum.accumulate(p[order] * np.arange(len(p), 0, -1)))
-    return adjusted
 
 
 def homogeneity(arms: dict[str, np.ndarray]) -> Homogeneity | None:
@@ -257,23 +285,23 @@ def _mcnemar(after: np.ndarray, before: np.ndarray) -> McNemar:
     return McNemar(gained, lost, float(p))
 
 
-def _summary(own: Parts, worth: float, alpha: float, tables: dict[str, np.ndarray]) -> dict:
+def _summary(own: Parts, split: Split, alpha: float, margin: float | None, tables: dict[str, np.ndarray]) -> dict:
     """The fields of `Family` on the family as a whole, from the parts averaged over its contrasts."""
-    average = Parts(own.mean.mean(), own.prompt.mean(), own.seed.mean(), own.resid.mean(), own.seeds, own.prompts)
-    variance, df = components.variance(average, average.seed, average.resid, worth)
-    se = float(np.sqrt(variance))
-    low, high = power.detectable_interval(se, float(df), alpha)
-    several = own.seeds > 1
+    several, each = own.seeds > 1, alpha / len(own.mean)
+    prompt, seed, resid, df = (part.mean() for part in (own.prompt, own.seed, own.resid, split.df))
+    average = Split(prompt, seed, resid, df, own.prompts, own.seeds)
+    low, high = power.detectable_interval(average, each) if several else (None, None)
 
     def points(part: np.ndarray, times: int) -> float:
         return 100 * float(np.sqrt(max(0.0, float(part)) * times))
 
     return {
-        "prompt_sd_points": points(average.prompt - average.resid, own.prompts),
-        "seed_sd_points": points(average.seed - average.resid, own.seeds) if several else None,
-        "resid_sd_points": points(average.resid, own.seeds * own.prompts) if several else None,
-        "seed_df": worth * (own.seeds - 1) if several else None,
-        "mde": power.detectable(se, float(df), alpha),
+        "prompt_sd_points": points(prompt - resid, own.prompts),
+        "seed_sd_points": points(seed - resid, own.seeds) if several else None,
+        "resid_sd_points": points(resid, own.seeds * own.prompts) if several else None,
+        "seed_df": float(df) if several else None,
+        "margin": margin,
+        "mde": power.detectable(average, each) if several else None,
         "mde_low": low,
         "mde_high": high,
         "homogeneity": homogeneity(tables),
@@ -283,28 +311,35 @@ def _summary(own: Parts, worth: float, alpha: float, tables: dict[str, np.ndarra
 def _words(
     verdict: str,
     difference: float,
-    interval: np.ndarray,
+    alone: np.ndarray,
+    together: np.ndarray,
+    count: int,
     prompts: int | None,
-    seeds_needed: int | None,
-    seeds: int,
+    seeds: int | None,
     alpha: float,
+    margin: float | None,
     identical: bool,
 ) -> str:
-    """The comparison in one sentence."""
-    one_seed = "; one seed, so what another seed would give is unknown" if seeds == 1 else ""
+    """The comparison in one sentence. It quotes the interval that the verdict follows, which holds for all of the family."""
+    level = f"{100 * (1 - alpha):g} %"
+    if verdict == NO_VERDICT:
+        low, high = 100 * alone
+        return f"{100 * difference:+.1f} points ({level} interval {low:+.1f} to {high:+.1f}) over prompts, one seed: no verdict"
+    family = "" if count == 1 else f" for all {count} comparisons at once"
+    if verdict == EQUIVALENT and margin is not None:
+        return f"{EQUIVALENT} within {100 * margin:g} points (difference {100 * difference:+.1f}; two one-sided tests{family})"
     if verdict != CANNOT_TELL:
-        low, high = sorted(100 * np.sign(difference) * interval)
-        size, level = 100 * abs(difference), 100 * (1 - alpha)
-        return f"{verdict} by {size:.1f} points ({level:g} % interval {low:.1f} to {high:.1f}){one_seed}"
+        low, high = sorted(100 * np.sign(difference) * together)
+        return f"{verdict} by {100 * abs(difference):.1f} points ({level} interval{family} {low:.1f} to {high:.1f})"
     if identical:
-        return f"{CANNOT_TELL}: both arms have the same verdicts{one_seed}"
+        return f"{CANNOT_TELL}: both arms have the same verdicts"
     if difference == 0:
-        return f"{CANNOT_TELL}: no difference was seen{one_seed}"
+        return f"{CANNOT_TELL}: no difference was seen"
     ways = [f"about {_rounded(prompts)} prompts"] if prompts else []
-    ways += [f"{_rounded(seeds_needed)} seeds"] if seeds_needed else []
+    ways += [f"{_rounded(seeds)} seeds"] if seeds else []
     if not ways:
-        return f"{CANNOT_TELL}: neither more prompts alone nor more seeds alone would be enough{one_seed}"
-    return f"{CANNOT_TELL}: would need {' or '.join(ways)}{one_seed}"
+        return f"{CANNOT_TELL}: neither more prompts alone nor more seeds alone would be enough"
+    return f"{CANNOT_TELL}: would need {' or '.join(ways)}"
 
 
 def _rounded(number: int) -> str:

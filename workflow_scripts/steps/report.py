@@ -19,7 +19,7 @@ def main(job: manifests.Job) -> None:
     html = page.render(world, families, controls)
     table = page.table(families)
     for control in controls:
-        print(f"{control.name} control: {'passed' if control.passed else 'FAILED'}: {control.what}", flush=True)
+        print(f"{control.name} control: {control.state}: {control.what}", flush=True)
     for family in families:
         for comparison in family.result.comparisons:
             print(f"{family.name}: {comparison.after} against {comparison.before}: {comparison.words}", flush=True)
