@@ -10,10 +10,11 @@ from pathlib import Path
 import pytest
 import yaml
 
-from tests.conftest import make_clone
+from tests.conftest import ROOT, make_clone
 from tests.support import report_world
 from workflow_scripts.config import config as configs
 from workflow_scripts.plumbing.messages import InputError
+from workflow_scripts.report import collect, judge
 from workflow_scripts.report import page as pages
 
 
@@ -54,6 +55,27 @@ def test_known_effects_are_better_and_an_equal_method_cannot_be_told(html):
     assert findings(html) == {"dpo": "better", "kto": "better", "ppo": "cannot tell", "grpo": "better", "rloo": "cannot tell"}
     assert "null: passed" in html and "negative: passed" in html and "positive: passed" in html
     assert "Do not trust" not in html and "Something is wrong" not in html and "One seed" not in html
+
+
+def test_a_family_that_compares_data_too_says_so_from_the_config(html, made):
+    """GRPO and RLOO learn from a verifier here, DPO and KTO from pairs: that is no comparison of methods alone."""
+    said = re.findall(r"<strong>Differs in data</strong>: ([^<]+)\. A difference", html)
+    assert said[0] == "dpo, kto from pairs; ppo from rm_pairs; grpo, rloo from ifeval on instructions"
+    experiments = configs.load(ROOT / "config/smollm2.yaml").experiments
+    world = collect.World({"experiments": experiments}, {}, {})
+    families = configs.load(ROOT / "config/smollm2.yaml").data["report"]["families"]
+    assert {name: bool(judge.mixed(world, family)) for name, family in families.items()} == {
+        "primary": False, "methods": False, "base": True, "precision": False, "gsm8k": True,
+    }  # fmt: skip
+
+
+def test_answers_under_other_settings_of_decoding_are_refused_in_a_family(copy):
+    folder, plan = copy
+    for run, settings in (("dpo", {"repetition_penalty": 1.1, "eos_token_id": 2}), ("kto", {"eos_token_id": [2, 0]})):
+        path = folder / f"results/{run}/ifeval_responses.manifest.json"
+        path.write_text(json.dumps({"generation_config": settings}))
+    with pytest.raises(InputError, match=r"report.families.primary: kto answered with greedy decoding alone, dpo with .*1.1"):
+        report_world.report(folder, plan)
 
 
 def test_a_method_that_did_not_move_its_own_objective_is_marked(html):

@@ -39,6 +39,23 @@ def contrasts(family: dict) -> list[tuple[str, str]]:
     return [(name, family["reference"]) for name in family["runs"]]
 
 
+def source(experiments: dict, name: str) -> str:
+    """What a run learns to prefer from: its slice, that of its reward model, or a verifier on its slice."""
+    body = experiments[name]
+    rewards = [body["reward"]] if isinstance(body.get("reward"), str) else [*body.get("reward", [])]
+    found = [experiments[one]["slice"] if one in experiments else f"{one} on {body['slice']}" for one in rewards]
+    return " and ".join(found or [body["slice"]])
+
+
+def mixed(world: World, family: dict) -> str:
+    """In words, from the config, where the runs of a family learn from different data, so that it compares these too; else ""."""
+    experiments, groups = world.config["experiments"], dict[str, list[str]]()
+    for name in dict.fromkeys(family.get("pairs", family.get("runs", []))):
+        if name in experiments:
+            groups.setdefault(source(experiments, name), []).append(name)
+    return "; ".join(f"{', '.join(names)} from {data}" for data, names in groups.items()) if len(groups) > 1 else ""
+
+
 def arms(world: World, task: str, pairs: list[tuple[str, str]]) -> dict[str, numpy.ndarray]:
     return {name: world.arm(task, name) for pair in pairs for name in pair}
 

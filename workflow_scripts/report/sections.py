@@ -170,7 +170,7 @@ def rewards(world: World) -> str:
 
 
 def budgets(world: World) -> list[dict]:
-    """What each experiment's training was given, mean over its seeds: methods learn from different data, by their nature.
+    """What each experiment's training was given, mean over its seeds.
 
     rows: of its slice (pairs, conversations, prompts); tokens: as its trainer counts them, answers that it sampled too.
     """
