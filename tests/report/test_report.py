@@ -71,6 +71,21 @@ def test_a_family_that_compares_data_too_says_so_from_the_config(html, made):
     }  # fmt: skip
 
 
+def test_a_verdict_that_turns_with_the_base_is_flagged(tmp_path):
+    """The same two runs, judged in full precision and on an NF4 base, in a family each."""
+    families = {
+        "primary": {"runs": ["dpo", "kto"]},
+        "on_nf4": {"title": "On NF4", "task": "ifeval", "reference": "sft_v2_nf4", "runs": ["dpo_nf4", "kto_nf4"]},
+    }
+    primary = {"reference": "sft_v2", "runs": ["dpo", "kto"]}
+    overlay = {"report": {"families": families | {"primary": families["primary"] | primary}}}
+    config = report_world.write_config(tmp_path, seeds=5, overlay=overlay)
+    accuracy = {"dpo": 0.8, "kto": 0.8, "sft_v2": 0.2, "dpo_nf4": 0.8, "kto_nf4": 0.2, "sft_v2_nf4": 0.2}
+    page = report_world.report(tmp_path, report_world.make(tmp_path, config, accuracy=accuracy))
+    lines = re.findall(r"turns with the base that is judged on</strong>: ([^<]+)\.</p>", page)
+    assert lines == ["kto against sft_v2: better (primary); kto_nf4 against sft_v2_nf4: cannot tell (on_nf4)"]
+
+
 def test_answers_under_other_settings_of_decoding_are_refused_in_a_family(copy):
     folder, plan = copy
     for run, settings in (("dpo", {"repetition_penalty": 1.1, "eos_token_id": 2}), ("kto", {"eos_token_id": [2, 0]})):

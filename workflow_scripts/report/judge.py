@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 import numpy
 
+from workflow_scripts.config.names import view_of
 from workflow_scripts.report.collect import World
 from workflow_scripts.stats.family import Comparison, Family, again, compare
 
@@ -54,6 +55,26 @@ def mixed(world: World, family: dict) -> str:
         if name in experiments:
             groups.setdefault(source(experiments, name), []).append(name)
     return "; ".join(f"{', '.join(names)} from {data}" for data, names in groups.items()) if len(groups) > 1 else ""
+
+
+def turned(families: list[Judged]) -> list[str]:
+    """Comparisons that two families make on different bases (`dpo` and `dpo_nf4`) with different verdicts, in words."""
+    seen: dict[tuple[str, str, str], list[tuple[str, Comparison]]] = {}
+    for family in families:
+        for one in family.result.comparisons:
+            same = (family.task, _on_any_base(one.after), _on_any_base(one.before))
+            seen.setdefault(same, []).append((family.name, one))
+    found = []
+    for alike in seen.values():
+        on_bases = {(one.after, one.before): (family, one) for family, one in alike}.values()
+        if len({one.verdict for _, one in on_bases}) > 1:
+            found.append("; ".join(f"{one.after} against {one.before}: {one.verdict} ({family})" for family, one in on_bases))
+    return found
+
+
+def _on_any_base(name: str) -> str:
+    run, view = view_of(name)
+    return run if view in ("nf4", "full") else name
 
 
 def arms(world: World, task: str, pairs: list[tuple[str, str]]) -> dict[str, numpy.ndarray]:

@@ -15,7 +15,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from workflow_scripts.config.names import CHOICE
 from workflow_scripts.report import capacity, figures, sections, winning
 from workflow_scripts.report.collect import LABEL, World
-from workflow_scripts.report.judge import Control, Judged, mixed
+from workflow_scripts.report.judge import Control, Judged, mixed, turned
 
 TEMPLATES = Path(__file__).parents[1] / "report/templates"  # so named that a change of them makes the report stale
 
@@ -38,6 +38,7 @@ def render(world: World, families: list[Judged], controls: list[Control]) -> str
             shown(family) | {"mixed": mixed(world, declared)}
             for family, declared in zip(families, world.config["report"]["families"], strict=True)
         ],
+        turned=turned(families),
         controls=controls,
         failed=[control for control in controls if control.passed is False],
         training=sections.training(world),
