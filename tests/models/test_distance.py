@@ -46,7 +46,7 @@ def test_every_adapter_says_how_far_it_is_from_its_start(experiment, base, slice
     if experiment == "rm":
         assert "kl" not in made
     else:
-        assert made["kl"] > 0 and made["noise"] < made["kl"] / 50 and 0 <= made["changed"] <= 1
+        assert made["kl"] > 0 and made["noise"] < made["kl"] / 5 and 0 <= made["changed"] <= 1
         assert 1 <= len(made["tokens"]) <= distance.ROWS and max(map(len, made["tokens"])) <= distance.TOKENS
 
 
@@ -111,15 +111,17 @@ def dpo_rows(tmp_path):
 
 def test_an_update_of_half_the_strength_is_another_one(base, large, tmp_path):
     with_adapter = adapted(manifests.read(base), large, tmp_path)
-    assert distance.check(with_adapter, large)["kept"] == 1.0
+    assert distance.check(with_adapter, large, alike=True)["kept"] == 1.0
+    with distance.strength(with_adapter, 0.5):
+        distance.check(with_adapter, large, alike=False)  # on another base the KL says little
     with distance.strength(with_adapter, 0.5), pytest.raises(InputError, match=r"nats a token from its start"):
-        distance.check(with_adapter, large)
-    distance.check(with_adapter, large)  # as strong as before
+        distance.check(with_adapter, large, alike=True)
+    distance.check(with_adapter, large, alike=True)  # as strong as before
     for name, parameter in with_adapter.named_parameters():
         if "lora_B" in name:
             parameter.data *= 0.97
     with pytest.raises(InputError, match="97.0% of the update is in the model"):
-        distance.check(with_adapter, large)
+        distance.check(with_adapter, large, alike=True)
 
 
 @pytest.mark.parametrize(("rate", "dtype"), [(5e-6, "float32"), (3.0, "bfloat16")])

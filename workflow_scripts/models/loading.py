@@ -70,7 +70,9 @@ def evaluated(
     if f"base_model.model.{lora.HEAD}.weight" in lora.adapter_names(adapter):
         raise InputError(f"{adapter.folder}: a reward model's adapter; it scores answers and writes none")
     with_adapter = lora.attach(model, start, adapter).eval()
-    return with_adapter.get_base_model(), distance.check(with_adapter, adapter)  # the adapter stays in its layers
+    trained = adapter.data["step"]
+    alike = trained["precision"] == dtype and (trained["config"]["quantise"] != "none") == (quant is not None)
+    return with_adapter.get_base_model(), distance.check(with_adapter, adapter, alike)  # the adapter stays in its layers
 
 
 def keep_trainable_on_cpu(model: Any) -> None:
