@@ -326,12 +326,12 @@ def test_the_report_takes_multiple_choice_in_a_family(tmp_path):
     overlay = merge(files_of(tmp_path), {"report": {"families": families}})
     made = report_world.make(tmp_path, report_world.write_config(tmp_path, overlay=overlay))
     html = report_world.report(tmp_path, made)
-    assert "What of mmlu is left?" in html and "(mmlu: MMLU, accuracy; descriptive)" in html and "TruthfulQA, mc2" in html
+    assert "What of mmlu is left?" in html and "(mmlu: MMLU, accuracy, exploratory)" in html and "TruthfulQA, mc2" in html
     table = (tmp_path / "results/report/comparison.csv").read_text()
     rows = [line.split(",") for line in table.splitlines()]
     assert (
         len([row for row in rows if row[0] == "mmlu"]) == 2
-        and [row[1] for row in rows if row[0] == "truthfulqa"] == ["truthfulqa"] * 2
+        and [row[2] for row in rows if row[0] == "truthfulqa"] == ["truthfulqa"] * 2
     )
     shown = json.loads(html.split('id="answers">')[1].split("</script>")[0])
     assert {pair[0] for pair in shown["pairs"]} == {"ifeval", "gsm8k"} == set(shown["prompts"])

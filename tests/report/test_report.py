@@ -292,6 +292,6 @@ def test_only_score_files_are_inputs_so_no_curve_or_time_makes_a_report_stale(ma
 def test_snakemake_plans_the_report_from_the_scores_of_every_run(tmp_path):
     clone = make_clone(tmp_path / "clone")
     planned = clone.plan("results/report/comparison.html", configs=["config/config.yaml"])
-    runs = len(configs.load(clone.folder / "config/config.yaml").experiments)  # one seed: each but rm, the base, the null control
-    assert planned["report"] == 1 and planned["score"] == 2 * (runs + 1) and planned["eval_rm"] == 1
+    runs = len(configs.load(clone.folder / "config/config.yaml").experiments)  # but rm; the base, the merge, the null control
+    assert planned["report"] == 1 and planned["score"] == 2 * (runs + 2) and planned["eval_rm"] == 1
     assert planned["train_sft"] == 3

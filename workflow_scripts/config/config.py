@@ -29,8 +29,10 @@ class Config(Written):
         schema.check_experiments(self, self.experiments)
         references.check(self, self.experiments)
         self.experiments, self.copies = sweep.expand(self, self.experiments)
+        models = self.models
         for name in self.experiments:
-            if view_of(name)[0] in {*self.models, *self.experiments} - {name}:
+            stem = view_of(name)[0]
+            if stem != name and (stem in self.experiments or stem in models):
                 raise self.fail(
                     ["experiments", name], f"the endings {', '.join(VIEWS)} say how a run is judged; take another name"
                 )
@@ -51,7 +53,7 @@ class Config(Written):
         """(run, how it is judged) of what is scored: `dpo` is judged as `eval.base` says, `dpo_nf4`, `dpo_full` on that base,
         `sft_v2_merged` as the merged model. InputError if there is no such run, or where the view is what `eval.base` says."""
         experiment = name.partition(".")[0]
-        if experiment in self.models or experiment in self.experiments:
+        if experiment in self.experiments or experiment in self.models:
             return name, ""
         run, view = view_of(name)
         trained = run not in self.models and self.experiments[self.run(run)[0]]
@@ -63,7 +65,8 @@ class Config(Written):
 
     def judged_in_4bit(self, name: str) -> bool:
         """Whether the base is in NF4 when a run, or a view of one, is judged."""
-        known = name.partition(".")[0] in {*self.models, *self.experiments}
+        experiment = name.partition(".")[0]
+        known = experiment in self.experiments or experiment in self.models
         run, view = (name, "") if known else view_of(name)
         if view:
             return view == "nf4"
