@@ -31,7 +31,9 @@ def as_member(clone, *command: str) -> subprocess.CompletedProcess:
     scratch.mkdir(exist_ok=True)
     os.chown(scratch, MEMBER, GROUP)
     # No home, as in a container that runs as a number: snakemake/snakemake #1593.
-    env = clone.environment() | ELSEWHERE | {"HOME": "/nonexistent", "TMPDIR": str(scratch)}
+    # Of root's folders bash finds no command for that account, and would take another python of the PATH.
+    path = f"{Path(sys.executable).parent}:/usr/bin:/bin"
+    env = clone.environment() | ELSEWHERE | {"PATH": path} | {"HOME": "/nonexistent", "TMPDIR": str(scratch)}
     env.pop("XDG_CACHE_HOME", None)
     script = ["bash", "-c", 'umask 0002; exec "$@"', "bash", *command]
     return subprocess.run([*account, *script], cwd=clone.folder, env=env, capture_output=True, text=True, timeout=600)
@@ -40,7 +42,7 @@ def as_member(clone, *command: str) -> subprocess.CompletedProcess:
 def readable(clone) -> bool:
     """Whether that account finds this environment's packages: root's may be closed even to who may search all folders."""
     probe = "import importlib.metadata as m; [m.version(name) for name in ('jinja2', 'langdetect', 'torch')]"
-    return as_member(clone, sys.executable, "-c", probe).returncode == 0
+    return as_member(clone, "bash", "-c", f'exec python -c "{probe}"').returncode == 0
 
 
 @pytest.mark.skipif(os.getuid() != 0 or not shutil.which("setpriv"), reason="needs root, to become other accounts (setpriv)")

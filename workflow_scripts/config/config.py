@@ -66,12 +66,9 @@ class Config(Written):
     def judged_in_4bit(self, name: str) -> bool:
         """Whether the base is in NF4 when a run, or a view of one, is judged."""
         experiment = name.partition(".")[0]
-        known = experiment in self.experiments or experiment in self.models
-        run, view = (name, "") if known else view_of(name)
-        if view:
-            return view == "nf4"
-        trained = self.data["eval"]["base"] == "trained" and run not in self.models
-        return trained and self.experiments[self.run(run)[0]]["quantise"] != "none"
+        if experiment in self.experiments:
+            return self.data["eval"]["base"] == "trained" and self.experiments[experiment]["quantise"] != "none"
+        return experiment not in self.models and view_of(name)[1] == "nf4"
 
     @cached_property
     def judged(self) -> list[str]:

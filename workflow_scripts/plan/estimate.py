@@ -50,7 +50,8 @@ class Estimates:
 
     def _ask(self, kind: str, name: str, attempt: int) -> dict[str, int]:
         """mem_mb, runtime (minutes), disk_mb that a job asks for; name: a slice's, or a run's, and "" for the report."""
-        name = self.config.view(name)[0] if kind != "slice" and name else name
+        if kind != "slice" and name and name.partition(".")[0] not in self.config.experiments:
+            name = self.config.view(name)[0]
         name = name if kind == "slice" or name in ("", *self.config.models) else self.config.run(name)[0]
         found = self.of(kind, name)
         return {
