@@ -92,7 +92,7 @@ def test_the_viewer_shows_flipped_prompts_with_both_answers_and_can_be_searched(
     count = browser.find_element("id", "count")
     everything = int(count.text.split(" ")[0])
     first = browser.find_element("css selector", "#cards .card")
-    assert "dpo: " in first.text and "sft_v2: " in first.text and everything > 20
+    assert "dpo: " in first.text and "sft_v2_merged: " in first.text and everything > 20
     browser.find_element("id", "which").send_keys("lost")
     lost = int(count.text.split(" ")[0])
     assert 0 < lost < everything
