@@ -233,7 +233,7 @@ CODE: dict[str, list[str]] = {
     ),
     "data/__init__.py": [*SLICE, "make_base", *MODELS, "score_gsm8k"],
     "data/slicing.py": [*SLICE, *MODELS],
-    "data/fitting.py": [*SLICE, "train_dpo", "train_kto", "train_rm"],
+    "data/fitting.py": [*SLICE, "eval_rm", *TRAIN],
     **dict.fromkeys(("data/formats.py", "data/parts.py", "data/words.py"), [*SLICE, *MODELS, "score_gsm8k"]),
     "evaluation/__init__.py": [*SLICE, *SCORE, *ROLLOUTS],
     "evaluation/scores.py": [*SCORE, *ROLLOUTS],

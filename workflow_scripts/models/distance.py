@@ -75,9 +75,8 @@ def measure(model: Any, rows: list[list[int]]) -> dict[str, float]:
     model.train(training)
     places = sum(map(len, rows))
     found = {name: value / places for name, value in sums.items()}
-    found["noise"] = (found["noise"] - WEAK**2 * found["kl"]) / (
-        WEAK - WEAK**2
-    )  # of kl = effect + noise, weak = w^2 effect + w noise
+    # kl = effect + noise, and that of the weak adapter = w^2 effect + w noise
+    found["noise"] = (found["noise"] - WEAK**2 * found["kl"]) / (WEAK - WEAK**2)
     return {name: max(0.0, float(f"{value:.4g}")) for name, value in found.items()}
 
 

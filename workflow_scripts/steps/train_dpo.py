@@ -20,7 +20,6 @@ are computed once: same numbers, no second forward pass at each step.
 """
 
 from workflow_scripts.artifacts import manifests
-from workflow_scripts.data.fitting import fitting
 from workflow_scripts.steps import cli
 from workflow_scripts.tools import card
 
@@ -36,8 +35,7 @@ def main(job: manifests.Job) -> None:
     start, rows = parents["start"], parents["rows"]
     device.prepare(step)
     tokenizer = chat.tokenizer_of(start)
-    pairs = {heldout: trainers.usable(rows, heldout) for heldout in (False, True)}
-    short, left = fitting(tokenizer, pairs, config["train"]["max_length"], config["max_left_out"], str(rows.path))
+    short, left = trainers.whole(tokenizer, rows, config)
     model = loading.load(start, job.work, step["device"], step["precision"], config.get("quant"))
 
     fields = ("id", "prompt", "chosen", "rejected")

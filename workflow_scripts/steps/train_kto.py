@@ -22,7 +22,6 @@ import json
 from typing import Any
 
 from workflow_scripts.artifacts import manifests
-from workflow_scripts.data.fitting import fitting
 from workflow_scripts.data.unpaired import spread, unpair, weights
 from workflow_scripts.steps import cli
 from workflow_scripts.tools import card
@@ -90,8 +89,7 @@ def main(job: manifests.Job) -> None:
     batch = config["train"]["per_device_train_batch_size"]
     device.prepare(step)
     tokenizer = chat.tokenizer_of(start)
-    whole = {heldout: trainers.usable(rows, heldout) for heldout in (False, True)}
-    short, left = fitting(tokenizer, whole, config["train"]["max_length"], config["max_left_out"], str(rows.path))
+    short, left = trainers.whole(tokenizer, rows, config)
     answers = {heldout: unpair(found) for heldout, found in short.items()}
     ordered = {heldout: spread(found, batch, step["seed"]) for heldout, found in answers.items()}
     weights(ordered[True][0], config["class_weights"], f"{rows.path}, held-out rows")

@@ -14,7 +14,6 @@ one by one, not a mean over batches; steps/eval_rm.py looks closer.
 """
 
 from workflow_scripts.artifacts import manifests
-from workflow_scripts.data.fitting import fitting
 from workflow_scripts.steps import cli
 from workflow_scripts.tools import card
 
@@ -33,8 +32,7 @@ def main(job: manifests.Job) -> None:
     tokenizer = chat.tokenizer_of(start)
     chat.end_of_turn(tokenizer)
     max_length = config["train"]["max_length"]
-    pairs = {heldout: trainers.usable(rows, heldout) for heldout in (False, True)}
-    short, left = fitting(tokenizer, pairs, max_length, config["max_left_out"], str(rows.path))
+    short, left = trainers.whole(tokenizer, rows, config)
     fields = ("id", "prompt", "chosen", "rejected")
     given = tuple(trainers.data_set([{key: row[key] for key in fields} for row in short[heldout]]) for heldout in (False, True))
     model = loading.load(start, job.work, step["device"], step["precision"], config.get("quant"), reward=True)

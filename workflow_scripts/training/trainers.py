@@ -9,6 +9,7 @@ from transformers import PrinterCallback, TrainerCallback
 
 from workflow_scripts.artifacts.fingerprint import fingerprint
 from workflow_scripts.artifacts.manifests import Artifact, Draft, Job
+from workflow_scripts.data.fitting import fitting
 from workflow_scripts.models import chat, distance, lora
 from workflow_scripts.plumbing.messages import InputError
 from workflow_scripts.plumbing.progress import Progress
@@ -57,6 +58,12 @@ def usable(rows: Artifact, heldout: bool) -> list[dict]:
         which = "held-out rows; without them nothing shows whether the method trained" if heldout else "rows to train on"
         raise InputError(f"{rows.path}: has no {which}; change `rows` or `heldout` of this slice")
     return found
+
+
+def whole(tokenizer: Any, rows: Artifact, config: dict) -> tuple[dict[bool, list[dict]], dict]:
+    """The usable rows of preferences that `max_length` cuts nothing of (data/fitting.py), held-out ones under True; facts."""
+    found = {heldout: usable(rows, heldout) for heldout in (False, True)}
+    return fitting(tokenizer, found, config["train"]["max_length"], config["max_left_out"], str(rows.path))
 
 
 def data_set(rows: list[dict]) -> Any:
