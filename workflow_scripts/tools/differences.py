@@ -10,7 +10,7 @@ from typing import Any
 
 from workflow_scripts.artifacts import fingerprint
 from workflow_scripts.config.config import Config
-from workflow_scripts.config.names import CHOICE
+from workflow_scripts.config.names import CHOICE, JUDGED
 from workflow_scripts.config.schema import CONSTANT_BLOCKS
 from workflow_scripts.config.schema_errors import dotted
 
@@ -20,6 +20,8 @@ LONGEST = 60  # characters of a value; a longer one is cut
 APART = ("config", "parents", "code", "packages", "external", "step")
 # Settings that are one choice: shown whole, not key by key.
 WHOLE = ("reward", "class_weights")
+# Settings of `eval:` that hold for every task.
+ALL_TASKS = ("batch_size", "decoding")
 # Keys of a reward model's evaluation -> where the training has them.
 EVAL_RM = {"batch_size": "per_device_eval_batch_size", "max_length": "max_length"}
 
@@ -74,6 +76,8 @@ def arrow(key: str, old: Any, new: Any) -> str:
 
 def place(config: Config, kind: str, name: str, path: list[str]) -> str:
     """The key at `path` of a step's config, as it stands in the user's files: `methods.dpo.train.beta`, `data.max_drop`."""
+    if _judges(kind):  # of its settings only the reward model's training has any
+        kind, name = "eval_rm", config.data["eval"][JUDGED]["reward"]
     verb, _, task = kind.partition("_")
     top = path[0]
     if top in CONSTANT_BLOCKS:
@@ -92,8 +96,18 @@ def place(config: Config, kind: str, name: str, path: list[str]) -> str:
             path = ["source", *({"file": "path", "files": "paths"}.get(key, key) for key in path[1:])]
         return dotted(["data", "slices", name, *path])
     if verb in ("generate", "score"):
-        return dotted(["eval", *([] if top == "batch_size" and task not in CHOICE else [task]), *path])
+        return dotted(["eval", *([] if top in ALL_TASKS and task not in CHOICE else [task]), *path])
     return dotted([kind, *path])
+
+
+def _judges(kind: str) -> bool:
+    """Whether a step has a reward model score answers."""
+    return kind == f"score_{JUDGED}"
+
+
+def _asks_the_policy(kind: str) -> bool:
+    """Whether a step puts an evaluation's prompts to what is evaluated: on the base and in the precision of `eval:`."""
+    return kind.startswith(("generate_", "score_")) and not _judges(kind)
 
 
 def _settings(config: Config, kind: str, name: str, old: dict, new: dict) -> list[str]:
@@ -101,12 +115,15 @@ def _settings(config: Config, kind: str, name: str, old: dict, new: dict) -> lis
     lines = []
     for path, before, after in changed(old.get("config", {}), new["config"]):
         if path == ("quant",) and UNSET in (before, after):
-            continue  # comes and goes with `quantise`, which is shown
+            if _asks_the_policy(kind):
+                key = f"base that it is judged on (eval.base: {config.data['eval']['base']})"
+                lines.append(arrow(key, *("full precision" if value == UNSET else value["type"] for value in (before, after))))
+            continue  # else it comes and goes with `quantise`, which is shown
         lines.append(arrow(place(config, kind, name, list(path)), before, after))
     rest_old, rest_new = ({key: value for key, value in step.items() if key not in APART} for step in (old, new))
     for path, before, after in changed(rest_old, rest_new):
         key = dotted(list(path))
-        if key == "precision" and kind.startswith(("generate_", "score_")):
+        if key == "precision" and _asks_the_policy(kind):
             key = "eval.precision"
         if key.startswith("allow_"):  # the key stands in a step only where it is true
             before, after = (False if value == UNSET else value for value in (before, after))
