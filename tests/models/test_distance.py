@@ -1,11 +1,14 @@
 """What is evaluated is what was trained: how far an adapter takes its model, and what of it a merge or an evaluation loses."""
 
 import json
+import re
+from types import SimpleNamespace
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
+from tests.conftest import ROOT
 from tests.support import small_steps
 from workflow_scripts.artifacts import manifests
 from workflow_scripts.models import chat, distance, loading, lora
@@ -149,3 +152,48 @@ def test_greedy_is_greedy_whatever_a_folder_says_and_folder_is_a_choice(speaking
         for how in ("greedy", "folder")
     }
     assert found["greedy"] == plain.file("ifeval_responses.jsonl").read_text() != found["folder"]
+
+
+@pytest.fixture(scope="module")
+def page():
+    """What docs/methods.md says of the limits, by name."""
+    text = (ROOT / "docs/methods.md").read_text(encoding="utf-8")
+    patterns = {
+        "tokens": r"the first (\d+) tokens of the first \d+ held-out rows",
+        "rows": r"the first \d+ tokens of the first (\d+) held-out rows",
+        "weak": r"told by ([\d.]+) of the update",
+        "kept": r"by projection \| at least (\d+) %",
+        "agrees": r"found again \| at least ([\d.]+)",
+        "told": r"more than \| (\d+) times the noise, that of training and the one found",
+    }
+    return {name: float(re.findall(pattern, text)[0]) for name, pattern in patterns.items()}
+
+
+def test_the_page_says_what_is_looked_at(page):
+    assert (page["tokens"], page["rows"], page["weak"]) == (distance.TOKENS, distance.ROWS, distance.WEAK)
+    assert page["kept"] / 100 == distance.KEPT  # by which a merge is kept, too
+
+
+@pytest.mark.parametrize("limit", ["kept", "agrees", "noise found", "noise of training"])
+def test_an_evaluation_stops_at_the_limits_that_the_page_says(page, monkeypatch, tmp_path, limit):
+    """The right path at each limit's better side, and the same a little beyond it."""
+
+    def stops(kept=1.0, found=1.0, noise=0.0, trained_noise=0.0):
+        """Effects and noise beside a trained effect of 1."""
+        data = {"distance": {"kl": 1 + trained_noise, "noise": trained_noise, "tokens": []}}
+        monkeypatch.setattr(distance, "kept", lambda model, adapter: kept)
+        monkeypatch.setattr(distance, "measure", lambda model, rows: {"kl": found + noise, "noise": noise, "changed": 0.0})
+        try:
+            distance.check(None, SimpleNamespace(data=data, folder=tmp_path, path=tmp_path), alike=True)
+        except InputError:
+            return True
+        return False
+
+    kept, agrees, third = page["kept"] / 100, page["agrees"], 1 / page["told"]
+    good, beyond = {
+        "kept": ({"kept": kept + 1e-3}, {"kept": kept - 1e-3}),
+        "agrees": ({"found": agrees + 1e-3}, {"found": agrees - 1e-3}),
+        "noise found": ({"found": 0.1, "noise": third + 1e-3}, {"found": 0.1, "noise": third - 1e-3}),
+        "noise of training": ({"found": 0.1, "trained_noise": third + 1e-3}, {"found": 0.1, "trained_noise": third - 1e-3}),
+    }[limit]
+    assert not stops(**good) and stops(**beyond)
