@@ -131,7 +131,7 @@ class World:
         )
 
     def answers(self, name: str, start: Path, adapter: Path | None, prompts: Path, nf4: bool) -> Path:
-        settings = {"batch_size": PROMPTS, "max_new_tokens": NEW_TOKENS, "decoding": "greedy"}
+        settings = {"max_new_tokens": NEW_TOKENS, "decoding": "greedy", "generation": {"backend": "graphs", "adapter": "match"}}
         settings |= {"quant": self.config.data["quant"]} if nf4 else {}
         parents = {"start": start, "prompts": prompts} | ({"adapter": adapter} if adapter else {})
         return self.run("generate", f"{name}/ifeval_responses.manifest.json", parents, settings)
@@ -217,7 +217,7 @@ def weakened(start, adapter, folder: Path, factor: float):
         made = manifests.read(path)
         model = lora.attach(loading.load(start, folder, "cpu", "fp32"), start, made).eval()
         tokens = adapter.data["distance"]["tokens"]
-        does = {"norm": distance.norms(model)} | distance.measure(model, tokens) | {"tokens": tokens}
+        does = {"norm": distance.norms(model)} | distance.measure(distance.Peft(model), tokens) | {"tokens": tokens}
         path.write_text(manifests.dump(made.data | {"distance": does}))
     return manifests.read(path)
 
@@ -242,7 +242,8 @@ def of_dpo(world: World, base: Path, rows: Path) -> list[dict]:
         one: dict = {"update": factor, "trained": {k: v for k, v in adapter.data["distance"].items() if k != "tokens"}}
         if factor == 1.0:
             one["margin in training"] = adapter.data["objective"]["after"]["margin"]
-        model, one["check"] = loading.evaluated(start, adapter, world.folder, "cpu", "fp32")
+        model, beside = loading.evaluated(start, adapter, world.folder, "cpu", "fp32")
+        one["check"] = loading.check(distance.Peft(beside), adapter, "fp32", None)
         evaluated = margins(log_probs(model, tokenizer, pairs), reference, beta)
         one["margin in evaluation"] = summed_up(evaluated, evaluated)
         with_adapter = lora.attach(loading.load(start, world.folder, "cpu", "fp32"), start, adapter).eval()
@@ -252,7 +253,7 @@ def of_dpo(world: World, base: Path, rows: Path) -> list[dict]:
         one["margin of the merge"] = summed_up(margins(log_probs(merged, tokenizer, pairs), reference, beta), evaluated)
         one["kl of the merge"] = divergence(next_tokens(merged, tokens), before)["kl"]
         try:
-            distance.check(merged, adapter, alike=True)
+            distance.check(distance.Peft(merged), adapter, alike=True)
             one["check of the merge"] = "passes"
         except InputError as error:
             one["check of the merge"] = str(error)

@@ -36,7 +36,7 @@ ESTIMATES = estimate.Estimates(PLAN)
 # What decides no number: not a parameter, since Snakemake would record it, and rerun for it.
 OPTIONS = (
     f"--work {shlex.quote(PLAN.work)} --track {PLAN.config.data['track']}"
-    f" --checkpoint-minutes {PLAN.config.data['checkpoint_minutes']}"
+    f" --checkpoint-minutes {PLAN.config.data['checkpoint_minutes']} --slots {PLAN.config.data['generation']['slots']}"
 )
 ENV = f"../envs/{'cuda' if DEVICE == 'cuda' else 'cpu'}.yaml"
 

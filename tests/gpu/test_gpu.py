@@ -106,7 +106,7 @@ def test_the_gpu_answers_as_the_cpu_does_in_fp32(folder, base, chain):
     path.write_text("".join(json.dumps(row) + "\n" for row in world.eval_rows(64, seed=1)))
     prompts = small_steps.write_manifest(folder / "data" / "prompts.manifest.json", "slice", "prompts", ["prompts.jsonl"])
     parents = {"start": chain[1].path, "adapter": chain[2].path, "prompts": prompts}
-    config = {"batch_size": 32, "max_new_tokens": 48, "decoding": "greedy"}
+    config = small_steps.answering(48)
     answers = {}
     for device in ("cpu", "cuda"):
         job = small_steps.job("generate", folder / device / "ifeval_responses.manifest.json", parents, config)
@@ -158,7 +158,7 @@ def test_fp16_and_bf16_answer_alike(folder, base):
             "generate",
             out,
             {"start": base, "prompts": prompts},
-            {"batch_size": 32, "max_new_tokens": 48, "decoding": "greedy"},
+            small_steps.answering(48),
             precision,
         )
         answers[precision] = [row["response"] for row in read_jsonl(made.folder / "ifeval_responses.jsonl")]

@@ -165,7 +165,7 @@ def test_an_adapter_on_another_base_is_refused_by_name(other_base, base, sft, fo
         small_steps.merge(tmp_path / "run", other_base, sft.path)
     prompts = small_steps.write_slice(tmp_path, "ifeval", small_steps.world.eval_rows(2, 1), heldout=0)
     parents = {"start": other_base, "adapter": sft.path, "prompts": prompts}
-    config = {"batch_size": 2, "max_new_tokens": 4, "decoding": "greedy"}
+    config = small_steps.answering(4)
     with pytest.raises(InputError, match=both):
         small_steps.run(small_steps.job("generate", tmp_path / "x" / "ifeval_responses.manifest.json", parents, config))
 

@@ -38,7 +38,7 @@ def adapted(start, adapter, tmp_path, dtype="fp32"):
 def answer(folder, base, adapter, **more):
     rows = small_steps.write_slice(folder / "data", "ifeval", small_steps.world.eval_rows(4, seed=3), heldout=0)
     parents = {"start": base, "prompts": rows} | ({"adapter": adapter.path} if adapter else {})
-    config = {"batch_size": 4, "max_new_tokens": 12, "decoding": "greedy"} | more
+    config = small_steps.answering(12, **more)
     return small_steps.run(small_steps.job("generate", folder / "run/ifeval_responses.manifest.json", parents, config))
 
 
@@ -114,17 +114,17 @@ def dpo_rows(tmp_path):
 
 def test_an_update_of_half_the_strength_is_another_one(base, large, tmp_path):
     with_adapter = adapted(manifests.read(base), large, tmp_path)
-    assert distance.check(with_adapter, large, alike=True)["kept"] == 1.0
-    with distance.strength(with_adapter, 0.5):
-        distance.check(with_adapter, large, alike=False)  # on another base the KL says little
-    with distance.strength(with_adapter, 0.5), pytest.raises(InputError, match=r"nats a token from its start"):
-        distance.check(with_adapter, large, alike=True)
-    distance.check(with_adapter, large, alike=True)  # as strong as before
+    assert distance.check(distance.Peft(with_adapter), large, alike=True)["kept"] == 1.0
+    with distance.scaled(with_adapter, 0.5):
+        distance.check(distance.Peft(with_adapter), large, alike=False)  # on another base the KL says little
+    with distance.scaled(with_adapter, 0.5), pytest.raises(InputError, match=r"nats a token from its start"):
+        distance.check(distance.Peft(with_adapter), large, alike=True)
+    distance.check(distance.Peft(with_adapter), large, alike=True)  # as strong as before
     for name, parameter in with_adapter.named_parameters():
         if "lora_B" in name:
             parameter.data *= 0.97
     with pytest.raises(InputError, match="97.0% of the update is in the model"):
-        distance.check(with_adapter, large, alike=True)
+        distance.check(distance.Peft(with_adapter), large, alike=True)
 
 
 @pytest.mark.parametrize(("rate", "dtype"), [(5e-6, "float32"), (3.0, "bfloat16")])
@@ -148,7 +148,7 @@ def test_greedy_is_greedy_whatever_a_folder_says_and_folder_is_a_choice(speaking
     names = sorted(path.name for path in there.iterdir() if path.name != "manifest.json")
     other = small_steps.write_manifest(there / "manifest.json", "base", "one with a penalty", names)
     found = {
-        how: answer(tmp_path / how, other, None, max_new_tokens=32, decoding=how).file("ifeval_responses.jsonl").read_text()
+        how: answer(tmp_path / how, other, None, **small_steps.answering(32, 4 * (how == "folder"), decoding=how)).file("ifeval_responses.jsonl").read_text()
         for how in ("greedy", "folder")
     }
     assert found["greedy"] == plain.file("ifeval_responses.jsonl").read_text() != found["folder"]

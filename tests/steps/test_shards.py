@@ -16,7 +16,7 @@ from workflow_scripts.plumbing.messages import InputError
 from workflow_scripts.steps import generate
 
 FILES = ("dpo/ifeval_responses.manifest.json", "dpo/ifeval_responses.jsonl", "ifeval_dpo.json")
-BATCHES = "eval: {{batch_size: 5, shards: {}}}\n"  # 24 prompts: four batches of 5, one of 4
+BATCHES = "generation: {{backend: hf}}\neval: {{batch_size: 5, shards: {}}}\n"  # 24 prompts: four batches of 5, one of 4
 
 
 def made(clone, shards: int) -> dict[str, bytes]:
@@ -54,7 +54,7 @@ def world(tmp_path_factory):
 
 def job_of(world, name: str) -> manifests.Job:
     folder, parents = world
-    config = {"batch_size": 2, "max_new_tokens": 4, "decoding": "greedy"}
+    config = small_steps.answering(4, 2)
     job = small_steps.job("generate", folder / name / "x_responses.manifest.json", parents, config)
     job.step["out"] = "one step, wherever it goes"
     return job
@@ -104,9 +104,9 @@ def test_a_shard_of_other_answers_and_a_missing_one_are_refused(world):
 # -- the plan -----------------------------------------------------------------------------------------------------------------
 
 
-def plan(**evaluation) -> Plan:
+def plan(backend: str = "hf", **evaluation) -> Plan:
     data = load("config/config.yaml").data
-    return Plan(Config(merge(data, {"eval": evaluation})))
+    return Plan(Config(merge(data, {"eval": evaluation, "generation": {"backend": backend}})))
 
 
 def test_a_task_with_fewer_batches_has_fewer_shards_and_too_many_for_all_are_refused():
@@ -115,8 +115,11 @@ def test_a_task_with_fewer_batches_has_fewer_shards_and_too_many_for_all_are_ref
     assert (made.shards("ifeval"), made.shards("gsm8k")) == (4, 2)
     assert made.shard_files("gsm8k", "dpo.seed2") == [f"results/dpo.seed2/gsm8k_shards/{n}of2.json" for n in (1, 2)]
     assert plan().shard_files("ifeval", "dpo") == []
-    with pytest.raises(InputError, match=r"eval.shards: found 5, but the prompts make 4 batches at most"):
+    with pytest.raises(InputError, match=r"eval.shards: found 5, but there are 4 batches at most; lower it, or eval.batch_size"):
         plan(shards=5).check()
+    assert plan("graphs", shards=5).shards("gsm8k") == 5  # each prompt by itself
+    with pytest.raises(InputError, match=r"eval.shards: found 401, but there are 400 prompts at most; lower it$"):
+        plan("graphs", shards=401).check()
 
 
 def test_shards_decide_no_fingerprint_and_shorten_a_job():

@@ -32,6 +32,12 @@ SHAPE = {
 }
 
 
+def answering(new: int, batch: int = 0, **more) -> dict:
+    """The config of a step that answers greedily: by `graphs`, or with `batch` by `hf`, so many prompts at a time."""
+    who = {"backend": "hf", "batch_size": batch} if batch else {"backend": "graphs", "adapter": "match"}
+    return {"max_new_tokens": new, "decoding": "greedy", "generation": who} | more
+
+
 def write_manifest(path: Path, kind: str, fingerprint: str, files: list[str], **more) -> Path:
     listed = {name: file_sha256(path.parent / name) for name in files}
     path.write_text(manifests.dump({"format": 1, "kind": kind, "fingerprint": fingerprint, "files": listed, **more}))
@@ -120,7 +126,7 @@ def train_config(experiment: str, **more) -> dict:
     config = copy.deepcopy({key: value for key, value in body.items() if key not in ("start_from", "slice")})
     config |= {"lora": copy.deepcopy(LORA), "optim": "adamw_torch"}
     if "reward" in body:
-        config["reward"] = rewards(body)
+        config |= {"reward": rewards(body), "generation": CONFIG.data["generation"]["backend"]}
     for key, value in more.items():
         (config if key in config else config["train"])[key] = value
     if config["quantise"] != "none":

@@ -24,7 +24,7 @@ def train_chain(home: Path, speaking_base: Path) -> None:
             small_steps.job(
                 "generate", results / "dpo" / "ifeval_responses.manifest.json",
                 {"start": merged.path, "adapter": dpo.path, "prompts": prompts}, 
-                {"batch_size": 1, "max_new_tokens": 12, "decoding": "greedy"},
+                small_steps.answering(12),
             )
         )  # fmt: skip
         responses = results / "dpo" / "ifeval_responses.manifest.json"

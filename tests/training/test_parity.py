@@ -8,9 +8,11 @@ import torch
 from tests.support import small_steps
 from workflow_scripts.artifacts import manifests
 from workflow_scripts.evaluation import ifeval
+from workflow_scripts.generation import generator
+from workflow_scripts.generation.answers import Asked
 from workflow_scripts.models import chat, loading
 from workflow_scripts.plumbing.jsonl import read_jsonl
-from workflow_scripts.steps.generate import answer
+from workflow_scripts.steps import generate
 from workflow_scripts.tiny import world
 
 pytestmark = pytest.mark.trained
@@ -40,13 +42,18 @@ def rows():
     return world.eval_rows(60, seed=3)
 
 
+@pytest.fixture(scope="module", params=["graphs", "hf"])
+def backend(request):
+    return request.param
+
+
 @pytest.fixture(scope="module")
-def responses(base, rows, tmp_path_factory):
+def responses(base, rows, backend, tmp_path_factory):
     """The rows that the step itself writes."""
     folder = tmp_path_factory.mktemp("responses")
     prompts = small_steps.write_slice(folder, "ifeval", rows, heldout=0)
     out = folder / "base" / "ifeval_responses.manifest.json"
-    config = {"batch_size": BATCH, "max_new_tokens": NEW_TOKENS, "decoding": "greedy"}
+    config = small_steps.answering(NEW_TOKENS, BATCH if backend == "hf" else 0)
     made = small_steps.run(small_steps.job("generate", out, {"start": base, "prompts": prompts}, config))
     return read_jsonl(made.file("ifeval_responses.jsonl"))
 
@@ -74,9 +81,15 @@ def test_some_answers_stop_and_some_are_cut_and_none_shows_a_special_token(rows,
     assert not [row for row in responses if any(token in row["response"] for token in tokenizer.all_special_tokens)]
 
 
-def test_the_order_of_the_prompts_changes_nothing(model, tokenizer, rows, responses):
-    prompts = [[{"role": "user", "content": row["prompt"]}] for row in rows]
-    back = answer(model, tokenizer, prompts[::-1], BATCH, NEW_TOKENS, "x")[::-1]
+def answers(who, model, tokenizer, rows, new):
+    texts, ids = generate.tokens_of(tokenizer, [[{"role": "user", "content": row["prompt"]}] for row in rows])
+    return generate.answer(who, tokenizer, Asked(tuple(chat.ends(tokenizer, model)), new), texts, ids, "x")
+
+
+def test_the_order_of_the_prompts_changes_nothing(base, backend, tokenizer, rows, responses, tmp_path):
+    model = loading.load(manifests.read(base), tmp_path, "cpu", "fp32").eval()
+    who = {"hf": generator.InBatches(model, tokenizer, BATCH), "graphs": generator.InSlots(model, 23, 128, False)}[backend]
+    back = answers(who, model, tokenizer, rows[::-1], NEW_TOKENS)[::-1]
     assert back == [{key: row[key] for key in ("response", "tokens", "finish_reason")} for row in responses]
 
 
@@ -89,7 +102,7 @@ def test_prompts_are_padded_on_the_left(model, tokenizer, rows, monkeypatch):
         return right(self, **given)
 
     monkeypatch.setattr(type(model), "generate", spy)
-    answer(model, tokenizer, [[{"role": "user", "content": row["prompt"]}] for row in rows[:14]], BATCH, 2, "x")
+    answers(generator.InBatches(model, tokenizer, BATCH), model, tokenizer, rows[:14], 2)
     masks = [mask for given in seen for mask in given["attention_mask"]]
     assert len(masks) == 14 and any((mask == 0).any() for mask in masks)
     for mask in masks:

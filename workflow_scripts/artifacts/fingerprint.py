@@ -41,7 +41,7 @@ TINY = f"{PACKAGE}.tiny"
 IMPORTS = (f"{PACKAGE}.models.sources", f"{PACKAGE}.models.templates")
 
 # Import name -> distribution in the lock file, where the two differ.
-DISTRIBUTIONS = {"lm_eval": "lm_eval", "yaml": "PyYAML"}
+DISTRIBUTIONS = {"lm_eval": "lm_eval", "yaml": "PyYAML", "triton": "torch"}  # torch pins the Triton that it comes with
 # Libraries that compute on behalf of the one that is imported.
 BROUGHT_ALONG = {
     "transformers": ("torch", "tokenizers", "safetensors", "numpy", "jinja2"),

@@ -14,7 +14,7 @@ held-out rows, and each evaluation measures the same through its own path, befor
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from peft.tuners.lora import LoraLayer
@@ -42,7 +42,7 @@ def fixed_rows(tokenizer: Any, rows: Artifact) -> list[list[int]]:
 
 
 @contextmanager
-def strength(model: Any, factor: float) -> Iterator[None]:
+def scaled(model: Any, factor: float) -> Iterator[None]:
     """The adapters of `model` at a multiple of their strength."""
     layers = [module for module in model.modules() if isinstance(module, LoraLayer)]
     before = [dict(layer.scaling) for layer in layers]
@@ -55,37 +55,48 @@ def strength(model: Any, factor: float) -> Iterator[None]:
             layer.scaling.update(scaling)
 
 
-def measure(model: Any, rows: list[list[int]]) -> dict[str, float]:
-    """`kl`, `changed` and `noise` of a peft model on rows of token ids, in the precision in which it computes."""
-    device = next(model.parameters()).device
+class Path(Protocol):
+    """The way by which a model with an adapter is asked."""
+
+    def logits(self, ids: list[int], strength: float) -> torch.Tensor:
+        """(tokens, vocabulary) in fp32, the adapter at a multiple of its strength."""
+
+    def updates(self) -> Iterator[tuple[str, torch.Tensor, torch.Tensor, float]]:
+        """(name of the module in peft's files, A, B, alpha/r) of each layer of the adapter; A and B in fp32."""
+
+
+class Peft:
+    """peft's own forward pass, with the adapter `default`."""
+
+    def __init__(self, model: Any):
+        self.model = model
+
+    def logits(self, ids: list[int], strength: float = 1.0) -> torch.Tensor:
+        batch = {"input_ids": torch.tensor([ids], device=next(self.model.parameters()).device), "use_cache": False}
+        how = scaled(self.model, strength) if strength else self.model.disable_adapter()
+        with torch.no_grad(), how:
+            return self.model(**batch).logits[0].float()
+
+    def updates(self) -> Iterator[tuple[str, torch.Tensor, torch.Tensor, float]]:
+        for name, module in self.model.named_modules():
+            if isinstance(module, LoraLayer) and "default" in module.lora_A:
+                pair = (getattr(module, side)["default"].weight.detach().float() for side in ("lora_A", "lora_B"))
+                yield name, *pair, module.scaling["default"]
+
+
+def measure(path: Path, rows: list[list[int]]) -> dict[str, float]:
+    """`kl`, `changed` and `noise` on rows of token ids, in the precision in which the model computes on this path."""
     sums = dict.fromkeys(("kl", "changed", "noise"), 0.0)
-    training = model.training
-    model.eval()
-    with torch.no_grad():
-        for ids in rows:
-            batch = {"input_ids": torch.tensor([ids], device=device), "use_cache": False}
-            trained = model(**batch).logits[0].float().log_softmax(-1)
-            with model.disable_adapter():
-                start = model(**batch).logits[0].float().log_softmax(-1)
-            with strength(model, WEAK):
-                weak = model(**batch).logits[0].float().log_softmax(-1)
-            sums["kl"] += (trained.exp() * (trained - start)).sum().item()
-            sums["noise"] += (weak.exp() * (weak - start)).sum().item()
-            sums["changed"] += (trained.argmax(-1) != start.argmax(-1)).sum().item()
-    model.train(training)
+    for ids in rows:
+        trained, start, weak = (path.logits(ids, strength).log_softmax(-1) for strength in (1.0, 0.0, WEAK))
+        sums["kl"] += (trained.exp() * (trained - start)).sum().item()
+        sums["noise"] += (weak.exp() * (weak - start)).sum().item()
+        sums["changed"] += (trained.argmax(-1) != start.argmax(-1)).sum().item()
     places = sum(map(len, rows))
     found = {name: value / places for name, value in sums.items()}
     # kl = effect + noise, and that of the weak adapter = w^2 effect + w noise
     found["noise"] = (found["noise"] - WEAK**2 * found["kl"]) / (WEAK - WEAK**2)
     return {name: max(0.0, float(f"{value:.4g}")) for name, value in found.items()}
-
-
-def updates(model: Any) -> Iterator[tuple[str, torch.Tensor, torch.Tensor, float]]:
-    """(name of the module in peft's files, A, B, alpha/r) of each layer of the adapter `default`; A and B in fp32."""
-    for name, module in model.named_modules():
-        if isinstance(module, LoraLayer) and "default" in module.lora_A:
-            pair = (getattr(module, side)["default"].weight.detach().float() for side in ("lora_A", "lora_B"))
-            yield name, *pair, module.scaling["default"]
 
 
 def inner(a1: torch.Tensor, b1: torch.Tensor, a2: torch.Tensor, b2: torch.Tensor) -> float:
@@ -95,7 +106,7 @@ def inner(a1: torch.Tensor, b1: torch.Tensor, a2: torch.Tensor, b2: torch.Tensor
 
 def norms(model: Any) -> dict[str, float]:
     squares: dict[str, float] = {}
-    for name, a, b, scale in updates(model):
+    for name, a, b, scale in Peft(model).updates():
         kind = name.rpartition(".")[2]
         squares[kind] = squares.get(kind, 0.0) + scale**2 * inner(a, b, a, b)
     return {kind: float(f"{value**0.5:.4g}") for kind, value in sorted(squares.items())}
@@ -107,14 +118,18 @@ def of_training(model: Any, tokenizer: Any, rows: Artifact) -> dict[str, Any]:
     if "SequenceClassification" in type(model.get_base_model()).__name__:
         return facts
     ids = fixed_rows(tokenizer, rows)
-    return facts | measure(model, ids) | {"tokens": ids}
+    training = model.training
+    model.eval()
+    facts |= measure(Peft(model), ids) | {"tokens": ids}
+    model.train(training)
+    return facts
 
 
-def kept(model: Any, adapter: Artifact) -> float:
-    """Of the adapter in the file, the share that is in the model, by projection."""
+def kept(path: Path, adapter: Artifact) -> float:
+    """Of the adapter in the file, the share that is on the path, by projection."""
     file = load_file(adapter.file("adapter_model.safetensors"))
     there = wanted = 0.0
-    for name, a, b, scale in updates(model):
+    for name, a, b, scale in path.updates():
         own_a, own_b = (file[f"{name}.lora_{side}.weight"].float().to(a.device) for side in "AB")
         there += scale**2 * inner(a, b, own_a, own_b)
         wanted += scale**2 * inner(own_a, own_b, own_a, own_b)
@@ -127,7 +142,7 @@ def survives(model: Any, dtype: torch.dtype) -> dict[str, float]:
     there = wanted = 0.0
     same = count = 0
     modules = dict(model.named_modules())
-    for name, a, b, scale in updates(model):
+    for name, a, b, scale in Peft(model).updates():
         w, d = modules[name].base_layer.weight.detach(), scale * (b @ a)
         m = (w + d).to(dtype).float() - w
         there, wanted = there + (m.double() * d).sum().item(), wanted + (d.double() ** 2).sum().item()
@@ -135,8 +150,8 @@ def survives(model: Any, dtype: torch.dtype) -> dict[str, float]:
     return {"kept": float(f"{there / wanted if wanted else 1.0:.5g}"), "unchanged": float(f"{same / count:.5g}")}
 
 
-def check(model: Any, adapter: Artifact, alike: bool) -> dict[str, float]:
-    """The same measures through an evaluation's path. InputError where the update that was trained is not in `model`.
+def check(path: Path, adapter: Artifact, alike: bool) -> dict[str, float]:
+    """The same measures through an evaluation's path. InputError where the update that was trained is not there.
 
     alike: whether the base is quantised as it was in training, and computes in the same precision. Only then are the two KLs
     one: on another base the same adapter was 0.4 to 1.6 times as far from its start (docs/smollm2.md).
@@ -144,7 +159,7 @@ def check(model: Any, adapter: Artifact, alike: bool) -> dict[str, float]:
     trained = adapter.data.get("distance")
     if trained is None or "kl" not in trained:
         raise InputError(f"{adapter.path}: does not say what the adapter does; delete it and run snakemake again")
-    found = {"kept": float(f"{kept(model, adapter):.6g}")} | measure(model, trained["tokens"])
+    found = {"kept": float(f"{kept(path, adapter):.6g}")} | measure(path, trained["tokens"])
     signal, seen = (max(0.0, one["kl"] - one["noise"]) for one in (trained, found))
     told_apart = signal > 3 * trained["noise"] and signal > 3 * found["noise"]
     if found["kept"] < KEPT or alike and told_apart and seen < AGREES * signal:

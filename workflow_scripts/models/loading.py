@@ -58,21 +58,25 @@ def load(start: Artifact, work: Path, device: str, dtype: str, quant: dict | Non
 
 def evaluated(
     start: Artifact, adapter: Artifact | None, work: Path, device: str, dtype: str, quant: dict | None = None
-) -> tuple[Any, dict]:
-    """(the model that an evaluation asks, what its adapter does in it): as it was trained, the adapter beside the weights of
+) -> tuple[Any, Any]:
+    """(the model that an evaluation asks, the same with peft around it): as it was trained, the adapter beside the weights of
     `start`, in fp32 whatever `dtype` these have. Nothing is merged: that would round small updates away (models/distance.py).
-
-    InputError for a reward model, and where the adapter does not do in it what it did when it was trained.
+    Without an adapter the second is None. InputError for a reward model.
     """
     model = load(start, work, device, dtype, quant)
     if adapter is None:
-        return model.eval(), {}
+        return model.eval(), None
     if f"base_model.model.{lora.HEAD}.weight" in lora.adapter_names(adapter):
         raise InputError(f"{adapter.folder}: a reward model's adapter; it scores answers and writes none")
     with_adapter = lora.attach(model, start, adapter).eval()
+    return with_adapter.get_base_model(), with_adapter  # the adapter stays in its layers
+
+
+def check(path: distance.Path, adapter: Artifact, dtype: str, quant: dict | None) -> dict[str, float]:
+    """What an adapter does on the path by which it is evaluated. InputError where that is not what it did when it was trained."""
     trained = adapter.data["step"]
     alike = trained["precision"] == dtype and (trained["config"]["quantise"] != "none") == (quant is not None)
-    return with_adapter.get_base_model(), distance.check(with_adapter, adapter, alike)  # the adapter stays in its layers
+    return distance.check(path, adapter, alike)
 
 
 def keep_trainable_on_cpu(model: Any) -> None:

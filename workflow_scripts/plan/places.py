@@ -35,10 +35,9 @@ class Places:
         return [f"{self.results}/{run}/{task}_responses{ending}" for ending in (".manifest.json", ".jsonl")]
 
     def shards(self, task: str) -> int:
-        """Jobs that share the answering of a task's prompts: as many as the config says, and no more than there are batches."""
-        evaluation = self.config.data["eval"]
+        """Jobs that share the answering of a task's prompts: as many as the config says, and no more than there are prompts (batches, for `hf`)."""
         rows = self.config.data["data"]["slices"][self.config.evaluations[task]]["rows"]
-        return min(evaluation["shards"], math.ceil(rows / evaluation["batch_size"]))
+        return min(self.config.data["eval"]["shards"], math.ceil(rows / self.config.answered_together()))
 
     def shard_files(self, task: str, run: str) -> list[str]:
         """The answers of each shard, where there are several."""

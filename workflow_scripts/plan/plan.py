@@ -83,10 +83,9 @@ class Plan(Graph):
         comparison.check(self.config)
         wanted, most = self.config.data["eval"]["shards"], max(map(self.shards, answered(self.config.evaluations)))
         if wanted > most:
-            problem = (
-                f"found {wanted}, but the prompts make {most} batches at most, and a shard takes whole batches; lower it, or "
-            )
-            raise self.config.fail(["eval", "shards"], problem + "eval.batch_size")
+            of_hf = self.config.answered_together() > 1
+            problem = f"found {wanted}, but there are {most} {'batches' if of_hf else 'prompts'} at most; lower it"
+            raise self.config.fail(["eval", "shards"], problem + (", or eval.batch_size" if of_hf else ""))
         for name in self.config.data["data"]["slices"]:
             self._text("slice", name)
         for name in [*self.config.models, *self.config.experiments]:

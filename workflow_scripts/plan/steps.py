@@ -120,7 +120,7 @@ class Steps:
         config["optim"] = "paged_adamw_32bit" if self.config.data["device"] == "cuda" else "adamw_torch"
         parents = {"start": self._start_fingerprint(run), "rows": self.fingerprint("slice", body["slice"])}
         if "reward" in body:
-            config["reward"] = rewards(body)
+            config |= {"reward": rewards(body), "generation": self.config.data["generation"]["backend"]}
             tasks = {name: self.config.data["eval"].get(VERIFIERS[name], {}) for name in config["reward"] if name in VERIFIERS}
             if thinking := [name for name, task in tasks.items() if task.get("strip_think")]:
                 config["strip_think"] = thinking  # a verifier judges what the evaluation judges
@@ -142,8 +142,8 @@ class Steps:
 
     def _generate(self, task: str, run: str) -> dict:
         evaluation = self.config.data["eval"]
-        config = {"batch_size": evaluation["batch_size"], "max_new_tokens": evaluation[task]["max_new_tokens"]}
-        config |= {"decoding": evaluation["decoding"]} | self._quantised(run)
+        config = {"max_new_tokens": evaluation[task]["max_new_tokens"], "decoding": evaluation["decoding"]}
+        config |= {"generation": self.config.generation(evaluation["precision"], evaluation["decoding"])} | self._quantised(run)
         return self._step("generate", config, self._evaluated(task, run), **self._machine(evaluation["precision"]))
 
     def _quantised(self, run: str) -> dict:

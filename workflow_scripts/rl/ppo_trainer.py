@@ -34,6 +34,7 @@ from trl import GRPOTrainer
 from workflow_scripts.artifacts.manifests import Artifact
 from workflow_scripts.models import lora
 from workflow_scripts.rl import advantages as mathematics
+from workflow_scripts.rl.rollouts import Rollouts
 
 POLICY, VALUE = "default", "value"
 HEAD_FILE, STATE_FILE = "v_head.safetensors", "ppo.json"
@@ -66,7 +67,7 @@ class RewardOnBackbone(nn.Module):
         return SimpleNamespace(logits=head(last, self.score)[:, None])
 
 
-class PPOTrainer(GRPOTrainer):
+class PPOTrainer(Rollouts, GRPOTrainer):
     """`ppo`: the block of that name in the config. The rest is GRPOTrainer's; `peft_config` is the value's shape as well."""
 
     args: Any

@@ -1,16 +1,17 @@
-"""Answer the evaluation prompts: batched greedy decoding with the chat template, up to the end of the turn or another token that
-the model declares as an end.
+"""Answer the evaluation prompts: greedy decoding with the chat template, up to the end of the turn or another token that the model
+declares as an end.
 
 Every method is evaluated in one precision, `eval.precision`, as it was trained: the adapter beside the weights of its start,
 and not merged into them, which would round small updates away. Before it answers, the model is asked whether the adapter does in
-it what it did when it was trained (models/distance.py).
+it, on the path that answers, what it did when it was trained (models/distance.py).
 
-Prompts are batched from the longest to the shortest, ties in order of their text, padded on the left: the order and batches
-of lm-eval's own runner, so that the scores equal those of its `simple_evaluate`. The batch size changes greedy answers a
-little (padding, kernels), so it is part of the evaluation's fingerprint.
+Who answers is `generation.backend` (generation/). `graphs` gives each prompt the same answer whatever is answered beside it.
+`hf` answers in batches from the longest prompt to the shortest, ties in order of their text, padded on the left: the order and
+batches of lm-eval's own runner, so that the scores equal those of its `simple_evaluate`. There the batch size changes greedy
+answers a little (padding, kernels), so it is part of the evaluation's fingerprint.
 
-With `eval.shards: N` the batches are shared among N jobs: shard k answers batches k, k + N, ... and writes them to one file.
-The step that gathers the files is the one that would have answered alone, and its outputs are the same, byte for byte.
+With `eval.shards: N` the prompts (for `hf`, the batches) are shared among N jobs: shard k answers k, k + N, ... and writes them to
+one file. The step that gathers the files is the one that would have answered alone, and its outputs are the same, byte for byte.
 
     python -m workflow_scripts.steps.generate --step results/dpo/ifeval_responses.manifest.json \\
         --out trial/ifeval_responses.manifest.json \\
@@ -27,83 +28,65 @@ from workflow_scripts.plumbing.messages import InputError
 from workflow_scripts.steps import cli
 
 
+def tokens_of(tokenizer: Any, prompts: list[list[dict]]) -> tuple[list[str], list[list[int]]]:
+    """Prompts, each a conversation that ends with a user's turn, as the text that the model continues, and as its tokens."""
+    texts = [tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True) for prompt in prompts]
+    return texts, tokenizer(texts, add_special_tokens=False)["input_ids"]
+
+
 def answer(
-    model: Any,
-    tokenizer: Any,
-    prompts: list[list[dict]],
-    batch_size: int,
-    max_new_tokens: int,
-    label: str,
-    saved: Path | None = None,
-    shard: tuple[int, int] = (1, 1),
-) -> list[dict]:
-    """Answers to prompts, each a conversation that ends with a user's turn.
+    generator: Any, tokenizer: Any, asked: Any, texts: list[str], ids: list[list[int]], label: str,
+    saved: Path | None = None, shard: tuple[int, int] = (1, 1),
+) -> list[dict]:  # fmt: skip
+    """Answers to the prompts of `tokens_of`, one to each: `response`, `tokens` (its count, the end of turn included) and
+    `finish_reason` (stop or length), in the prompts' order.
 
-    `response`, `tokens` (its count, the end of turn included) and `finish_reason` (stop or length), in the prompts' order.
-    `saved`: a file that keeps each finished batch, so that a killed run does not answer again what it has answered.
-    `shard`: (k, n) answers every n-th batch from the k-th on; the other prompts' answers are empty.
+    `saved`: a file that keeps each answer, so that a killed run does not answer again what it has answered.
+    `shard`: (k, n) answers every n-th prompt from the k-th on, or every n-th batch; the other prompts' answers are empty.
     """
-    import torch
-
     from workflow_scripts.models import chat
     from workflow_scripts.plumbing.progress import Progress
 
-    ends = chat.ends(tokenizer, model)
-    tokenizer.padding_side = "left"
-    texts = [tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True) for prompt in prompts]
-    lengths = [len(ids) for ids in tokenizer(texts, add_special_tokens=False)["input_ids"]]
-    order = sorted(range(len(texts)), key=lambda i: (-lengths[i], texts[i]))
-    answers: list[dict] = [{} for _ in texts]
+    order = sorted(range(len(texts)), key=lambda i: (-len(ids[i]), texts[i]))
     number, count = shard
-    mine = [order[first : first + batch_size] for first in range(0, len(order), batch_size)][number - 1 :: count]
-    bar = Progress(sum(map(len, mine)), label)
-    done, answered = read_batches(saved), 0
-    for rows in mine:
-        answered += len(rows)
-        if (finished := done.get(tuple(rows))) is not None:
-            for i, made in zip(rows, finished, strict=True):
-                answers[i] = made
-            continue
-        batch = tokenizer([texts[i] for i in rows], return_tensors="pt", padding=True, add_special_tokens=False)
-        batch = {name: batch[name].to(model.device) for name in ("input_ids", "attention_mask")}
-        with torch.inference_mode():
-            generated = model.generate(
-                **batch,
-                do_sample=False,
-                num_beams=1,
-                max_new_tokens=max_new_tokens,
-                eos_token_id=ends,
-                pad_token_id=tokenizer.pad_token_id,
-                tokenizer=tokenizer,  # for the texts at which a folder may want to stop
-            )
-        for i, tokens in zip(rows, generated[:, batch["input_ids"].shape[1] :].tolist(), strict=True):
-            length = next((n for n, token in enumerate(tokens, start=1) if token in ends), None)
-            stopped, tokens = length is not None, tokens[:length]
-            text = chat.said(tokenizer, tokens[:-1] if stopped else tokens, texts[i])
-            answers[i] = {"response": text, "tokens": len(tokens), "finish_reason": "stop" if stopped else "length"}
+    size = generator.size
+    mine = [order[first : first + size] for first in range(0, len(order), size)][number - 1 :: count]
+    answers = read_answers(saved)
+    todo = [rows for rows in mine if any(i not in answers for i in rows)]  # a batch is answered whole
+    total = sum(map(len, mine))
+    bar, answered = Progress(total, label), total - sum(map(len, todo))
+
+    def done(i: int, _: int, made: Any) -> None:
+        nonlocal answered
+        text = chat.said(tokenizer, made.tokens[:-1] if made.stopped else made.tokens, texts[i])
+        finish = "stop" if made.stopped else "length"
+        answers[i] = {"response": text, "tokens": len(made.tokens), "finish_reason": finish}
         if saved is not None:
             with open(saved, "a", encoding="utf-8") as file:
-                file.write(json.dumps({"rows": rows, "answers": [answers[i] for i in rows]}) + "\n")
+                file.write(json.dumps({"row": i, "answer": answers[i]}) + "\n")
+        answered += 1
         bar.step(answered)
+
+    generator.answer([[(i, ids[i]) for i in rows] for rows in todo], asked, done)
     bar.close()
-    return answers
+    return [answers.get(i, {}) for i in range(len(texts))]
 
 
-def read_batches(saved: Path | None) -> dict[tuple[int, ...], list[dict]]:
-    """Places of a batch's prompts -> its answers. A line that a kill cut off ends the file: it is removed, and made again."""
-    found: dict[tuple[int, ...], list[dict]] = {}
+def read_answers(saved: Path | None) -> dict[int, dict]:
+    """A prompt's place -> its answer. A line that a kill cut off ends the file: it is removed, and made again."""
+    found: dict[int, dict] = {}
     if saved is None or not saved.exists():
         return found
     whole = []
     for line in saved.read_text(encoding="utf-8").splitlines():
         try:
-            batch = json.loads(line)
+            one = json.loads(line)
         except ValueError:
             break
-        found[tuple(batch["rows"])] = batch["answers"]
+        found[one["row"]] = one["answer"]
         whole.append(line + "\n")
     saved.write_text("".join(whole), encoding="utf-8")
-    print(f"{sum(map(len, found))} prompts were answered before: taken over", flush=True)
+    print(f"{len(found)} prompts were answered before: taken over", flush=True)
     return found
 
 
@@ -131,25 +114,31 @@ def gather(job: manifests.Job, prompts: int) -> tuple[list[dict], dict] | None:
 def respond(job: manifests.Job, parents: dict[str, manifests.Artifact], prompts: list[dict]) -> tuple[list[dict], dict]:
     """(answers, facts for the manifest) of the model; of a shard's prompts only, if the step is a shard."""
     from workflow_scripts.data import slicing
-    from workflow_scripts.models import chat, device, loading
+    from workflow_scripts.generation import generator
+    from workflow_scripts.generation.answers import Asked
+    from workflow_scripts.models import chat, device, distance, loading
 
-    config, step, start = job.config, job.step, parents["start"]
+    config, step, start, adapter = job.config, job.step, parents["start"], parents.get("adapter")
     device.prepare(step)
-    model, does = loading.evaluated(
-        start, parents.get("adapter"), job.work, step["device"], step["precision"], config.get("quant")
-    )
-    tokenizer, asked = chat.tokenizer_of(start), [slicing.prompt_turns(row) for row in prompts]
+    quant = config.get("quant")
+    model, with_adapter = loading.evaluated(start, adapter, job.work, step["device"], step["precision"], quant)
+    tokenizer, turns = chat.tokenizer_of(start), [slicing.prompt_turns(row) for row in prompts]
     chat.decode_as_declared(model, tokenizer, config["decoding"])
+    chat.check_prompts(tokenizer, [*zip((row["key"] for row in prompts), turns, strict=True)], parents["prompts"].path)
+    texts, ids = tokens_of(tokenizer, turns)
+    new = config["max_new_tokens"]
+    who = generator.of(model, tokenizer, config["generation"], job.slots, max(map(len, ids)) + new)
+    facts = {"generation_config": model.generation_config.to_diff_dict()}
+    if adapter is not None:
+        path = who if isinstance(who, generator.InSlots) else distance.Peft(with_adapter)
+        facts["distance"] = loading.check(path, adapter, step["precision"], quant)
     saved = job.work / fingerprint(step) / "answers.jsonl"
     saved.parent.mkdir(parents=True, exist_ok=True)
-    keys = [row["key"] for row in prompts]
-    chat.check_prompts(tokenizer, [*zip(keys, asked, strict=True)], parents["prompts"].path)
+    asked = Asked(tuple(chat.ends(tokenizer, model)), new)
     answers = answer(
-        model, tokenizer, asked, config["batch_size"], config["max_new_tokens"], f"answers of {job.run}", saved,
-        tuple(step.get("shard", (1, 1))),
+        who, tokenizer, asked, texts, ids, f"answers of {job.run}", saved, tuple(step.get("shard", (1, 1)))
     )  # fmt: skip
-    acted = {"generation_config": model.generation_config.to_diff_dict()}
-    return answers, acted | ({"distance": does} if does else {})
+    return answers, facts
 
 
 def main(job: manifests.Job) -> None:

@@ -14,7 +14,7 @@ from workflow_scripts.steps import cli, scoring
 
 def main(job: manifests.Job) -> None:
     from workflow_scripts.evaluation import lm_tasks
-    from workflow_scripts.models import chat, device, loading
+    from workflow_scripts.models import chat, device, distance, loading
 
     config, step, parents = job.config, job.step, job.parents()
     start, questions = parents["start"], parents["prompts"].rows()
@@ -28,9 +28,9 @@ def main(job: manifests.Job) -> None:
         tasks = lm_tasks.mmlu(index, questions, solved)
     else:
         tasks = lm_tasks.truthfulqa(index, questions)
-    model, does = loading.evaluated(
-        start, parents.get("adapter"), job.work, step["device"], step["precision"], config.get("quant")
-    )
+    adapter, quant = parents.get("adapter"), config.get("quant")
+    model, with_adapter = loading.evaluated(start, adapter, job.work, step["device"], step["precision"], quant)
+    does = adapter and loading.check(distance.Peft(with_adapter), adapter, step["precision"], quant)
     lm = lm_tasks.runner(model, chat.tokenizer_of(start), config["batch_size"], job.out.stem)
     scores = lm_tasks.score(config, questions, lm_tasks.evaluate(lm, index, tasks, config), group_of, lm.cut)
     print(table(scores))

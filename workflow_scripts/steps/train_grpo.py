@@ -25,10 +25,10 @@ from workflow_scripts.tools import card
 
 
 def main(job: manifests.Job) -> None:
-    from trl import GRPOConfig, GRPOTrainer
+    from trl import GRPOConfig
 
     from workflow_scripts.models import chat, device, loading, lora
-    from workflow_scripts.rl import rewards
+    from workflow_scripts.rl import rewards, rollouts
     from workflow_scripts.training import trainers
 
     config, step = job.config, job.step
@@ -42,7 +42,7 @@ def main(job: manifests.Job) -> None:
     model = loading.load(start, job.work, step["device"], step["precision"], config.get("quant"))
     chat.sample_plainly(model)
 
-    trainer = GRPOTrainer(
+    trainer = rollouts.GRPO(
         model=model,
         args=GRPOConfig(
             **trainers.arguments(job),
@@ -58,6 +58,7 @@ def main(job: manifests.Job) -> None:
         callbacks=[trainers.Watch(job.run)],
     )
     facts: dict = {"constant": trainers.settle(trainer, job, tokenizer, given, rows, dropout=False, mask=False)}
+    trainer.sample_by(config["generation"], job.slots, trainers.longest_prompt(tokenizer, given))
 
     keys = {"reward": "reward", "tokens": "completions/mean_length"} | {name: f"rewards/{name}/mean" for name in functions}
     facts |= trainers.fit(trainer, job, lambda: trainers.objective(trainer, keys))

@@ -76,6 +76,7 @@ def main(job: manifests.Job) -> None:
     for name in rewards.models_of(job):
         trainer.add_reward_model(name, parents[f"reward {name}"])
     facts: dict = {"constant": trainers.settle(trainer, job, tokenizer, given, rows, dropout=False, mask=False)}
+    trainer.sample_by(config["generation"], job.slots, trainers.longest_prompt(tokenizer, given))
 
     keys = {"reward": "reward", "tokens": "completions/mean_length"} | {name: f"rewards/{name}/mean" for name in functions}
     facts |= trainers.fit(trainer, job, lambda: trainers.objective(trainer, keys))

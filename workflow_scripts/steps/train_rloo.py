@@ -23,10 +23,10 @@ from workflow_scripts.tools import card
 
 
 def main(job: manifests.Job) -> None:
-    from trl import RLOOConfig, RLOOTrainer
+    from trl import RLOOConfig
 
     from workflow_scripts.models import chat, device, loading, lora
-    from workflow_scripts.rl import rewards
+    from workflow_scripts.rl import rewards, rollouts
     from workflow_scripts.training import trainers
 
     config, step = job.config, job.step
@@ -40,7 +40,7 @@ def main(job: manifests.Job) -> None:
     model = loading.load(start, job.work, step["device"], step["precision"], config.get("quant"))
     chat.sample_plainly(model)
 
-    trainer = RLOOTrainer(
+    trainer = rollouts.RLOO(
         model=model,
         args=RLOOConfig(
             **trainers.arguments(job),
@@ -56,6 +56,7 @@ def main(job: manifests.Job) -> None:
         callbacks=[trainers.Watch(job.run)],
     )
     facts: dict = {"constant": trainers.settle(trainer, job, tokenizer, given, rows, dropout=False, mask=False)}
+    trainer.sample_by(config["generation"], job.slots, trainers.longest_prompt(tokenizer, given))
 
     keys = {"reward": "reward", "tokens": "completions/mean_length"} | {name: f"rewards/{name}/mean" for name in functions}
     facts |= trainers.fit(trainer, job, lambda: trainers.objective(trainer, keys))

@@ -121,13 +121,18 @@ def check_rollout(trainer: Any, rows: Artifact) -> None:
         )
 
 
+def longest_prompt(tokenizer: Any, given: tuple[Any, Any]) -> int:
+    """Tokens of the longest prompt among the rows trained on and those held out."""
+    prompts = [prompt for dataset in given for prompt in dataset["prompt"]]
+    return max(len(tokenizer.apply_chat_template(one, add_generation_prompt=True)["input_ids"]) for one in prompts)
+
+
 def check_context(trainer: Any, job: Job, tokenizer: Any, given: tuple[Any, Any]) -> None:
     """InputError if a sequence could be longer than the model's context. Rollouts: the longest prompt plus what is generated."""
     context = getattr(trainer.model.config, "max_position_embeddings", None)
     train, place = job.config["train"], f"methods.{job.config['method']}.train"
     if "max_completion_length" in train:
-        prompts = [prompt for dataset in given for prompt in dataset["prompt"]]
-        longest = max(len(tokenizer.apply_chat_template(one, add_generation_prompt=True)["input_ids"]) for one in prompts)
+        longest = longest_prompt(tokenizer, given)
         needed, key = longest + train["max_completion_length"], "max_completion_length"
         found = f"found {train[key]}, and the longest prompt has {longest} tokens"
     else:

@@ -1,0 +1,70 @@
+"""Attention of rows over a static cache: a row attends to its slot, from 0 to its own position.
+
+On a GPU one Triton kernel, for decoding and prefill alike: a program takes a row and a KV head with the query heads that
+share it, and goes through the cache in blocks from the start, with the online softmax of Dao et al. 2022 (arXiv:2205.14135).
+It reads what the row needs and no more, and the order of its sums depends on the row's position alone. On a CPU, torch's
+scaled_dot_product_attention on the slots as they lie (decoding), or slot by slot (prefill).
+"""
+
+from collections.abc import Callable
+from functools import cache, partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+BLOCK = 64  # positions that a program of the kernel takes at once
+
+
+def of_slots(rows: int, at: Tensor, longest: int) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+    """Row i is slot i, on a CPU. longest: above every position in `at` (rows,)."""
+    mask = (torch.arange(longest)[None] <= at[:, None])[:, None, None]
+
+    def attend(q: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+        heads, size = keys.shape[1], keys.shape[3]
+        grouped = q.view(rows, heads, -1, size)  # query heads that share a KV head are rows of one product
+        return F.scaled_dot_product_attention(grouped, keys[:rows, :, :longest], values[:rows, :, :longest], mask)
+
+    return attend
+
+
+def of_spans(spans: list[tuple[int, int, int]]) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+    """On a CPU. spans: (slot, first position, how many) of the rows, one after the other; rows beyond them attend to nothing."""
+
+    def attend(q: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+        out, row = torch.zeros_like(q), 0
+        for slot, first, count in spans:
+            last = first + count
+            mask = torch.arange(last)[None] <= torch.arange(first, last)[:, None]
+            own = q[row : row + count].transpose(0, 1)[None]
+            found = F.scaled_dot_product_attention(own, keys[slot, None, :, :last], values[slot, None, :, :last], mask, enable_gqa=True)
+            out[row : row + count] = found[0].transpose(0, 1)
+            row += count
+        return out
+
+    return attend
+
+
+def on_gpu(slot: Tensor, at: Tensor) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+    """slot, at: (rows,) of each row, on the GPU; their contents may change between calls."""
+    return partial(_launch, slot, at)
+
+
+def _launch(slot: Tensor, at: Tensor, q: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+    rows, heads, size = q.shape
+    kv_heads = keys.shape[1]
+    group = heads // kv_heads
+    out = torch.empty_like(q, memory_format=torch.contiguous_format)
+    _kernel()[(rows, kv_heads)](
+        q, keys, values, out, slot, at, size**-0.5, q.stride(0), q.stride(1), *keys.stride()[:3],
+        GROUP=group, PADDED=max(16, 1 << (group - 1).bit_length()), SIZE=size, BLOCK=BLOCK,
+        num_warps=4, num_stages=3,
+    )  # fmt: skip
+    return out
+
+
+@cache
+def _kernel():
+    from workflow_scripts.generation.attention_kernel import attend
+
+    return attend

@@ -1,0 +1,88 @@
+"""Rollouts of TRL's trainers by the generator in generation/: the policy's answers, drawn as TRL would draw them, by the way that
+evaluations are answered.
+
+The generator's weights are the policy's: the base that the training computes with (a 4-bit one dequantised, once, into the numbers
+that its own forward pass multiplies with; another is shared), and a copy of the adapter, taken anew for each rollout, in the
+precision in which autocast computes with it. Each answer has a random stream of its own, from a seed that each rollout takes
+from torch's generator; so a resumed training draws what it would have drawn.
+
+Log-probabilities are the trainer's own, as TRL computes them. How far the sampler's are from them is measured on the first
+micro-batch of each rollout and logged: `sampler/gap`, the mean of |log pi_trainer - log pi_sampler| over tokens, `sampler/gap_max`,
+and `sampler/off_policy`, the share of tokens whose ratio of the two is outside 0.9 to 1.1.
+"""
+
+from typing import Any
+
+import torch
+from trl import GRPOTrainer, RLOOTrainer
+
+from workflow_scripts.generation import generator
+from workflow_scripts.generation.answers import Answer, Asked
+from workflow_scripts.generation.graphs import Graphs
+
+GAPS = ("sampler/gap", "sampler/gap_max", "sampler/off_policy")
+
+
+class Rollouts:
+    """Beside a trainer of TRL that samples (below, and rl/ppo_trainer.py). Until `sample_by`, TRL samples itself."""
+
+    engine: Graphs | None = None
+    sampled: list[list[float]] | None = None  # the sampler's log-probabilities of the latest rollout
+
+    def sample_by(self: Any, backend: str, slots: int, longest: int) -> None:
+        """slots: answers at once, at most; longest: tokens of the longest prompt."""
+        model = self.model.get_base_model()
+        if backend == "hf":
+            return
+        if reason := generator.hinders(model):
+            print(f"plain `generate` samples, in place of `graphs`: {reason}", flush=True)
+            return
+        at_once = max(self.args.generation_batch_size, self.args.per_device_eval_batch_size)
+        self.engine = Graphs(model, min(slots, at_once), longest + self.args.max_completion_length)
+
+    def _generate_single_turn(self: Any, prompt_ids: list[list[int]], *others: Any) -> tuple[list[list[int]], None]:
+        if self.engine is None:
+            return super()._generate_single_turn(prompt_ids, *others)  # type: ignore[misc]
+        args = self.args
+        asked = Asked(
+            tuple(self.eos_token_ids), args.max_completion_length, args.temperature, args.top_k, args.top_p,
+            int(torch.randint(2**62, ())), logprobs=True,
+        )  # fmt: skip
+        answers: dict[int, Answer] = {}
+        self.engine.load()
+        self.engine.answer([*enumerate(prompt_ids)], asked, lambda place, _, made: answers.__setitem__(place, made))
+        made = [answers[place] for place in range(len(prompt_ids))]
+        self.sampled = [one.logprobs or [] for one in made]
+        return [one.tokens for one in made], None
+
+    def _generate_and_score_completions(self: Any, inputs: Any) -> Any:
+        batch = super()._generate_and_score_completions(inputs)  # type: ignore[misc]
+        if self.model.training and self.sampled is not None:
+            self._measure_gap(batch)
+        return batch
+
+    @torch.no_grad()
+    def _measure_gap(self: Any, batch: dict) -> None:
+        rows = slice(self.args.per_device_train_batch_size)
+        ids, mask = ([batch[f"{part}_{kind}"][rows] for part in ("prompt", "completion")] for kind in ("ids", "mask"))
+        there = batch.get("old_per_token_logps")
+        if there is None:
+            whole = torch.cat(ids, 1), torch.cat(mask, 1), ids[1].shape[1]
+            with self.compute_loss_context_manager():
+                there = self._get_per_token_logps_and_entropies(self.model, *whole)[0]
+        trainer = there[rows]
+        ours = torch.zeros_like(trainer)
+        for row, likely in zip(ours, self.sampled, strict=False):
+            row[: len(likely)] = torch.tensor(likely)
+        gap = (trainer - ours)[mask[1].bool()]
+        values = gap.abs().mean(), gap.abs().max(), ((gap.exp() - 1).abs() > 0.1).float().mean()
+        for name, value in zip(GAPS, values, strict=True):
+            self._metrics["train"][name].append(value.item())
+
+
+class GRPO(Rollouts, GRPOTrainer):
+    """TRL's, whose answers the generator draws."""
+
+
+class RLOO(Rollouts, RLOOTrainer):
+    """TRL's, whose answers the generator draws."""
