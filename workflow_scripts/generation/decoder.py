@@ -174,6 +174,10 @@ class Decoder:
     def logits(self, x: Tensor) -> Tensor:
         return self.top(x, self.norm, self.head, self.eps)
 
+    def plain_logits(self, x: Tensor) -> Tensor:
+        """The same of any number of rows: nothing is compiled for it."""
+        return top(x, self.norm, self.head, self.eps)
+
     # -- weights ------------------------------------------------------------------------------------------------------------
 
     def _join(self, modules: list[nn.Module]) -> Projection:

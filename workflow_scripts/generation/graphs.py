@@ -109,7 +109,7 @@ class Graphs:
         if strength != 1.0:
             self.decoder.load(strength)
         rows = [(token, 0, at) for at, token in enumerate(ids)]
-        found = torch.cat([self.decoder.logits(x[:count]).float() for x, count in self._through(rows)])
+        found = torch.cat([self.decoder.plain_logits(x[:count]).float() for x, count in self._through(rows)])
         if strength != 1.0:
             self.decoder.load()
         return found

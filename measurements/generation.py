@@ -1,0 +1,239 @@
+"""Measures the backends of generation/ on the same prompts, in one run: tokens a second, memory, and the time from a cold start.
+
+    python -m measurements.generation --out generation.json                     # Qwen2.5-0.5B's shape, random weights, on a GPU
+    python -m measurements.generation --out generation.json --shape tiny --parts equal fixed    # a trial on a CPU
+
+Random weights know no end of turn: lengths are set. docs/performance.md is drawn from the figures (measurements/generation_page.py).
+"""
+
+import argparse
+import json
+import random
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from workflow_scripts.generation.answers import Answer, Asked
+from workflow_scripts.generation.graphs import ROWS, Graphs
+
+SHAPES = {  # of Qwen2
+    "0.5b": dict(hidden_size=896, num_hidden_layers=24, num_attention_heads=14, num_key_value_heads=2, intermediate_size=4864,
+                 vocab_size=151936, tie_word_embeddings=True),
+    "7b": dict(hidden_size=3584, num_hidden_layers=28, num_attention_heads=28, num_key_value_heads=4, intermediate_size=18944,
+               vocab_size=152064, tie_word_embeddings=False),
+    "tiny": dict(hidden_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, intermediate_size=128,
+                 vocab_size=512, tie_word_embeddings=True),
+}  # fmt: skip
+TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+BANDWIDTH = 4.27e12  # bytes a second: a copy on the H200 that was measured
+
+
+def sync() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def model_of(shape: str, device: str, dtype: torch.dtype, adapter: bool) -> Any:
+    from peft import LoraConfig, get_peft_model
+    from transformers import Qwen2Config, Qwen2ForCausalLM
+
+    torch.manual_seed(0)
+    with torch.device(device):
+        torch.set_default_dtype(dtype)
+        model: Any = Qwen2ForCausalLM(Qwen2Config(**SHAPES[shape], max_position_embeddings=4096, rope_theta=1e6)).eval()
+        torch.set_default_dtype(torch.float32)
+    model.generation_config.eos_token_id = None
+    if adapter:
+        peft = get_peft_model(model, LoraConfig(r=16, lora_alpha=32, target_modules=TARGETS)).eval()
+        for name, weight in peft.named_parameters():
+            if "lora_B" in name:
+                torch.nn.init.normal_(weight, std=1e-3)
+        model = peft.get_base_model()
+    return model
+
+
+def fixed(size: int, vocabulary: int) -> tuple[list[list[int]], list[int]]:
+    draw = random.Random(3)
+    prompts = [[draw.randrange(3, vocabulary) for _ in range(draw.randint(32, 96))] for _ in range(size)]
+    return prompts, [size] * len(prompts)
+
+
+def mixed(vocabulary: int, count: int = 541) -> tuple[list[list[int]], list[int]]:
+    """Prompts of 30 to 400 tokens; answers of 20 to 1,280, mean 450."""
+    draw = random.Random(4)
+    prompts = [[draw.randrange(3, vocabulary) for _ in range(draw.randint(30, 400))] for _ in range(count)]
+    return prompts, [20 + round(1260 * draw.betavariate(1.1, 2.13)) for _ in range(count)]
+
+
+class Measured(Graphs):
+    """The product's engine, with a length for each answer."""
+
+    lengths: list[int]
+
+    def _fill(self, entering: Any, asked: Asked) -> None:
+        super()._fill(entering, asked)
+        for slot, place, *_ in entering:
+            self.state.limit[slot] = self.lengths[place]
+
+
+def graphs(model: Any, work: tuple[list[list[int]], list[int]], runs: int, exact: bool = False, **how: Any) -> dict:
+    prompts, lengths = work
+    torch.cuda.reset_peak_memory_stats() if torch.cuda.is_available() else None
+    began = time.perf_counter()
+    engine = Measured(model, ROWS, max(len(p) + n for p, n in zip(prompts, lengths, strict=True)), exact=exact)
+    engine.lengths = [2] * len(prompts)
+    asked = Asked((-1,), max(lengths), **how)
+    engine.answer(list(enumerate(prompts)), asked, lambda *_: None)
+    sync()
+    ready = time.perf_counter() - began
+    engine.lengths, times = lengths, []
+    for _ in range(runs):
+        made = [0]
+
+        def done(place: int, sample: int, answer: Answer, made: list[int] = made) -> None:
+            made[0] += len(answer.tokens)
+
+        sync()
+        start = time.perf_counter()
+        engine.answer(list(enumerate(prompts)), asked, done)
+        sync()
+        times.append(time.perf_counter() - start)
+    assert made[0] == sum(lengths) * asked.samples
+    found = {"tokens": made[0], "seconds": [round(t, 3) for t in times], "tokens_per_second": round(made[0] / min(times)),
+             "ready_s": round(ready, 1)}  # fmt: skip
+    if torch.cuda.is_available():
+        cache = sum(kept.nbytes for kept in engine.cache)
+        weights = sum(p.nbytes for p in model.parameters())
+        found |= {"peak_gib": round(torch.cuda.max_memory_allocated() / 2**30, 2), "cache_gib": round(cache / 2**30, 2),
+                  "weights_gib": round(weights / 2**30, 2)}  # fmt: skip
+    return found
+
+
+def hf(model: Any, work: tuple[list[list[int]], list[int]], batch: int) -> dict:
+    """`generate`, prompts in batches from the longest on; a batch goes on until its longest answer ends."""
+    prompts, lengths = work
+    order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
+    sync()
+    start = time.perf_counter()
+    for first in range(0, len(order), batch):
+        rows = [prompts[i] for i in order[first : first + batch]]
+        longest, new = max(map(len, rows)), max(lengths[i] for i in order[first : first + batch])
+        ids = torch.tensor([[0] * (longest - len(row)) + row for row in rows], device=model.device)
+        mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows], device=model.device)
+        with torch.inference_mode():
+            model.generate(input_ids=ids, attention_mask=mask, max_new_tokens=new, min_new_tokens=new, do_sample=False, pad_token_id=0)
+    sync()
+    took = time.perf_counter() - start
+    return {"tokens": sum(lengths), "seconds": [round(took, 3)], "tokens_per_second": round(sum(lengths) / took)}
+
+
+def equal(shape: str, device: str, count: int, new: int) -> dict:
+    """In fp32, with an adapter: answers of `graphs` against those of `generate`, prompt by prompt."""
+    model = model_of(shape, device, torch.float32, True)
+    prompts, _ = mixed(SHAPES[shape]["vocab_size"], count)
+    theirs = []
+    for first in range(0, count, 64):
+        rows = prompts[first : first + 64]
+        longest = max(map(len, rows))
+        ids = torch.tensor([[0] * (longest - len(row)) + row for row in rows], device=device)
+        mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows], device=device)
+        with torch.inference_mode():
+            made = model.generate(input_ids=ids, attention_mask=mask, max_new_tokens=new, min_new_tokens=new, do_sample=False,
+                                  pad_token_id=0)  # fmt: skip
+        theirs += made[:, longest:].tolist()
+    engine = Graphs(model, 256, 400 + new)
+    found: dict[int, dict[int, list[int]]] = {}
+    for n, part in enumerate((list(enumerate(prompts)), list(enumerate(prompts))[::3])):
+        found[n] = {}
+        engine.answer(part, Asked((-1,), new), lambda place, _, answer, n=n: found[n].__setitem__(place, answer.tokens))
+    same = sum(found[0][i] == one for i, one in enumerate(theirs))
+    alone = sum(found[0][i] == one for i, one in found[1].items())
+    return {"prompts": count, "new": new, "equal": same, "equal_with_a_third_of_the_prompts": [alone, len(found[1])]}
+
+
+def profile(model: Any, work: tuple[list[list[int]], list[int]]) -> dict:
+    """One decode step by kernel, in microseconds, with the time that its bytes need at the card's bandwidth."""
+    from torch.profiler import ProfilerActivity
+    from torch.profiler import profile as profiler
+
+    prompts, lengths = work
+    engine = Measured(model, ROWS, max(len(p) + n for p, n in zip(prompts, lengths, strict=True)))
+    engine.lengths = lengths
+    asked = Asked((-1,), max(lengths))
+    engine._prepare(asked)
+    entering = [(slot, slot, prompts[slot], 0) for slot in range(min(ROWS, len(prompts)))]
+    engine._fill(entering, asked)
+    engine._step(ROWS, asked)
+    for _ in range(16):
+        engine._step(ROWS, asked)
+    sync()
+    start = time.perf_counter()
+    for _ in range(50):
+        engine._step(ROWS, asked)
+    sync()
+    step = (time.perf_counter() - start) / 50
+    with profiler(activities=[ProfilerActivity.CUDA]) as seen:
+        engine._step(ROWS, asked)
+        sync()
+    rows = sorted(((e.self_device_time_total, e.count, e.key[:90]) for e in seen.key_averages()), reverse=True)
+    at = int(engine.state.at.sum())
+    moved = sum(p.nbytes for p in {p.data_ptr(): p for p in model.parameters()}.values())
+    moved += at * 2 * len(engine.decoder.layers) * engine.decoder.kv_heads * engine.decoder.size * engine.cache[0].element_size()
+    return {"step_us": round(step * 1e6), "kernels_us": round(sum(r[0] for r in rows)), "kernels": sum(r[1] for r in rows),
+            "bound_us": round(moved / BANDWIDTH * 1e6), "largest": [[round(t), n, name] for t, n, name in rows[:16]]}  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--shape", default="0.5b", choices=[*SHAPES])
+    parser.add_argument("--parts", nargs="+", default=["fixed", "mixed", "sampled", "hf", "equal", "profile"])
+    parser.add_argument("--runs", type=int, default=3)
+    given = parser.parse_args()
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    vocabulary = SHAPES[given.shape]["vocab_size"]
+    size = 256 if given.shape != "tiny" else 16
+    made: dict[str, Any] = {"shape": given.shape, "torch": torch.__version__,
+                            "device": torch.cuda.get_device_name() if device == "cuda" else "cpu"}  # fmt: skip
+
+    def note(name: str, run: Any) -> None:
+        start = time.perf_counter()
+        try:
+            made[name] = run()
+        except Exception as error:  # the other parts are measured all the same
+            import traceback
+
+            traceback.print_exc()
+            made[name] = {"error": f"{type(error).__name__}: {error}"[:500]}
+        print(f"{time.perf_counter() - start:.1f} s", name, json.dumps(made[name]), flush=True)
+        given.out.write_text(json.dumps(made, indent=1) + "\n")
+        if device == "cuda":
+            torch.cuda.empty_cache()
+
+    for kind in ("plain", "adapter", "adapter in fp32"):
+        parts = [part for part in ("fixed", "mixed", "sampled") if part in given.parts]
+        if not parts:
+            continue
+        model = model_of(given.shape, device, dtype, kind != "plain")
+        for part in parts:
+            work = mixed(vocabulary, 541 if size > 16 else 20) if part == "mixed" else fixed(size, vocabulary)
+            how = {"temperature": 1.0, "logprobs": True} if part == "sampled" else {}
+            if part != "sampled" or kind == "adapter":
+                note(f"{part}, {kind}", lambda w=work, h=how, m=model: graphs(m, w, given.runs, kind == "adapter in fp32", **h))
+        if kind == "adapter" and "profile" in given.parts:
+            note("profile", lambda m=model: profile(m, fixed(size, vocabulary)))
+        del model
+    if "hf" in given.parts:
+        for kind in ("plain", "adapter"):
+            model = model_of(given.shape, device, dtype, kind == "adapter")
+            note(f"fixed, hf, {kind}", lambda m=model: hf(m, fixed(size, vocabulary), size))
+            del model
+    if "equal" in given.parts:
+        note("equal", lambda: equal(given.shape, device, 192 if size > 16 else 20, 128 if size > 16 else 16))
+
+
+if __name__ == "__main__":
+    main()
