@@ -82,7 +82,7 @@ def graphs(model: Any, work: tuple[list[list[int]], list[int]], runs: int, exact
     prompts, lengths = work
     torch.cuda.reset_peak_memory_stats() if torch.cuda.is_available() else None
     began = time.perf_counter()
-    engine = Measured(model, ROWS, max(len(p) + n for p, n in zip(prompts, lengths, strict=True)), exact=exact)
+    engine = Measured(model, ROWS, max(map(len, prompts)) + max(lengths), exact=exact)
     engine.lengths = [2] * len(prompts)
     asked = Asked((-1,), max(lengths), **how)
     engine.answer(list(enumerate(prompts)), asked, lambda *_: None)
@@ -153,20 +153,124 @@ def equal(shape: str, device: str, count: int, new: int) -> dict:
     return {"prompts": count, "new": new, "equal": same, "equal_with_a_third_of_the_prompts": [alone, len(found[1])]}
 
 
-def profile(model: Any, work: tuple[list[list[int]], list[int]]) -> dict:
+def rollouts(shape: str) -> dict:
+    """Answers of 512 tokens that a training in NF4 draws: PPO's 64 to as many prompts, GRPO's 32 to 8; the adapter is copied anew."""
+    import tempfile
+
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+    quant = BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=torch.bfloat16
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        model_of(shape, "cuda", torch.bfloat16, False).save_pretrained(folder)
+        loaded = AutoModelForCausalLM.from_pretrained(folder, quantization_config=quant, dtype=torch.bfloat16, device_map={"": 0})
+    model = get_peft_model(loaded, LoraConfig(r=16, lora_alpha=32, target_modules=TARGETS)).get_base_model()
+    prompts, _ = mixed(SHAPES[shape]["vocab_size"], 64)
+    found = {}
+    for name, asked_for, answers in (("ppo", prompts, 64), ("grpo", [p for p in prompts[:8] for _ in range(4)], 32)):
+        torch.cuda.reset_peak_memory_stats()
+        engine, times = Graphs(model, answers, 400 + 512), []
+        for n in range(4):
+            sync()
+            start = time.perf_counter()
+            engine.load()
+            engine.answer([*enumerate(asked_for)], Asked((-1,), 512, temperature=1.0, seed=n, logprobs=True), lambda *_: None)
+            sync()
+            times.append(time.perf_counter() - start)
+        found[name] = {"answers": answers, "first_s": round(times[0], 2), "seconds": [round(t, 3) for t in times[1:]],
+                       "peak_gib": round(torch.cuda.max_memory_allocated() / 2**30, 2)}  # fmt: skip
+        del engine
+    return found
+
+
+def of_a_model(folder: Path, adapter: Path | None, file: Path, new: int) -> dict:
+    """Real weights, real prompts: answers of `graphs` against those of `generate`, in fp32 and in bf16. Where two differ, the gap
+    between the two tokens' logits at the first difference, in steps of bf16 at that logit."""
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    rows = [json.loads(line) for line in file.read_text().splitlines()]
+    asked = [{"role": "user", "content": row["prompt"]} for row in rows]
+    ids = [tokenizer.apply_chat_template([turn], add_generation_prompt=True)["input_ids"] for turn in asked]
+    end, found = tokenizer.eos_token_id, {"prompts": len(ids), "new": new}
+    for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
+        model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).to("cuda").eval()
+        if adapter is not None:
+            model = PeftModel.from_pretrained(model, adapter).eval().get_base_model()
+        order = sorted(range(len(ids)), key=lambda i: -len(ids[i]))
+        theirs: dict[int, list[int]] = {}
+        sync()
+        start = time.perf_counter()
+        for first in range(0, len(order), 541):
+            part = order[first : first + 541]
+            longest = max(len(ids[i]) for i in part)
+            batch = torch.tensor([[0] * (longest - len(ids[i])) + ids[i] for i in part], device="cuda")
+            mask = torch.tensor([[0] * (longest - len(ids[i])) + [1] * len(ids[i]) for i in part], device="cuda")
+            with torch.inference_mode():
+                made = model.generate(input_ids=batch, attention_mask=mask, max_new_tokens=new, do_sample=False, eos_token_id=[end],
+                                      pad_token_id=tokenizer.pad_token_id)[:, longest:].tolist()  # fmt: skip
+            for i, row in zip(part, made, strict=True):
+                theirs[i] = row[: row.index(end) + 1] if end in row else row
+        sync()
+        took = {"generate": round(time.perf_counter() - start, 1)}
+        for exact in (False, True):
+            if exact and (adapter is None or name == "fp32"):
+                continue
+            model2 = model
+            start = time.perf_counter()
+            engine = Graphs(model2, ROWS, max(map(len, ids)) + new, exact=exact)
+            ours: dict[int, list[int]] = {}
+            engine.answer([*enumerate(ids)], Asked((end,), new), lambda i, _, made, ours=ours: ours.__setitem__(i, made.tokens))
+            sync()
+            took["graphs"] = round(time.perf_counter() - start, 1)
+            again: dict[int, list[int]] = {}
+            start = time.perf_counter()
+            fewer = [(i, one) for i, one in enumerate(ids)][::-3]
+            engine.answer(fewer, Asked((end,), new), lambda i, _, made, again=again: again.__setitem__(i, made.tokens))
+            few = Graphs(model2, 100, max(map(len, ids)) + new, exact=exact)
+            in_fewer_slots: dict[int, list[int]] = {}
+            few.answer(fewer, Asked((end,), new), lambda i, _, made, s=in_fewer_slots: s.__setitem__(i, made.tokens))
+            gaps = []
+            for i, theirs_i in theirs.items():
+                place = next((n for n, (a, b) in enumerate(zip(ours[i], theirs_i, strict=False)) if a != b), None)
+                if place is None:
+                    if len(ours[i]) != len(theirs_i):
+                        gaps.append(float("inf"))
+                    continue
+                with torch.no_grad():
+                    logits = model(torch.tensor([ids[i] + ours[i][:place]], device="cuda")).logits[0, -1].float()
+                a, b = logits[ours[i][place]], logits[theirs_i[place]]
+                gaps.append(((a - b).abs() / (2.0 ** (torch.log2(a.abs().clamp(min=1e-6)).floor() - 7))).item())
+            gaps.sort()
+            found[f"{name}{' exact' if exact else ''}"] = {
+                "tokens": sum(map(len, ours.values())), "seconds": dict(took), "equal": len(ids) - len(gaps),
+                "gap_in_bf16_steps": {"median": gaps[len(gaps) // 2] if gaps else 0, "largest": gaps[-3:]},
+                "alone_equal": [sum(ours[i] == one for i, one in again.items()), len(again)],
+                "in_100_slots_equal": [sum(ours[i] == one for i, one in in_fewer_slots.items()), len(in_fewer_slots)],
+            }  # fmt: skip
+            del engine, few
+        del model
+        torch.cuda.empty_cache()
+    return found
+
+
+def profile(model: Any, work: tuple[list[list[int]], list[int]], deep: int) -> dict:
     """One decode step by kernel, in microseconds, with the time that its bytes need at the card's bandwidth."""
     from torch.profiler import ProfilerActivity
     from torch.profiler import profile as profiler
 
     prompts, lengths = work
-    engine = Measured(model, ROWS, max(len(p) + n for p, n in zip(prompts, lengths, strict=True)))
+    engine = Measured(model, ROWS, max(map(len, prompts)) + max(lengths))
     engine.lengths = lengths
     asked = Asked((-1,), max(lengths))
     engine._prepare(asked)
     entering = [(slot, slot, prompts[slot], 0) for slot in range(min(ROWS, len(prompts)))]
     engine._fill(entering, asked)
     engine._step(ROWS, asked)
-    for _ in range(16):
+    for _ in range(deep):
         engine._step(ROWS, asked)
     sync()
     start = time.perf_counter()
@@ -181,7 +285,7 @@ def profile(model: Any, work: tuple[list[list[int]], list[int]]) -> dict:
     at = int(engine.state.at.sum())
     moved = sum(p.nbytes for p in {p.data_ptr(): p for p in model.parameters()}.values())
     moved += at * 2 * len(engine.decoder.layers) * engine.decoder.kv_heads * engine.decoder.size * engine.cache[0].element_size()
-    return {"step_us": round(step * 1e6), "kernels_us": round(sum(r[0] for r in rows)), "kernels": sum(r[1] for r in rows),
+    return {"mean_position": at // ROWS, "step_us": round(step * 1e6), "kernels_us": round(sum(r[0] for r in rows)), "kernels": sum(r[1] for r in rows),
             "bound_us": round(moved / BANDWIDTH * 1e6), "largest": [[round(t), n, name] for t, n, name in rows[:16]]}  # fmt: skip
 
 
@@ -189,8 +293,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--shape", default="0.5b", choices=[*SHAPES])
-    parser.add_argument("--parts", nargs="+", default=["fixed", "mixed", "sampled", "hf", "equal", "profile"])
+    parser.add_argument("--parts", nargs="+", default=["fixed", "mixed", "sampled", "hf", "equal", "profile", "rollouts"])
     parser.add_argument("--runs", type=int, default=3)
+    parser.add_argument("--kinds", nargs="+", default=["plain", "adapter", "adapter in fp32"])
+    parser.add_argument("--model", type=Path, help="a base's folder, for the part `model`")
+    parser.add_argument("--adapter", type=Path)
+    parser.add_argument("--prompts", type=Path, help="a slice of prompts")
     given = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
@@ -201,6 +309,7 @@ def main() -> None:
 
     def note(name: str, run: Any) -> None:
         start = time.perf_counter()
+        torch._dynamo.reset()  # parts are other engines of one process; it compiles a function for so many kinds alone
         try:
             made[name] = run()
         except Exception as error:  # the other parts are measured all the same
@@ -214,6 +323,8 @@ def main() -> None:
             torch.cuda.empty_cache()
 
     for kind in ("plain", "adapter", "adapter in fp32"):
+        if kind not in given.kinds:
+            continue
         parts = [part for part in ("fixed", "mixed", "sampled") if part in given.parts]
         if not parts:
             continue
@@ -224,13 +335,19 @@ def main() -> None:
             if part != "sampled" or kind == "adapter":
                 note(f"{part}, {kind}", lambda w=work, h=how, m=model: graphs(m, w, given.runs, kind == "adapter in fp32", **h))
         if kind == "adapter" and "profile" in given.parts:
-            note("profile", lambda m=model: profile(m, fixed(size, vocabulary)))
+            note("profile", lambda m=model: profile(m, fixed(size, vocabulary), 16))
+            note("profile, deep", lambda m=model: profile(m, (mixed(vocabulary)[0], [1280] * 541), 600))
         del model
     if "hf" in given.parts:
         for kind in ("plain", "adapter"):
             model = model_of(given.shape, device, dtype, kind == "adapter")
             note(f"fixed, hf, {kind}", lambda m=model: hf(m, fixed(size, vocabulary), size))
             del model
+    if "rollouts" in given.parts:
+        note("rollouts", lambda: rollouts(given.shape))
+    if "model" in given.parts:
+        for new in (128, 1280):
+            note(f"model, {new}", lambda n=new: of_a_model(given.model, given.adapter, given.prompts, n))
     if "equal" in given.parts:
         note("equal", lambda: equal(given.shape, device, 192 if size > 16 else 20, 128 if size > 16 else 16))
 

@@ -112,7 +112,7 @@ class Job:
     work: Path
     track: str = "none"
     checkpoint_minutes: float = 10.0
-    slots: int = 256  # answers at once, at most
+    slots: int = 384  # answers at once, at most
     limits: dict = field(default_factory=dict)  # slice -> who trains on it, with the longest row that it takes (Plan.limits)
     started: float = field(default_factory=time.time)
 

@@ -81,7 +81,8 @@ def project(x: Tensor, p: Projection) -> Tensor:
         return y
     out = p.up.shape[1]
     if p.down is None:
-        return y[:, :out] + y[:, out:] @ p.up
+        low = y[:, out:] @ p.up
+        return (y[:, :out].float() + low.float()).to(x.dtype)  # in fp32, so that the sum is part of what follows it
     return (y[:, :out].float() + F.linear(x.float(), p.down) @ p.up).to(x.dtype)
 
 

@@ -28,7 +28,7 @@ from workflow_scripts.generation.answers import Answer, Asked, Done
 from workflow_scripts.generation.decoder import Decoder
 from workflow_scripts.generation.draws import choose
 
-ROWS, PREFILL, BURST = 256, 1024, 8  # on a GPU
+ROWS, PREFILL, BURST = 384, 1024, 8  # on a GPU
 CPU_ROWS, CPU_PREFILL = 16, 256
 
 

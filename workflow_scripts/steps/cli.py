@@ -34,7 +34,7 @@ def parser(doc: str) -> argparse.ArgumentParser:
     made.add_argument("--log", type=Path, help="write all messages here instead of to the terminal")
     made.add_argument("--track", default="none", choices=["none", "tensorboard", "wandb"], help="live training curves")
     made.add_argument("--checkpoint-minutes", type=float, default=10.0, help="how often a training saves where it is")
-    made.add_argument("--slots", type=int, default=256, help="answers that are written at once, at most: decides memory alone")
+    made.add_argument("--slots", type=int, default=384, help="answers that are written at once, at most: decides memory alone")
     made.add_argument("--limits", type=json.loads, default={}, help="of slices: who trains on them, and how long rows may be")
     return made
 
