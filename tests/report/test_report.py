@@ -60,6 +60,10 @@ def test_known_effects_are_better_and_an_equal_method_cannot_be_told(html, tmp_p
     assert "Do not trust" not in html and "Something is wrong" not in html and "One seed" not in html
 
 
+def test_without_a_judge_or_a_sweep_the_report_says_nothing_of_win_rates_or_capacity(html):
+    assert 'id="wins"' not in html and "capacity" not in html.lower()
+
+
 def test_a_family_that_compares_data_too_says_so_from_the_config(html, made):
     """GRPO and RLOO learn from a verifier here, DPO and KTO from pairs: that is no comparison of methods alone."""
     said = re.findall(r"<strong>Differs in data</strong>: ([^<]+)\. A difference", html)
