@@ -1,5 +1,6 @@
 """Clones of the repository in a temporary folder, Snakemake run in them as a user would, and what is made once for all tests."""
 
+import contextlib
 import functools
 import json
 import os
@@ -33,7 +34,8 @@ class Clone:
     def environment(self) -> dict[str, str]:
         """The copy's own package comes before the installed one, in Snakemake and in the steps."""
         path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
-        return {**os.environ, **self.variables, "PYTHONPATH": str(self.folder), "PATH": path}
+        kept = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
+        return {**kept, **self.variables, "PYTHONPATH": str(self.folder), "PATH": path}
 
     def warmed(self) -> dict[str, str]:
         """The same, and steps are forks of a process that has loaded torch: tests/support/warm.py."""
@@ -41,10 +43,10 @@ class Clone:
         return found | {"PATH": f"{warm_steps(frozenset(self.variables.items())).bin()}:{found['PATH']}"}
 
     def run(self, *command: str, check: bool = True) -> subprocess.CompletedProcess:
+        env = self.warmed() if warm.runs_steps(command) else self.environment()
         if warm.can_run(command):
-            done = warm_snakemake().run(command, self.folder, self.environment())
+            done = warm_snakemake().run(command, self.folder, env | {warm.PYTHON: f"{warm_snakemake().bin()}/python"})
         else:
-            env = self.warmed() if command[0] == "snakemake" else self.environment()
             done = subprocess.run(command, cwd=self.folder, env=env, capture_output=True, text=True, timeout=self.limit)
         if check and done.returncode:
             tail = f"{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
@@ -94,6 +96,10 @@ def make_clone(folder: Path) -> Clone:
         if (ROOT / name).is_file():
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy2(ROOT / name, folder / name)
+    for kept in (ROOT / "workflow_scripts").rglob("__pycache__/*"):  # what was compiled and parsed, by times and contents
+        (folder / kept.relative_to(ROOT)).parent.mkdir(parents=True, exist_ok=True)
+        with contextlib.suppress(FileNotFoundError):  # just replaced
+            shutil.copy2(kept, folder / kept.relative_to(ROOT))
     return Clone(folder)
 
 
@@ -125,7 +131,7 @@ def run_world(shared: Shared, name: str, targets: list[str], configs: list[str])
 
 @pytest.fixture(scope="session")
 def world(shared) -> Clone:
-    """A clone in which most methods of the tiny world have run, from the base in tests/files/tiny_base. Do not change it."""
+    """The tiny world with what tests/support/gains.py names, from the base in tests/files/tiny_base. Do not change it."""
     if processors.WORLD:  # kept from run to run: what is stale in it is made again
         made = make_clone(Path(processors.WORLD))
         made.limit = 3 * 3600
@@ -154,10 +160,8 @@ def base(shared) -> Path:
 
 @pytest.fixture(scope="session")
 def speaking_base(shared) -> Path:
-    """The manifest of a small model that speaks the tiny world's language and follows some instructions."""
-    shape = {"hidden_size": 64, "intermediate_size": 192}
-    made = shared.folder("speaking/base", lambda folder: small_steps.write_base(folder, steps=300, shape=shape))
-    return made / "manifest.json"
+    """The manifest of a model that speaks the tiny world's language and follows some instructions: the world's own base."""
+    return shared.folder("speaking/base", small_steps.copy_tiny_base) / "manifest.json"
 
 
 @pytest.fixture(scope="session")
@@ -220,11 +224,11 @@ def fresh(tmp_path: Path) -> Clone:
 # Rooms and files that train or run Snakemake. What takes longest comes first, so that neither of two processes of tests is left
 # alone with it at the end.
 SLOW = (
-    "dag/test_tiny_gains", "slurm/", "dag/test_kills", "dag/test_dag", "dag/test_random_edits", "dag/test_s", "profiles/",
-    "training/", "rl/test_ppo", "rl/test_reward_model", "gpu/", "models/test_adapters", "models/test_models", "models/test_chat",
-    "models/test_qwen_tokenizer", "models/test_end_tokens", "report/test_trained", "report/test_report_browser",
-    "evaluation/test_lm_eval_task", "tools/test_tools", "tools/test_push", "tools/test_adopt", "tools/test_accept",
-    "steps/test_shards", "dag/test_methods",  # the last takes the world of the first
+    "dag/test_tiny_gains", "slurm/", "dag/test_kills", "training/test_methods_broken", "dag/test_dag", "dag/test_random_edits",
+    "dag/test_s", "profiles/", "training/", "rl/test_ppo", "rl/test_reward_model", "gpu/", "models/test_adapters",
+    "models/test_distance", "models/test_models", "models/test_chat", "models/test_qwen_tokenizer", "models/test_end_tokens",
+    "report/test_trained", "report/test_report_browser", "evaluation/test_lm_eval_task", "tools/test_tools", "tools/test_push",
+    "tools/test_adopt", "tools/test_accept", "steps/test_shards", "dag/test_methods",  # the last takes the world of the first
 )  # fmt: skip
 SNAKEMAKE = {"finished", "laid_out", "fresh", "clone", "world"}  # tests elsewhere that take such a clone
 

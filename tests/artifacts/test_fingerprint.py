@@ -44,10 +44,10 @@ def clear_caches():
 @pytest.fixture
 def tree(tmp_path, monkeypatch):
     """A copy of package and lock files, whose sources are what is fingerprinted. tree(path, old, new) edits one of them."""
+    for step in STEPS:
+        fingerprint.code(f"{fingerprint.PACKAGE}.steps.{step}")  # what parsing finds lies in __pycache__, and is copied
     root = tmp_path / "tree"
-    shutil.copytree(
-        ROOT / "workflow_scripts", root / "workflow_scripts", ignore=shutil.ignore_patterns("__pycache__", "punkt_tab")
-    )
+    shutil.copytree(ROOT / "workflow_scripts", root / "workflow_scripts", ignore=shutil.ignore_patterns("*.py[co]", "punkt_tab"))
     shutil.copytree(ROOT / "envs", root / "envs")
     monkeypatch.setattr(fingerprint, "ROOT", root)
     monkeypatch.setattr(fingerprint, "LOCK_FILE", root / "envs/requirements.lock")
@@ -372,6 +372,7 @@ def test_what_parsing_found_is_kept_by_content_and_never_trusted_for_another(tre
     real = fingerprint._parse
     monkeypatch.setattr(fingerprint, "_parse", lambda source, path: parsed.append(str(path)) or real(source, path))
     step, file = "workflow_scripts.steps.train_dpo", tree.root / "workflow_scripts/plumbing/jsonl.py"
+    shutil.rmtree(tree.root / "workflow_scripts/__pycache__")
     clear_caches()
     before = fingerprint.code(step)
     assert len(parsed) == len(set(parsed)) > 10

@@ -1,16 +1,14 @@
 """The study's config and the example for one's own: they say what the design says, plan, and fail clearly without a hub."""
 
 import json
-import os
 import re
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import yaml
 
-from tests.conftest import make_clone
+from tests.conftest import Clone, make_clone
 from tests.support import cpu, small_steps
 from workflow_scripts.config.config import load
 from workflow_scripts.plan.plan import Plan
@@ -35,8 +33,9 @@ def clone(tmp_path_factory) -> Path:
 
 
 def snakemake(folder: Path, *args: str, **more: str) -> subprocess.CompletedProcess:
-    env = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "PYTHONPATH": str(folder), **more}
-    return subprocess.run(["snakemake", *args], cwd=folder, env=env, capture_output=True, text=True, timeout=120)
+    clone = Clone(folder)
+    clone.variables |= more
+    return clone.run("snakemake", *args, check=False)
 
 
 def test_the_study_has_the_numbers_of_its_design(study):

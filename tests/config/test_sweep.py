@@ -314,8 +314,3 @@ def test_the_report_shows_capacity_against_accuracy_where_a_sweep_is_declared(tm
         assert mean.startswith(f"{100 * sum(scores) / 3:.1f} +- ")
     dpo = [float(row[4].split(" ")[0]) for row in rows if row[0] == "dpo"]
     assert dpo == sorted(dpo)
-
-
-def test_without_a_sweep_the_report_says_nothing_of_capacity(tmp_path):
-    html = report_world.report(tmp_path, report_world.make(tmp_path, report_world.write_config(tmp_path, seeds=1)))
-    assert "capacity" not in html.lower()

@@ -115,7 +115,7 @@ def test_sigterm_to_the_group_and_to_the_job_saves_and_ends_and_to_snakemake_let
     steps = []
     for to_group in (True, False):
         log.unlink(missing_ok=True)
-        process = clone.start(SFT, configs=rarely)
+        process = clone.start(SFT, configs=rarely, warmed=not to_group)  # a fork is not of the group
         until_training(clone, process)
         started = time.monotonic()
         os.killpg(process.pid, signal.SIGTERM) if to_group else os.kill(job_of(clone, mark), signal.SIGTERM)
@@ -238,10 +238,11 @@ def test_a_step_that_was_made_before_is_not_made_twice_by_a_kill_before_the_reco
 
 def fails(clone: Runs, *targets: str) -> str:
     """The one line that a failing step says; AssertionError if it is none, or a traceback is shown."""
-    process = clone.start(*targets, warmed=True)
-    assert process.wait(300) == 1, clone.said(process)
-    lines = [line for line in clone.said(process).splitlines() if re.match(r"results/\S+: error: ", line)]
-    assert len(lines) == 1 and "Traceback" not in clone.said(process), clone.said(process)
+    done = clone.snakemake("--cores", "1", *targets, configs=CONFIGS, check=False)
+    said = done.stdout + done.stderr
+    assert done.returncode == 1, said
+    lines = [line for line in said.splitlines() if re.match(r"results/\S+: error: ", line)]
+    assert len(lines) == 1 and "Traceback" not in said, said
     return lines[0]
 
 
@@ -307,10 +308,11 @@ def test_a_full_disk_and_read_only_results_are_one_clear_line_and_the_run_goes_o
     clone.finish(SFT)
     kills.check_whole(clone, expected)
     assert small("ro")
-    process = clone.start(MERGED, warmed=True)
-    assert process.wait(120) == 1
-    said = [line for line in clone.said(process).splitlines() if "ead-only" in line]
-    assert len(said) == 1 and "results" in said[0] and "Traceback" not in clone.said(process), clone.said(process)
+    done = clone.snakemake("--cores", "1", MERGED, configs=CONFIGS, check=False)
+    text = done.stdout + done.stderr
+    assert done.returncode == 1
+    said = [line for line in text.splitlines() if "ead-only" in line]
+    assert len(said) == 1 and "results" in said[0] and "Traceback" not in text, text
     assert small("rw")
     clone.finish(MERGED)
     kills.check_whole(clone, expected)

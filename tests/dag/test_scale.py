@@ -16,7 +16,7 @@ JOBS = [3 * (size + 1) * SEEDS for size in SIZES]  # training, answers and score
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory) -> list[dict[str, dict]]:
-    return [costs(tmp_path_factory.mktemp("scale") / str(size), size, SEEDS, scale.calls) for size in SIZES]
+    return [costs(tmp_path_factory.mktemp("scale") / str(size), size, SEEDS, scale.calls_alone) for size in SIZES]
 
 
 def for_each_job(found: list[dict[str, dict]], what: str) -> list[float]:

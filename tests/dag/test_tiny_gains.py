@@ -1,7 +1,7 @@
 """The tiny world in full: every method must move IFEval by far more than its noise, or a broken trainer would pass.
 
-One seed of most methods, from the base in tests/files/tiny_base. In `make test-all` the default config itself too: every method,
-from nothing, three seeds.
+One seed of SFT, DPO, GRPO on sums and a reward model, from the base in tests/files/tiny_base. In `make test-all` the default
+config itself too: every method, from nothing, three seeds.
 """
 
 import json

@@ -156,8 +156,8 @@ def letter_of(key):
 @pytest.mark.slow
 @pytest.mark.parametrize("key", RANDOM_KEYS)
 def test_a_random_letter_follows_from_the_key_alone(real, key):
-    prompts, responses, _ = real
-    position = next(i for i, row in enumerate(prompts) if row["key"] == key)
+    prompts, responses = (rows[::10] + [row for row in rows if row["key"] == key] for rows in real[:2])  # some, and this one
+    position = len(prompts) - 1
     row = prompts[position]
     which = row["instruction_id_list"].index("keywords:letter_frequency")
     others = (string.ascii_lowercase.replace(letter_of(key), "") + " ") * 9
@@ -180,8 +180,8 @@ def test_a_language_that_langdetect_wavers_on_is_judged_alike_each_time():
     from langdetect import detect
 
     text = "vamos a la playa oh oh"  # unseeded: one draw in four says Tagalog
-    assert len({detect(text) for _ in range(100)}) > 1
-    rows = [prompt(key, ("language:response_language", {"language": "es"})) for key in range(100)]
+    assert len({detect(text) for _ in range(50)}) > 1
+    rows = [prompt(key, ("language:response_language", {"language": "es"})) for key in range(50)]
     scores = ifeval.score(rows, [respond(row, text) for row in rows], strip_think=False)
     assert scores["inst_level_strict_acc"] in (0, 1)
 
@@ -250,28 +250,16 @@ def test_the_command_gives_the_same_bytes_in_any_process_without_network(real, t
     assert found[0].endswith(b"}\n") and json.loads(found[0]) == scores
 
 
-def writable_by_the_group(folder, tmp_path):
-    for path in [folder, *folder.rglob("*")]:
-        path.chmod(path.stat().st_mode | 0o020)  # a clone made under umask 0002
-
-
-def hard_linked(folder, tmp_path):
-    for i, path in enumerate(path for path in folder.rglob("*") if path.is_file()):
-        os.link(path, tmp_path / f"another name {i}")
-
-
-def of_another_account(folder, tmp_path):
-    if os.geteuid():
-        pytest.skip("only root may give files away")
-    for path in [folder, *folder.rglob("*")]:
-        os.chown(path, 12345, 12345)
-
-
 @pytest.mark.slow
-@pytest.mark.parametrize("make", [writable_by_the_group, hard_linked, of_another_account])
-def test_the_tables_are_read_whatever_mode_owner_and_links_the_checkout_has(tmp_path, make):
+def test_the_tables_are_read_whatever_mode_owner_and_links_the_checkout_has(tmp_path):
+    """All at once: each by itself is what NLTK could refuse."""
     shutil.copytree(ROOT / "workflow_scripts", tmp_path / "clone/workflow_scripts")
-    make(tmp_path / "clone", tmp_path)
+    for i, path in enumerate([tmp_path / "clone", *(tmp_path / "clone").rglob("*")]):
+        path.chmod(path.stat().st_mode | 0o020)  # a clone made under umask 0002
+        if path.is_file():
+            os.link(path, tmp_path / f"another name {i}")
+        if not os.geteuid():  # only root may give files away
+            os.chown(path, 12345, 12345)
     jsonl.write_jsonl(tmp_path / "prompts.jsonl", HAND_PROMPTS)
     jsonl.write_jsonl(tmp_path / "responses.jsonl", HAND_RESPONSES)
     command = [sys.executable, "-m", "workflow_scripts.steps.score_ifeval", "--prompts", "prompts.jsonl"]

@@ -51,12 +51,17 @@ def findings(html: str) -> dict[str, str]:
     return dict(re.findall(r"<li><strong>(\w+)</strong> against sft_v2_merged: <span class=\"([^\"]+)\">", box))
 
 
+@pytest.mark.slow
 def test_known_effects_are_better_and_an_equal_method_cannot_be_told(html, tmp_path):
     """With five seeds. Three may not show even these: docs/report_simulation.md."""
     five = report_world.report(tmp_path, report_world.make(tmp_path, report_world.write_config(tmp_path, seeds=5)))
     assert findings(five) == {"dpo": "better", "kto": "better", "ppo": "cannot tell", "grpo": "better", "rloo": "better"}
     assert "null: passed" in html and "negative: passed" in html and "positive: passed" in html
     assert "Do not trust" not in html and "Something is wrong" not in html and "One seed" not in html
+
+
+def test_without_a_judge_or_a_sweep_the_report_says_nothing_of_win_rates_or_capacity(html):
+    assert 'id="wins"' not in html and "capacity" not in html.lower()
 
 
 def test_a_family_that_compares_data_too_says_so_from_the_config(html, made):
@@ -71,6 +76,7 @@ def test_a_family_that_compares_data_too_says_so_from_the_config(html, made):
     }  # fmt: skip
 
 
+@pytest.mark.slow
 def test_a_verdict_that_turns_with_the_base_is_flagged(tmp_path):
     """The same two runs, judged in full precision and on an NF4 base, in a family each."""
     families = {
@@ -182,7 +188,7 @@ def test_one_seed_is_said_loudly(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("other", ["kto", "dpo.seed2"])
+@pytest.mark.parametrize("other", ["kto", pytest.param("dpo.seed2", marks=pytest.mark.long)])
 def test_two_runs_with_the_same_verdicts_are_a_warning(copy, other):
     folder, plan = copy
     dpo = json.loads((folder / "results/ifeval_dpo.json").read_text())
@@ -229,6 +235,7 @@ def test_what_can_t_be_compared_is_refused(copy, change, message):
     assert sorted(path.stat().st_mtime_ns for path in folder.glob("results/report/*")) == before
 
 
+@pytest.mark.slow
 def test_answers_and_curves_may_be_gone(copy, html):
     folder, plan = copy
     for path in [*folder.glob("results/*/adapter/metrics.csv"), *folder.glob("results/*/ifeval_responses.jsonl")]:

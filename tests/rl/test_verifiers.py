@@ -48,9 +48,10 @@ def changed(final: str) -> set[str]:
 
 
 @pytest.mark.slow
-def test_no_answer_of_gsm8k_is_right_once_its_number_is_changed(gsm8k):
+@pytest.mark.parametrize("every", [5, pytest.param(1, marks=pytest.mark.long)])
+def test_no_answer_of_gsm8k_is_right_once_its_number_is_changed(gsm8k, every):
     assert changed("18") == {"19", "17", "-18", "180", "18.5", "1", "8"}
-    for _, answer, final in gsm8k:
+    for _, answer, final in gsm8k[::every]:
         work = answer.rpartition("#### ")[0]
         for wrong in changed(final):
             assert not numeric(f"{work}#### {wrong}", final), (answer, wrong)

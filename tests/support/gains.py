@@ -1,7 +1,7 @@
 """The tiny world in full: the targets that show what each method gains."""
 
-MOST = ("dpo", "grpo")
-MORE = ("kto", "ppo", "ppo_ifeval", "rloo")  # ppo's reward is the reward model, the others' as grpo's: followed instructions
+MOST = ("dpo",)  # and grpo_numeric: GRPO with another reward
+MORE = ("grpo", "kto", "ppo", "ppo_ifeval", "rloo")  # ppo's reward is the reward model, the others': followed instructions
 METHODS = (*MOST, *MORE)
 
 
@@ -10,8 +10,8 @@ def suffix(seed: int) -> str:
 
 
 def targets(methods: tuple[str, ...], *seeds: int) -> list[str]:
-    """Scores of the base, and with each seed those of the methods; sums, and the reward model's evaluation."""
-    found = ["results/ifeval_base.json"]
+    """The base, prompts for rollouts, and with each seed scores of the methods; sums, and the evaluation of the reward model."""
+    found = ["results/ifeval_base.json", "results/data/instructions.manifest.json"]
     for end in map(suffix, seeds):
         found += [f"results/ifeval_{name}{end}.json" for name in ("sft_v2", *methods)]
         found += [f"results/gsm8k_{name}{end}.json" for name in ("sft_v2", "grpo_numeric")]

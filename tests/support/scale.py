@@ -11,6 +11,7 @@ import argparse
 import contextlib
 import json
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -20,7 +21,7 @@ from pathlib import Path
 
 import yaml
 
-from tests.conftest import ROOT, Clone, make_clone
+from tests.conftest import ROOT, Clone, make_clone, warm_snakemake
 from workflow_scripts.artifacts import manifests
 from workflow_scripts.artifacts.fingerprint import canonical, file_sha256
 from workflow_scripts.config import config as configs
@@ -49,17 +50,7 @@ rule score:
     output: "scores/{{run}}.json"
     shell: "touch {{output}}"
 """
-# Function calls do not depend on what else the machine does.
-COUNT = """
-import cProfile, pstats, sys
-from snakemake.cli import main
-profile = cProfile.Profile()
-try:
-    profile.runcall(main)
-except SystemExit as end:
-    assert not end.code, end.code
-print("calls", pstats.Stats(profile).total_calls)
-"""
+COUNT = ("-m", "tests.support.count_calls")  # function calls do not depend on what else the machine does
 
 
 def write_config(folder: Path, experiments: int, seeds: int) -> None:
@@ -123,9 +114,13 @@ def finish(folder: Path) -> int:
     return len(keys)
 
 
+def environment(clone: Clone) -> dict[str, str]:
+    return clone.environment() | {"PYTHONPATH": f"{clone.folder}:{ROOT}"}
+
+
 def measure(clone: Clone, *command: str) -> dict:
     """Wall seconds, processor seconds and peak memory of a command; its output."""
-    env = {**os.environ, "PYTHONPATH": str(clone.folder), "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    env = environment(clone)
     with tempfile.TemporaryFile("w+") as out:
         started = time.monotonic()
         process = subprocess.Popen(command, cwd=clone.folder, env=env, stdout=out, stderr=subprocess.STDOUT)
@@ -152,8 +147,20 @@ def seconds(clone: Clone, *args: str) -> dict:
 
 def calls(clone: Clone, *args: str) -> dict:
     """The same, with the number of function calls; its seconds are those of the profiler."""
-    found = measure(clone, sys.executable, "-c", COUNT, "-n", *args)
-    return found | {"calls": int(found["text"].rsplit("calls ", 1)[1])}
+    found = measure(clone, sys.executable, *COUNT, "-n", *args)
+    return found | {"calls": counted(found["text"])}
+
+
+def calls_alone(clone: Clone, *args: str) -> dict:
+    """The number of calls by a fork that has loaded Snakemake: without those of loading it, which are the same at every size."""
+    done = warm_snakemake().run(("python", *COUNT, "-n", *args), clone.folder, environment(clone))
+    assert done.returncode == 0, done.stdout + done.stderr
+    text = done.stdout + done.stderr
+    return {"calls": counted(text), "text": text}
+
+
+def counted(text: str) -> int:
+    return int(re.search(r"^calls (\d+)$", text, flags=re.M)[1])
 
 
 def empty(folder: Path, runs: int) -> Clone:

@@ -1,6 +1,6 @@
 """Commands as forks of a process that has loaded their libraries: that is most of a dry run, and nearly all of a small step.
 
-A dry run of Snakemake, or a tool, is such a fork itself. Where Snakemake runs steps, the first `python` of its PATH is `CLIENT`,
+A run of Snakemake, or a tool, is such a fork itself. Where Snakemake runs steps, the first `python` of its PATH is `CLIENT`,
 which asks for one. Nothing of this project is loaded beforehand: a fork takes it from the clone that it runs in, as a process of
 its own would. Who kills the client kills the fork, but a moment later: tests of kills start steps as users do.
 """
@@ -23,34 +23,38 @@ from pathlib import Path
 # What such a command imports; what is not here, it imports itself.
 SNAKEMAKE = (
     "snakemake.cli", "snakemake.api", "snakemake.workflow", "snakemake.dag", "snakemake.persistence.file", "snakemake.report",
-    "snakemake.scheduling.greedy", "jsonschema", "yaml", "numpy", "scipy", "requests", "yte",
+    "snakemake.scheduling.greedy", "snakemake.report.html_reporter", "jinja2", "jsonschema", "yaml", "numpy", "scipy",
+    "requests", "yte",
 )  # fmt: skip
 STEPS = (
     "torch", "datasets", "peft", "bitsandbytes", "transformers.models.qwen2.modeling_qwen2", "transformers.trainer",
     "trl.trainer.sft_trainer", "trl.trainer.dpo_trainer", "trl.trainer.kto_trainer", "trl.trainer.reward_trainer",
-    "trl.trainer.grpo_trainer", "trl.trainer.rloo_trainer", "numpy", "scipy", "jsonschema", "yaml",
+    "trl.trainer.grpo_trainer", "trl.trainer.rloo_trainer", "nltk", "langdetect", "numpy", "scipy", "jsonschema", "yaml",
 )  # fmt: skip
 # What steps/cli.py sets before a step loads its libraries. A step that was planned otherwise is a process of its own.
 QUIET = {
     "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false",
     "HF_HUB_DISABLE_TELEMETRY": "1", "HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "CUBLAS_WORKSPACE_CONFIG": ":4096:8",
 }  # fmt: skip
+PYTHON = "WARM_PYTHON"  # the variable that gives a tool the client in place of its own interpreter: it starts a Snakemake by that
 CLIENT = """#!{python} -SE
 import json, os, socket, sys
 command = ["python", *sys.argv[1:]]
-if command[1:2] != ["-m"] or not command[2].startswith("workflow_scripts.steps.") or os.environ.get("HF_ENDPOINT") != {hub!r}:
+if command[1:3] == ["-m", "snakemake"]:
+    command = ["snakemake", *command[3:]]
+elif command[1:2] != ["-m"] or not command[2].startswith("workflow_scripts.steps.") or os.environ.get("HF_ENDPOINT") != {hub!r}:
     os.execv({python!r}, [{python!r}, *sys.argv[1:]])
 with socket.socket(socket.AF_UNIX) as server:
     server.connect({address!r})
     asked = json.dumps([command, os.getcwd(), dict(os.environ)]).encode()
     socket.send_fds(server, [len(asked).to_bytes(4, "big")], [0, 1, 2])
     server.sendall(asked)
-    sys.exit(int(server.recv(16)))
+    sys.exit(int(server.recv(64).split()[0]))
 """
 
 
 class Warm:
-    """The process. It ends with the one that started it."""
+    """The process. It loads the libraries when it is first asked for a fork, and ends with the one that started it."""
 
     def __init__(self, libraries: tuple[str, ...], env: dict[str, str] | None = None) -> None:
         self.hub = (env or {}).get("HF_ENDPOINT", os.environ.get("HF_ENDPOINT"))  # its library reads that as it is loaded
@@ -70,19 +74,27 @@ class Warm:
         return str(client.parent)
 
     def run(self, command: tuple[str, ...], cwd: Path, env: dict[str, str]) -> subprocess.CompletedProcess:
+        from tests.support import cpu  # not above: the process itself loads nothing of this project
+
         with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err, socket.socket(socket.AF_UNIX) as server:
             server.connect(self.address)
             asked = json.dumps([command, str(cwd), env]).encode()
             socket.send_fds(server, [len(asked).to_bytes(4, "big")], [0, out.fileno(), err.fileno()])
             server.sendall(asked)
-            code = int(server.recv(16))
+            code, computed = server.recv(64).split()
             texts = [file.seek(0) or file.read().decode(errors="replace") for file in (out, err)]
-        return subprocess.CompletedProcess(command, code, *texts)
+        cpu.of_forks += float(computed)
+        return subprocess.CompletedProcess(command, int(code), *texts)
 
 
 def can_run(command: tuple[str, ...]) -> bool:
-    dry = command[0] == "snakemake" and "-n" in command
-    return dry or (command[:2] == ("python", "-m") and command[2].startswith("workflow_scripts.tools."))
+    """Whether a fork of the process with SNAKEMAKE does for it. In a run, steps are forks of the other one."""
+    return command[0] == "snakemake" or (command[:2] == ("python", "-m") and command[2].startswith("workflow_scripts.tools."))
+
+
+def runs_steps(command: tuple[str, ...]) -> bool:
+    """Whether it starts steps, or is one."""
+    return command[0] == "snakemake" or (command[:2] == ("python", "-m") and command[2].startswith("workflow_scripts.steps."))
 
 
 def until_still(folder: Path) -> None:
@@ -106,6 +118,7 @@ def become(command: list[str], cwd: str, env: dict[str, str]) -> int:
     sys.path[:1] = path if env.get("PYTHONSAFEPATH") else first + path
     try:
         if command[0] == "python":
+            sys.executable = env.get(PYTHON, sys.executable)
             sys.argv = command[2:]
             runpy.run_module(command[2], run_name="__main__", alter_sys=True)
         else:
@@ -142,14 +155,21 @@ def serve(client: socket.socket) -> None:
     ready, _, _ = select.select([ended, client], [], [])
     if ended not in ready:
         os.kill(child, signal.SIGKILL)
-    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    _, status, used = os.wait4(child, 0)
+    code = os.waitstatus_to_exitcode(status)
     if ended in ready:
-        client.sendall(str(code if code >= 0 else 128 - code).encode())
+        client.sendall(f"{code if code >= 0 else 128 - code} {used.ru_utime + used.ru_stime}".encode())
+
+
+def load(*libraries: str) -> None:
+    for name in libraries:
+        importlib.import_module(name)
+    if "snakemake.cli" in libraries:
+        sys.modules["snakemake.cli"].get_argument_parser()  # finds the plugins that are installed, once
 
 
 def main(address: str, *libraries: str) -> None:
-    for name in libraries:
-        importlib.import_module(name)
+    sys.dont_write_bytecode = False  # a clone is compiled once
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for who serves a client
     with socket.socket(socket.AF_UNIX) as server:
         server.bind(address)
@@ -160,6 +180,8 @@ def main(address: str, *libraries: str) -> None:
             if server not in ready:
                 return  # who started this has ended
             client, _ = server.accept()
+            load(*libraries)
+            libraries = ()
             if not os.fork():
                 server.close()
                 serve(client)

@@ -26,15 +26,18 @@ def answers(folder: Path) -> list[dict]:
     return [json.loads(line) for line in (folder / "results/dpo/ifeval_responses.jsonl").read_text().splitlines()]
 
 
-def test_chat_gives_the_answers_that_were_evaluated(read_only):
+def test_chat_gives_the_answers_that_were_evaluated(read_only, monkeypatch, capsys):
     model, tokenizer = chat.load(Path("results/dpo"), "cpu", None, 1)
     rows = answers(read_only)
     for row in rows:
         _, tokens = chat.fit(tokenizer, [{"role": "user", "content": row["prompt"]}], 10**6)
         assert chat.reply(model, tokenizer, tokens, 12, 0.0) == row["response"]
     assert len({row["response"] for row in rows}) > 1
-    done = tool(read_only, "chat", "results/dpo", "--prompt", rows[0]["prompt"], "--max-new-tokens", "12", "--threads", "1")
-    assert done.stdout == rows[0]["response"] + "\n", done.stderr
+    given = ["chat", "results/dpo", "--prompt", rows[0]["prompt"], "--max-new-tokens", "12", "--threads", "1"]
+    monkeypatch.setattr(sys, "argv", given)
+    capsys.readouterr()
+    chat.main()
+    assert capsys.readouterr().out == rows[0]["response"] + "\n"
 
 
 def test_chat_reads_a_pipe_and_keeps_the_conversation_until_new(read_only):

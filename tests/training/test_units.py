@@ -21,9 +21,9 @@ METHODS = {
     "rloo": (ROLLOUT, 8),
 }
 SIZES = {
-    "ppo_ifeval": {"per_device_train_batch_size": 4, "steps_per_generation": 2, "max_completion_length": 48},
-    "grpo": {"per_device_train_batch_size": 8, "num_generations": 4, "max_completion_length": 48},
-    "rloo": {"per_device_train_batch_size": 8, "num_generations": 4, "max_completion_length": 48},
+    "ppo_ifeval": {"per_device_train_batch_size": 4, "steps_per_generation": 2, "max_completion_length": 32},
+    "grpo": {"per_device_train_batch_size": 8, "num_generations": 4, "max_completion_length": 32},
+    "rloo": {"per_device_train_batch_size": 8, "num_generations": 4, "max_completion_length": 32},
 }
 
 
