@@ -3,7 +3,8 @@
     python -m measurements.generation --out generation.json                     # Qwen2.5-0.5B's shape, random weights, on a GPU
     python -m measurements.generation --out generation.json --shape tiny --parts equal fixed    # a trial on a CPU
 
-Random weights know no end of turn: lengths are set. docs/performance.md is drawn from the figures (measurements/generation_page.py).
+Random weights know no end of turn: lengths are set. docs/performance.md is drawn from the figures
+(measurements/generation_page.py).
 """
 
 import argparse
@@ -36,7 +37,6 @@ def sync() -> None:
 
 
 def model_of(shape: str, device: str, dtype: torch.dtype, adapter: bool) -> Any:
-    from peft import LoraConfig, get_peft_model
     from transformers import Qwen2Config, Qwen2ForCausalLM
 
     torch.manual_seed(0)
@@ -45,13 +45,19 @@ def model_of(shape: str, device: str, dtype: torch.dtype, adapter: bool) -> Any:
         model: Any = Qwen2ForCausalLM(Qwen2Config(**SHAPES[shape], max_position_embeddings=4096, rope_theta=1e6)).eval()
         torch.set_default_dtype(torch.float32)
     model.generation_config.eos_token_id = None
-    if adapter:
-        peft = get_peft_model(model, LoraConfig(r=16, lora_alpha=32, target_modules=TARGETS)).eval()
-        for name, weight in peft.named_parameters():
-            if "lora_B" in name:
-                torch.nn.init.normal_(weight, std=1e-3)
-        model = peft.get_base_model()
-    return model
+    return beside(model) if adapter else model
+
+
+def beside(model: Any) -> Any:
+    """The model with an adapter of the study's block, of random weights, beside its own."""
+    from peft import LoraConfig, get_peft_model
+
+    torch.manual_seed(1)
+    peft = get_peft_model(model, LoraConfig(r=16, lora_alpha=32, target_modules=TARGETS)).eval()
+    for name, weight in peft.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(weight, std=1e-3)
+    return peft.get_base_model()
 
 
 def fixed(size: int, vocabulary: int) -> tuple[list[list[int]], list[int]]:
@@ -123,7 +129,9 @@ def hf(model: Any, work: tuple[list[list[int]], list[int]], batch: int) -> dict:
         ids = torch.tensor([[0] * (longest - len(row)) + row for row in rows], device=model.device)
         mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows], device=model.device)
         with torch.inference_mode():
-            model.generate(input_ids=ids, attention_mask=mask, max_new_tokens=new, min_new_tokens=new, do_sample=False, pad_token_id=0)
+            model.generate(
+                input_ids=ids, attention_mask=mask, max_new_tokens=new, min_new_tokens=new, do_sample=False, pad_token_id=0
+            )
     sync()
     took = time.perf_counter() - start
     return {"tokens": sum(lengths), "seconds": [round(took, 3)], "tokens_per_second": round(sum(lengths) / took)}
@@ -154,7 +162,7 @@ def equal(shape: str, device: str, count: int, new: int) -> dict:
 
 
 def rollouts(shape: str) -> dict:
-    """Answers of 512 tokens that a training in NF4 draws: PPO's 64 to as many prompts, GRPO's 32 to 8; the adapter is copied anew."""
+    """Answers of 512 tokens that a training in NF4 draws: PPO's 64 to as many prompts, GRPO's 32 to 8."""
     import tempfile
 
     from peft import LoraConfig, get_peft_model
@@ -186,8 +194,8 @@ def rollouts(shape: str) -> dict:
 
 
 def of_a_model(folder: Path, adapter: Path | None, file: Path, new: int) -> dict:
-    """Real weights, real prompts: answers of `graphs` against those of `generate`, in fp32 and in bf16. Where two differ, the gap
-    between the two tokens' logits at the first difference, in steps of bf16 at that logit."""
+    """Real weights and prompts, an adapter (without one, one of random weights): answers of `graphs` against those of `generate`,
+    in fp32 and in bf16. Where two differ, the gap between the two tokens' logits there, in steps of bf16 at that logit."""
     from peft import PeftModel
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -198,8 +206,7 @@ def of_a_model(folder: Path, adapter: Path | None, file: Path, new: int) -> dict
     end, found = tokenizer.eos_token_id, {"prompts": len(ids), "new": new}
     for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
         model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).to("cuda").eval()
-        if adapter is not None:
-            model = PeftModel.from_pretrained(model, adapter).eval().get_base_model()
+        model = beside(model) if adapter is None else PeftModel.from_pretrained(model, adapter).eval().get_base_model()
         order = sorted(range(len(ids)), key=lambda i: -len(ids[i]))
         theirs: dict[int, list[int]] = {}
         sync()
@@ -210,14 +217,14 @@ def of_a_model(folder: Path, adapter: Path | None, file: Path, new: int) -> dict
             batch = torch.tensor([[0] * (longest - len(ids[i])) + ids[i] for i in part], device="cuda")
             mask = torch.tensor([[0] * (longest - len(ids[i])) + [1] * len(ids[i]) for i in part], device="cuda")
             with torch.inference_mode():
-                made = model.generate(input_ids=batch, attention_mask=mask, max_new_tokens=new, do_sample=False, eos_token_id=[end],
-                                      pad_token_id=tokenizer.pad_token_id)[:, longest:].tolist()  # fmt: skip
+                made = model.generate(input_ids=batch, attention_mask=mask, max_new_tokens=new, do_sample=False,
+                                      eos_token_id=[end], pad_token_id=tokenizer.pad_token_id)[:, longest:].tolist()  # fmt: skip
             for i, row in zip(part, made, strict=True):
                 theirs[i] = row[: row.index(end) + 1] if end in row else row
         sync()
         took = {"generate": round(time.perf_counter() - start, 1)}
         for exact in (False, True):
-            if exact and (adapter is None or name == "fp32"):
+            if exact and name == "fp32":
                 continue
             model2 = model
             start = time.perf_counter()
@@ -285,8 +292,8 @@ def profile(model: Any, work: tuple[list[list[int]], list[int]], deep: int) -> d
     at = int(engine.state.at.sum())
     moved = sum(p.nbytes for p in {p.data_ptr(): p for p in model.parameters()}.values())
     moved += at * 2 * len(engine.decoder.layers) * engine.decoder.kv_heads * engine.decoder.size * engine.cache[0].element_size()
-    return {"mean_position": at // ROWS, "step_us": round(step * 1e6), "kernels_us": round(sum(r[0] for r in rows)), "kernels": sum(r[1] for r in rows),
-            "bound_us": round(moved / BANDWIDTH * 1e6), "largest": [[round(t), n, name] for t, n, name in rows[:16]]}  # fmt: skip
+    return {"mean_position": at // ROWS, "step_us": round(step * 1e6), "kernels_us": round(sum(r[0] for r in rows)),
+            "kernels": sum(r[1] for r in rows), "bound_us": round(moved / BANDWIDTH * 1e6), "largest": [[round(t), n, name] for t, n, name in rows[:16]]}  # fmt: skip
 
 
 def main() -> None:
@@ -333,7 +340,8 @@ def main() -> None:
             work = mixed(vocabulary, 541 if size > 16 else 20) if part == "mixed" else fixed(size, vocabulary)
             how = {"temperature": 1.0, "logprobs": True} if part == "sampled" else {}
             if part != "sampled" or kind == "adapter":
-                note(f"{part}, {kind}", lambda w=work, h=how, m=model: graphs(m, w, given.runs, kind == "adapter in fp32", **h))
+                exact = kind == "adapter in fp32"
+                note(f"{part}, {kind}", lambda w=work, h=how, m=model, e=exact: graphs(m, w, given.runs, e, **h))
         if kind == "adapter" and "profile" in given.parts:
             note("profile", lambda m=model: profile(m, fixed(size, vocabulary), 16))
             note("profile, deep", lambda m=model: profile(m, (mixed(vocabulary)[0], [1280] * 541), 600))
@@ -343,6 +351,9 @@ def main() -> None:
             model = model_of(given.shape, device, dtype, kind == "adapter")
             note(f"fixed, hf, {kind}", lambda m=model: hf(m, fixed(size, vocabulary), size))
             del model
+    if "hf mixed" in given.parts:
+        model = model_of(given.shape, device, dtype, True)
+        note("mixed, hf, adapter", lambda: hf(model, mixed(vocabulary), 541))
     if "rollouts" in given.parts:
         note("rollouts", lambda: rollouts(given.shape))
     if "model" in given.parts:

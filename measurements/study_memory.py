@@ -47,8 +47,8 @@ TINY = {
 }  # fmt: skip
 
 
-def configured(shape: str, tiny: bool, length: int):
-    """The study, with rows and prompts of this length, as the steps and the estimator are given it."""
+def configured(shape: str, tiny: bool, length: int, backend: str = "graphs"):
+    """The study, with rows and prompts of this length, as steps and the estimator are given it. backend: who writes answers."""
     from workflow_scripts.config.config import Config, load
     from workflow_scripts.config.written import merge
 
@@ -56,6 +56,7 @@ def configured(shape: str, tiny: bool, length: int):
     rows = {"train": {"max_length": length, "max_steps": STEPS}}
     sampled = {"train": {"max_completion_length": length // 2, "max_steps": STEPS}, "require_reward_above_chance": False}
     more = {
+        "generation": {"backend": backend, "rollouts": backend},
         "data": {"max_prompt_tokens": length - length // 2, "slices": {"prompts": {"max_prompt_tokens": length - length // 2}}},
         "methods": dict.fromkeys(("sft", "dpo", "kto", "rm"), rows) | dict.fromkeys(("ppo", "grpo", "rloo"), sampled),
     }
@@ -126,12 +127,12 @@ def slices(config, folder: Path) -> dict[str, Path]:
     from tests.support import small_steps
     from workflow_scripts.artifacts import manifests
     from workflow_scripts.models import chat
-    from workflow_scripts.plan.gpu_memory import EVAL_PROMPT
+    from workflow_scripts.plan.gpu_memory import EVAL_PROMPT, Memory
 
     tokenizer = chat.tokenizer_of(manifests.read(folder / "base/manifest.json"))
     train = config.experiments["sft_v2"]["train"]
     length, prompt = train["max_length"], config.data["data"]["max_prompt_tokens"]
-    user, answers = {"role": "user", "content": "go on"}, config.data["eval"]["batch_size"]
+    user, answers = {"role": "user", "content": "go on"}, Memory(config).at_once()
     talk = [user, {"role": "assistant", "content": "the"}]
     chosen, rejected = (filled(tokenizer, talk, length, word)[1:] for word in ("one", "two"))
     asked = filled(tokenizer, [user], prompt, "three")
@@ -225,9 +226,11 @@ def measure(name: str, config, folder: Path, card: float | None) -> dict:
     reward_model = {"start of rm": base, "reward rm": folder / "rm/adapter/manifest.json"}
     if name == "ifeval":
         parents = {"start": base, "adapter": folder / "sft_v2/adapter/manifest.json", "prompts": rows["ifeval"]}
-        settings = {"batch_size": data["eval"]["batch_size"], "max_new_tokens": data["eval"]["ifeval"]["max_new_tokens"]}
+        evaluation = data["eval"]
+        settings = {"max_new_tokens": evaluation["ifeval"]["max_new_tokens"], "decoding": "greedy"}
+        settings["generation"] = config.generation(evaluation["precision"])
         phase, step, out = (
-            memory.generate("ifeval", settings["batch_size"]),
+            memory.generate("ifeval", memory.at_once()),
             "generate",
             folder / "sft_v2/ifeval_responses.manifest.json",
         )
@@ -252,7 +255,7 @@ def measure(name: str, config, folder: Path, card: float | None) -> dict:
         settings = {key: value for key, value in body.items() if key not in ("start_from", "slice")}
         settings |= {"lora": data["lora"], "optim": "paged_adamw_32bit" if data["device"] == "cuda" else "adamw_torch"}
         settings |= {"quant": data["quant"]} if body["quantise"] != "none" else {}
-        settings |= {"reward": rewards(body)} if "reward" in body else {}
+        settings |= {"reward": rewards(body), "generation": data["generation"]["rollouts"]} if "reward" in body else {}
         parents = {"start": base, "rows": rows[body["slice"]]} | (reward_model if "rm" in rewards(body) else {})
         phase, step, out = memory.train(name, body), f"train_{method}", folder / name / "adapter/manifest.json"
         peaks.watch(PPOTrainer if method == "ppo" else getattr(trl, TRAINERS[method]))

@@ -87,7 +87,7 @@ ROLLOUTS = runs("ppo", "ppo_ifeval", "grpo", "grpo_numeric", "rloo")  # trained 
 CODE_EDITS = [
     ("steps/train_dpo.py", "callbacks=[trainers.Watch(job.run)]", "callbacks=[trainers.Watch(str(job.run))]", runs(*DPO)),
     ("steps/train_sft.py", "callbacks=[trainers.Watch(job.run)]", "callbacks=[trainers.Watch(str(job.run))]", ALL_RUNS),
-    ("steps/generate.py", "num_beams=1", "num_beams=2", EVALS),
+    ("steps/generate.py", "tokenize=False", "tokenize=0", EVALS),
     ("steps/score_ifeval.py", "METRICS = (", "X = 1\nMETRICS = (", SCORES),
     ("steps/score_gsm8k.py", "METRICS = (", "X = 1\nMETRICS = (", evals("score_gsm8k")),
     (

@@ -107,7 +107,7 @@ def test_a_change_of_the_config_plans_what_it_decides_and_no_more(clone, change,
     [
         ("workflow_scripts/steps/train_sft.py", "Watch(job.run)", "Watch(str(job.run))", FROM_SFT),
         ("workflow_scripts/steps/train_dpo.py", "Watch(job.run)", "Watch(str(job.run))", DPO_ALONE),
-        ("workflow_scripts/steps/generate.py", "num_beams=1", "num_beams=2", {"generate": 1, "score": 1}),
+        ("workflow_scripts/steps/generate.py", "tokenize=False", "tokenize=0", {"generate": 1, "score": 1}),
         ("workflow_scripts/evaluation/ifeval.py", "random.seed(seed)", "random.seed(str(seed))", {"score": 1}),
         ("workflow_scripts/plumbing/progress.py", "10.0", "20.0", {}),
         ("workflow_scripts/tiny/chat_template.jinja", "<|im_start|>", "<|im_start|> ", {**ALL, "slice_data": 2}),

@@ -15,7 +15,9 @@ def model_of(architecture: str, adapter: bool, dtype: torch.dtype = torch.float3
     import transformers
     from peft import LoraConfig, get_peft_model
 
-    more = {"Llama": {"tie_word_embeddings": True}, "Qwen2": {"tie_word_embeddings": False}, "Qwen3": {"head_dim": 32}}[architecture]
+    more = {"Llama": {"tie_word_embeddings": True}, "Qwen2": {"tie_word_embeddings": False}, "Qwen3": {"head_dim": 32}}[
+        architecture
+    ]
     config = getattr(transformers, f"{architecture}Config")(
         vocab_size=300, hidden_size=64, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2, intermediate_size=128,
         max_position_embeddings=512, bos_token_id=1, eos_token_id=2, pad_token_id=0, initializer_range=0.2, **more,

@@ -25,7 +25,10 @@ def drawn(rows: int, **how) -> tuple[torch.Tensor, torch.Tensor]:
 def test_frequencies_are_those_of_the_softmax(temperature):
     token, logprob = drawn(20_000, temperature=temperature)
     wanted = (SCORES / temperature).softmax(0)
-    assert chisquare(torch.bincount(token, minlength=8).numpy(), (20_000 * wanted.double() / wanted.double().sum()).numpy()).pvalue > 1e-3
+    assert (
+        chisquare(torch.bincount(token, minlength=8).numpy(), (20_000 * wanted.double() / wanted.double().sum()).numpy()).pvalue
+        > 1e-3
+    )
     torch.testing.assert_close(logprob, wanted.log()[token])
 
 

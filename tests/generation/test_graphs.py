@@ -161,7 +161,9 @@ def test_a_base_in_4_bit_is_dequantised_into_what_its_own_forward_pass_multiplie
 
     model_of("Qwen2", False).save_pretrained(tmp_path)
     quant = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)
-    model = AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=quant, device_map={"": "cpu"}, dtype=torch.float32).eval()
+    model = AutoModelForCausalLM.from_pretrained(
+        tmp_path, quantization_config=quant, device_map={"": "cpu"}, dtype=torch.float32
+    ).eval()
     with torch.no_grad():
         wanted = model(torch.tensor([prompts[0]])).logits[0]
     torch.testing.assert_close(Graphs(model, 4, 100).logits(prompts[0]), wanted, atol=1e-3, rtol=1e-4)
@@ -187,5 +189,11 @@ def test_what_it_does_not_know_is_answered_by_generate_and_said(capsys):
 def test_what_of_a_known_architecture_it_can_not_do(change, reason):
     from transformers import Qwen2Config, Qwen2ForCausalLM
 
-    shape = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1, "intermediate_size": 32}
+    shape = {
+        "hidden_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "intermediate_size": 32,
+    }
     assert decoder.unsupported(Qwen2ForCausalLM(Qwen2Config(vocab_size=50, **shape, **change))) == reason

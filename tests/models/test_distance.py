@@ -149,7 +149,9 @@ def test_greedy_is_greedy_whatever_a_folder_says_and_folder_is_a_choice(speaking
     names = sorted(path.name for path in there.iterdir() if path.name != "manifest.json")
     other = small_steps.write_manifest(there / "manifest.json", "base", "one with a penalty", names)
     found = {
-        how: answer(tmp_path / how, other, None, **small_steps.answering(32, 4 * (how == "folder"), decoding=how)).file("ifeval_responses.jsonl").read_text()
+        how: answer(tmp_path / how, other, None, **small_steps.answering(32, 4 * (how == "folder"), decoding=how))
+        .file("ifeval_responses.jsonl")
+        .read_text()
         for how in ("greedy", "folder")
     }
     assert found["greedy"] == plain.file("ifeval_responses.jsonl").read_text() != found["folder"]

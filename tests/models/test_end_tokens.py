@@ -54,9 +54,7 @@ def two(folder):
 def answers(base, folder):
     prompts = small_steps.write_slice(folder / "data", "ifeval", world.eval_rows(12, seed=3), heldout=0)
     out = folder / "run/ifeval_responses.manifest.json"
-    job = small_steps.job(
-        "generate", out, {"start": base, "prompts": prompts}, small_steps.answering(48)
-    )
+    job = small_steps.job("generate", out, {"start": base, "prompts": prompts}, small_steps.answering(48))
     return read_jsonl(small_steps.run(job).file("ifeval_responses.jsonl"))
 
 

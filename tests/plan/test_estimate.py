@@ -78,7 +78,8 @@ def test_seeds_of_an_experiment_ask_for_the_same():
         ("train", "ppo", {"methods": {"ppo": {"train": {"max_completion_length": 256}}}}),
         ("train", "grpo", {"methods": {"grpo": {"train": {"max_steps": 80}}}}),
         ("generate_ifeval", "dpo", {"eval": {"ifeval": {"max_new_tokens": 256}}}),
-        ("generate_ifeval", "dpo", {"eval": {"batch_size": 10}}),
+        ("generate_ifeval", "dpo", {"generation": {"slots": 10}}),
+        ("generate_ifeval", "dpo", {"generation": {"backend": "hf"}, "eval": {"batch_size": 10}}),
         ("score_ifeval", "dpo", {"data": {"slices": {"ifeval": {"rows": 4000}}}}),
     ],
 )

@@ -67,7 +67,7 @@ def test_the_phases_of_the_study_are_within_20_percent_of_what_was_measured_at_i
     text = (ROOT / "docs/performance.md").read_text()
     rows = re.findall(r"^\| (\w+) \| ([\d.]+) B \| [\w ]+ \| ([\d.]+) \| ([\d.]+) \| ([\d.]+) \| [\d.]+ \|$", text, flags=re.M)
     assert len(rows) == 17
-    made = {name: Memory(configured(shape, False, 1024)) for name, shape in (("0.5", "05b"), ("7", "7b"))}
+    made = {name: Memory(configured(shape, False, 1024, "hf")) for name, shape in (("0.5", "05b"), ("7", "7b"))}
     for name, shape, estimate, found, ratio in rows:
         one = made[shape]
         body = one.config.experiments[name.removeprefix("eval_")]
@@ -88,7 +88,8 @@ def test_the_phases_of_the_study_are_within_20_percent_of_what_was_measured_at_i
         ("train ppo", {"methods": {"ppo": {"train": {"steps_per_generation": 16}}}}),
         ("train grpo", {"experiments": {"grpo": {"reward": "rm"}}}),
         ("train grpo", {"data": {"slices": {"gsm8k_train": {"max_prompt_tokens": 4000}}}}),
-        ("generate ifeval", {"eval": {"batch_size": 256}}),
+        ("generate ifeval", {"generation": {"backend": "hf"}, "eval": {"batch_size": 300}}),
+        ("train grpo", {"generation": {"rollouts": "hf"}, "methods": {"grpo": {"train": {"steps_per_generation": 64}}}}),
         ("generate gsm8k", {"eval": {"gsm8k": {"max_new_tokens": 4096}}}),
         ("eval_rm rm", {"methods": {"rm": {"train": {"per_device_eval_batch_size": 64}}}}),
     ],

@@ -50,7 +50,8 @@ KEYS: dict[str, tuple[list, set[Phase]]] = {
     "precision": (["bf16"], MACHINE - BASE - ANSWERS),  # answers have eval.precision
     "device": (["cuda"], MACHINE - BASE),
     "eval.precision": (["bf16"], ANSWERS),
-    "eval.batch_size": ([7, 31], ANSWERS),
+    "generation.backend": (["hf"], ANSWERS),
+    "generation.rollouts": (["hf"], trained("ppo", "ppo_ifeval", "grpo", "grpo_numeric", "grpo_rm", "rloo")),
     "eval.decoding": (["folder"], of("generate_ifeval", "generate_gsm8k")),
     "eval.base": (["trained"], {phase for phase in of("generate_ifeval", "generate_gsm8k") if phase[1] in QUANTISED}),
     "eval.ifeval.max_new_tokens": ([9, 33], of("generate_ifeval")),
@@ -90,6 +91,9 @@ KEYS: dict[str, tuple[list, set[Phase]]] = {
     "experiments.grpo_rm.reward": ([{"rm": 0.25, "ifeval": 0.75}, "rm"], trained("grpo_rm")),
     "experiments.rloo.reward": ([{"ifeval": 0.5}], trained("rloo")),
     # Decide nothing, or not in this config
+    "eval.batch_size": ([7, 31], NOTHING),  # of generation.backend: hf
+    "generation.slots": ([7, 31], NOTHING),
+    "generation.adapter": (["fp32"], NOTHING),  # beside an evaluation in bf16 or fp16
     "track": (["tensorboard"], NOTHING),
     "seeds": ([[1, 2, 3], [2]], NOTHING),
     "checkpoint_minutes": ([3, 0.5], NOTHING),
@@ -247,6 +251,13 @@ CODE: dict[str, list[str]] = {
     **dict.fromkeys(("rl/verifiers.py", "rl/rewards.py"), ROLLOUTS),
     **dict.fromkeys(("rl/ppo_trainer.py", "rl/advantages.py"), ["train_ppo"]),
     "rl/reward_model.py": ["eval_rm", "train_rm", *ROLLOUTS],
+    **dict.fromkeys(
+        tuple(
+            f"generation/{n}.py" for n in "__init__ answers graphs decoder attention attention_kernel draws generator hf".split()
+        ),
+        ["generate", *ROLLOUTS],
+    ),
+    "rl/rollouts.py": ROLLOUTS,
     "steps/slice_data.py": SLICE,
     **{f"steps/{step}.py": [step] for step in ("make_base", "merge", "generate", "eval_rm", *SCORE, *TRAIN)},
     **dict.fromkeys((f"{name}.py" for name in NO_STEP), []),

@@ -126,7 +126,7 @@ def train_config(experiment: str, **more) -> dict:
     config = copy.deepcopy({key: value for key, value in body.items() if key not in ("start_from", "slice")})
     config |= {"lora": copy.deepcopy(LORA), "optim": "adamw_torch"}
     if "reward" in body:
-        config |= {"reward": rewards(body), "generation": CONFIG.data["generation"]["backend"]}
+        config |= {"reward": rewards(body), "generation": CONFIG.data["generation"]["rollouts"]}
     for key, value in more.items():
         (config if key in config else config["train"])[key] = value
     if config["quantise"] != "none":

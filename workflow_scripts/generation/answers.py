@@ -4,6 +4,8 @@ import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
 
+ROWS, PREFILL = 384, 1024  # of a step on a GPU: rows that decode, and rows that fill slots (generation/graphs.py)
+
 
 @dataclass(frozen=True)
 class Asked:

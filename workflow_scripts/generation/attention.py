@@ -37,7 +37,9 @@ def of_spans(spans: list[tuple[int, int, int]]) -> Callable[[Tensor, Tensor, Ten
             last = first + count
             mask = torch.arange(last)[None] <= torch.arange(first, last)[:, None]
             own = q[row : row + count].transpose(0, 1)[None]
-            found = F.scaled_dot_product_attention(own, keys[slot, None, :, :last], values[slot, None, :, :last], mask, enable_gqa=True)
+            found = F.scaled_dot_product_attention(
+                own, keys[slot, None, :, :last], values[slot, None, :, :last], mask, enable_gqa=True
+            )
             out[row : row + count] = found[0].transpose(0, 1)
             row += count
         return out

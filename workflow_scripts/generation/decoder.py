@@ -1,10 +1,10 @@
 """The forward pass of a Llama, Qwen2 or Qwen3 as rows of tokens over a static cache, the adapter beside the weights.
 
 A *row* is one token of one answer: (token, slot, position). A step takes a batch of rows, whatever they are: one token of each of
-many answers (decoding), or many tokens of a few prompts (prefill). Each row's keys and values are written to its slot of the cache
-at its position; then it attends to its slot from 0 to its own position. So one function serves both, no row is padded, and
-what a row gives depends on its own slot alone: on no other row, as long as a matrix product treats its rows alike, which holds
-where the number of rows is the same (generation/graphs.py keeps it so).
+many answers (decoding), or many tokens of a few prompts (prefill). Each row's keys and values are written to its slot of the
+cache at its position; then it attends to its slot from 0 to its own position. So one function serves both, no row is padded,
+and what a row gives depends on its own slot alone: on no other row, as long as a matrix product treats its rows alike, which
+holds where the number of rows is the same (generation/graphs.py keeps it so).
 
 Per layer, from x (rows, hidden):
 
@@ -14,10 +14,10 @@ Per layer, from x (rows, hidden):
     g, u = W_gu norm(x)            one product for the two
     x += W_d (silu(g) u)
 
-An adapter is W x + s B (A x) with s = alpha/r. A stands under W as more rows of the same matrix, so that one product gives W x and
-A x, and s B is the transposed `up`, block diagonal over the joined projections. The joined weights are what the model itself
-computes with from then on (its parameters become views), so that a base is in memory once; a 4-bit base is dequantised once
-into them, which are the numbers that its own forward pass multiplies with.
+An adapter is W x + s B (A x) with s = alpha/r. A stands under W as more rows of the same matrix, so that one product gives W x
+and A x, and s B is the transposed `up`, block diagonal over the joined projections. The joined weights are what the model
+itself computes with from then on (its parameters become views), so that a base is in memory once; a 4-bit base is dequantised
+once into them, which are the numbers that its own forward pass multiplies with.
 
 `eager` on a CPU; on a GPU the pieces between products and attention are compiled by torch (`compiled`).
 """
@@ -27,7 +27,7 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 ARCHITECTURES = ("LlamaForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
 ROPE = ("default", "linear", "llama3")  # angles that depend on the position alone
@@ -138,9 +138,7 @@ class Decoder:
             norms = (getattr(layer.self_attn, name, None) for name in ("q_norm", "k_norm"))
             q_norm, k_norm = (None if one is None else one.weight for one in norms)
             self.layers.append(
-                Layer(
-                    layer.input_layernorm.weight, qkv, q_norm, k_norm, o, layer.post_attention_layernorm.weight, gate_up, down
-                )
+                Layer(layer.input_layernorm.weight, qkv, q_norm, k_norm, o, layer.post_attention_layernorm.weight, gate_up, down)
             )
         self.before: Callable = before
         self.after: Callable = after
@@ -181,26 +179,23 @@ class Decoder:
 
     # -- weights ------------------------------------------------------------------------------------------------------------
 
-    def _join(self, modules: list[nn.Module]) -> Projection:
+    def _join(self, modules: list[Any]) -> Projection:
         """One matrix of several linear layers, which from now on are views of it; room for the adapter's A below."""
         bases = [getattr(module, "base_layer", module) for module in modules]
         weights = [_plain(base, self.dtype) for base in bases]
-        adapted = [module for module in modules if self.name in getattr(module, "lora_A", ())]
-        ranks = sum(module.lora_A[self.name].weight.shape[0] for module in adapted)
+        ranks = sum(len(module.lora_A[self.name].weight) for module in modules if self.name in getattr(module, "lora_A", ()))
         wide = self.exact and self.dtype != torch.float32
-        out = sum(len(weight) for weight in weights)
+        out = sum(map(len, weights))
         joined = weights[0].new_zeros(out + (0 if wide else ranks), weights[0].shape[1])
         torch.cat(weights, out=joined[:out])
-        place = 0
-        for base, weight in zip(bases, weights, strict=True):
+        for base, part in zip(bases, joined[:out].split([*map(len, weights)]), strict=True):
             if not hasattr(base.weight, "quant_state"):
-                base.weight.data = joined[place : place + len(weight)]
-            place += len(weight)
+                base.weight.data = part
         bias = None
-        if any(base.bias is not None for base in bases):
+        if bases[0].bias is not None:  # of q, k and v alike (`unsupported`)
             bias = joined.new_zeros(len(joined))
-            bias[:out] = torch.cat([b.bias.data if b.bias is not None else w.new_zeros(len(w)) for b, w in zip(bases, weights)])
-        if not adapted:
+            torch.cat([base.bias.data for base in bases], out=bias[:out])
+        if not ranks:
             return Projection(joined, bias, None, None)
         low = torch.float32 if wide else self.dtype
         up = joined.new_zeros(ranks, out, dtype=low)
@@ -243,7 +238,12 @@ class Decoder:
 
 def _parts(layer: Any) -> tuple[list[Any], ...]:
     attention, mlp = layer.self_attn, layer.mlp
-    return [attention.q_proj, attention.k_proj, attention.v_proj], [attention.o_proj], [mlp.gate_proj, mlp.up_proj], [mlp.down_proj]
+    return (
+        [attention.q_proj, attention.k_proj, attention.v_proj],
+        [attention.o_proj],
+        [mlp.gate_proj, mlp.up_proj],
+        [mlp.down_proj],
+    )
 
 
 def _plain(base: Any, dtype: torch.dtype) -> Tensor:

@@ -1,8 +1,8 @@
 """The next token of each row: the most likely one, or one drawn from the row's own stream.
 
 A draw is the largest of score + g over the vocabulary, with g independent Gumbel noise: its distribution is the softmax of the
-scores (Gumbel 1954; Maddison et al. 2014, arXiv:1411.0030). The noise of a token is a hash of the row's two stream numbers, of how
-many tokens the row has, and of the token's id, so that a draw depends on nothing else. The hash is the 32-bit finaliser
+scores (Gumbel 1954; Maddison et al. 2014, arXiv:1411.0030). The noise of a token is a hash of the row's two stream numbers, of
+how many tokens the row has, and of the token's id, so that a draw depends on nothing else. The hash is the 32-bit finaliser
 "lowbias32" (Wellons 2018, github.com/skeeto/hash-prospector), applied once for each number.
 """
 

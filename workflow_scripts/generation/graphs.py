@@ -9,9 +9,9 @@ A slot holds one answer. Prompts wait, the longest first; as soon as an answer e
     collect  one look at who has ended; their tokens are read, and `done` is called
 
 On a GPU a step is a CUDA graph, captured once: shapes never change, there are ROWS rows whatever the slots, and the attention
-kernel reads each row's length from the device. So what a row gives depends neither on what is beside it nor on the number of slots,
-bit for bit, as long as products of one shape treat their rows alike. On a CPU the same steps run without a graph, one to a
-burst, and rows are as many as there are answers, in multiples of CPU_ROWS: an answer moves to a lower slot where one is free.
+kernel reads each row's length from the device. So what a row gives depends neither on what is beside it nor on the number of
+slots, bit for bit, as long as products of one shape treat their rows alike. On a CPU the same steps run without a graph, one to
+a burst, and rows are as many as there are answers, in multiples of CPU_ROWS: an answer moves to a lower slot where one is free.
 
 Another adapter of the same base is a copy into the same buffers (`load`): nothing is captured again.
 """
@@ -24,11 +24,11 @@ import torch
 from torch import Tensor
 
 from workflow_scripts.generation import attention
-from workflow_scripts.generation.answers import Answer, Asked, Done
+from workflow_scripts.generation.answers import PREFILL, ROWS, Answer, Asked, Done
 from workflow_scripts.generation.decoder import Decoder
 from workflow_scripts.generation.draws import choose
 
-ROWS, PREFILL, BURST = 384, 1024, 8  # on a GPU
+BURST = 8  # steps on a GPU between two looks
 CPU_ROWS, CPU_PREFILL = 16, 256
 
 
@@ -37,7 +37,7 @@ class State(NamedTuple):
 
     token: Tensor  # the last one, which the next step feeds
     at: Tensor  # its position
-    count: Tensor  # tokens of the answer so far
+    said: Tensor  # how many tokens the answer has
     limit: Tensor
     live: Tensor  # 1, or 0 once the answer has ended
     first: Tensor  # the random stream
@@ -60,14 +60,14 @@ def empty(rows: int, width: int, device: Any) -> State:
 
 def take(logits: Tensor, temperature: float, top_k: int, top_p: float, logprobs: bool, state: State, ends: Tensor) -> None:
     """Choose each live row's next token; a row ends with one of `ends` or at its limit, and stays where it is."""
-    token, logprob = choose(logits, temperature, top_k, top_p, (state.first, state.second), state.count, logprobs)
+    token, logprob = choose(logits, temperature, top_k, top_p, (state.first, state.second), state.said, logprobs)
     going = state.live > 0
-    column = torch.where(going, state.count, state.tokens.shape[1] - 1)[:, None]
+    column = torch.where(going, state.said, state.tokens.shape[1] - 1)[:, None]
     state.tokens.scatter_(1, column, token[:, None])
     if logprob is not None:
         state.logprobs.scatter_(1, column, logprob[:, None])
-    state.count.add_(state.live)
-    on = going & ~torch.isin(token, ends) & (state.count < state.limit)
+    state.said.add_(state.live)
+    on = going & ~torch.isin(token, ends) & (state.said < state.limit)
     state.token.copy_(torch.where(on, token, state.token))
     state.at.add_(on)
     state.live.copy_(on)
@@ -163,7 +163,8 @@ class Graphs:
                 kept[:, slot, :, :length] = kept[:, source, :, :length]
         slots = torch.tensor([slot for slot, *_ in entering], device=self.device)
         new = [
-            (ids[-1], len(ids) - 1, 0, asked.max_new_tokens, 1, *asked.streams(place, sample)) for _, place, ids, sample in entering
+            (ids[-1], len(ids) - 1, 0, asked.max_new_tokens, 1, *asked.streams(place, sample))
+            for _, place, ids, sample in entering
         ]
         for kept, values in zip(self.state.numbers, torch.tensor(new, device=self.device).T, strict=True):
             kept[slots] = values
@@ -224,7 +225,7 @@ class Graphs:
 
     def _ended(self, held: dict[int, tuple[int, int, int]], asked: Asked) -> list[tuple[int, Answer]]:
         state = self.state
-        live, count = torch.stack((state.live, state.count)).tolist()
+        live, count = torch.stack((state.live, state.said)).tolist()
         slots = [slot for slot in held if not live[slot]]
         if not slots:
             return []
@@ -239,7 +240,7 @@ class Graphs:
     # -- graphs -------------------------------------------------------------------------------------------------------------
 
     def _replay(self, key: Any, run: Any) -> Any:
-        """What `run` does on the GPU, from its graph; captured first, after two runs to warm up. Returns what it returned then."""
+        """What `run` does on the GPU, from its graph; captured first, after two runs to warm up. Returns what it returned."""
         if key not in self.captured:
             before = [one.clone() for one in self.state.numbers]
             side = torch.cuda.Stream()
@@ -258,4 +259,3 @@ class Graphs:
         graph, result = self.captured[key]
         graph.replay()
         return result
-

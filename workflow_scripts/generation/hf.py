@@ -9,7 +9,7 @@ from workflow_scripts.generation.answers import Answer, Asked, Done
 
 @torch.inference_mode()
 def answer(model: Any, tokenizer: Any, groups: list[list[tuple[int, list[int]]]], asked: Asked, done: Done) -> None:
-    """groups: what is answered together, each of (a prompt's place, its token ids). Greedy alone: its draws would be torch's, which
+    """groups: what is answered together, each of (a prompt's place, its token ids). Greedy alone: draws would be torch's, which
     depend on what else is in the group. What the model's generation config says of penalties acts."""
     assert asked.temperature == 0 and asked.samples == 1 and not asked.logprobs
     tokenizer.padding_side = "left"

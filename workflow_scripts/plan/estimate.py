@@ -29,7 +29,8 @@ LIBRARIES = {"slice": 250, "prompts": 130, "base": 700, "train": 750, "merge": 5
 CUDA_LIBRARIES = {"slice": 600, "base": 500, "train": 1400, "merge": 500, "generate": 1300, "eval_rm": 1400}
 FLOPS = {"cpu": 40e9, "cuda": 100e12}  # reached; of one thread, of the card
 LAUNCH = {"cpu": 0.008, "cuda": 0.014}  # seconds for one layer, forwards and backwards, of one micro-batch
-DECODE = {"cpu": 0.003, "cuda": 0.003}  # seconds for one layer, of one token of a whole batch
+DECODE = {"cpu": 0.003, "cuda": 0.003}  # seconds for one layer, of one token of a whole batch, by transformers' generate
+GRAPHS = {"cpu": 0.003, "cuda": 0.00015}  # the same by the generator's own steps
 START = {"cpu": 5.0, "cuda": 20.0}  # seconds until a step computes
 ASKED = {"mmlu": (120, 1), "truthfulqa": (190, 12)}  # task -> tokens of a question (or shot), passes for its options
 FILLED = 0.4  # mean length of a row, as a share of the longest allowed
@@ -147,17 +148,20 @@ class Estimates:
     def _prompts(self, task: str) -> int:
         return self.config.data["data"]["slices"][self.config.evaluations[task]]["rows"]
 
-    def _decode(self, batches: float, rows: float, new_tokens: int) -> float:
+    def _decode(self, batches: float, rows: float, new_tokens: int, backend: str) -> float:
         """Seconds to decode so many batches of so many rows together."""
-        return batches * new_tokens * self.shape["num_hidden_layers"] * DECODE[self.device] + self._compute(rows * new_tokens, 2)
+        step = (GRAPHS if backend == "graphs" else DECODE)[self.device] * self.shape["num_hidden_layers"]
+        return batches * new_tokens * step + self._compute(rows * new_tokens, 2)
 
     def _generate(self, task: str, name: str) -> dict[str, float]:
         evaluation, prompts, shards = self.config.data["eval"], self._prompts(task), self.plan.shards(task)
-        new_tokens, size = evaluation[task]["max_new_tokens"], evaluation["batch_size"]
+        new_tokens, generation = evaluation[task]["max_new_tokens"], self.config.data["generation"]
+        backend = self.config.generation(evaluation["precision"], evaluation["decoding"])["backend"]
+        size = generation["slots"] if backend == "graphs" else evaluation["batch_size"]
         batches = math.ceil(math.ceil(prompts / size) / shards)
         return {
             "memory_mb": self._libraries("generate") + 6 * self.parameters / MB + self._batch_mb(min(size, prompts), False),
-            "seconds": START[self.device] + self._decode(batches, batches * size, new_tokens),
+            "seconds": START[self.device] + self._decode(batches, batches * size, new_tokens, backend),
             "disk_mb": 0.01 * prompts,
         }
 
@@ -223,8 +227,9 @@ class Estimates:
             new_tokens = train["max_completion_length"]
             each = train.get("steps_per_generation", train["gradient_accumulation_steps"])  # micro-batches of a rollout
             rollouts = math.ceil(micro / (each * updates))
-            seconds += self._decode(rollouts, rollouts * each * size, new_tokens)
-            seconds += 2 * self._decode(math.ceil(held / judged), held, new_tokens)
+            backend = self.config.data["generation"]["rollouts"]
+            seconds += self._decode(rollouts, rollouts * each * size, new_tokens, backend)
+            seconds += 2 * self._decode(math.ceil(held / judged), held, new_tokens, backend)
         else:
             seconds += 2 * self._forward(copies * held, judged, length)
         if train.get("precompute_ref_log_probs"):

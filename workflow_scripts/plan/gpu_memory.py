@@ -12,7 +12,7 @@ from typing import Any
 from workflow_scripts.config.config import Config
 from workflow_scripts.config.experiments import VERIFIERS, rewards
 from workflow_scripts.config.names import CHOICE
-from workflow_scripts.plan.passes import Pass, decoding, lm_head, step
+from workflow_scripts.plan.passes import Pass, decoding, in_slots, lm_head, step
 from workflow_scripts.plan.shape import lora_parameters, shape_of, weights
 
 GIB = 2**30
@@ -71,8 +71,13 @@ class Memory:
             if body["method"] == "rm":
                 found.append(self.eval_rm(name, body))
         for task in self.config.evaluations:
-            found.append(self.choose(task) if task in CHOICE else self.generate(task, self.config.data["eval"]["batch_size"]))
+            found.append(self.choose(task) if task in CHOICE else self.generate(task, self.at_once()))
         return found
+
+    def at_once(self) -> int:
+        """Answers of an evaluation that are written at once: a batch of `hf`, or the slots of `graphs`."""
+        batch = self.config.answered_together()
+        return batch if batch > 1 else self.config.data["generation"]["slots"]
 
     def _block(self, body: dict) -> dict:
         """The LoRA block of an experiment: the global one, but for copies of a rank sweep."""
@@ -128,13 +133,21 @@ class Memory:
         row = prompt + new
         rollout = size * train.get("steps_per_generation", train["gradient_accumulation_steps"])
         fixed += self._reward_models(body)
-        policy, plain = self._pass(body), self._pass(body, copies=True, autocast=False)
+        before, policy, plain = fixed, self._pass(body), self._pass(body, copies=True, autocast=False)
         checkpointing = train["gradient_checkpointing"]
         # Generation and what of PPO runs the decoder itself are outside autocast: their LoRA modules compute in fp32.
         phase.stages["step"] = fixed + step(policy, size * row, row, checkpointing, size * new)
         if method == "ppo":
             phase.stages["value step"] = fixed + step(plain, size * row, row, checkpointing, 0)
-        phase.stages["rollout"] = fixed + decoding(plain, max(rollout, train["per_device_eval_batch_size"]), prompt, new)
+        drawn = max(rollout, train["per_device_eval_batch_size"])
+        if self.config.data["generation"]["rollouts"] == "graphs":
+            again = self.e * self.shape.linear if body["quantise"] != "none" else 0  # a 4-bit base, dequantised
+            slots = min(drawn, self.config.data["generation"]["slots"])
+            fixed += again + in_slots(policy, slots, row, True, self._block(body)["r"])
+            phase.stages |= {stage: peak + fixed - before for stage, peak in phase.stages.items()}
+            phase.stages["rollout"] = fixed
+        else:
+            phase.stages["rollout"] = fixed + decoding(plain, drawn, prompt, new)
         for model in self._models(body):  # rl/rewards.learned: all answers of a rollout in one forward pass
             length = min(row, self.config.experiments[model]["train"]["max_length"])
             phase.stages["rewards"] = fixed + plain.forward(rollout * length, length)
@@ -156,11 +169,16 @@ class Memory:
         return Phase("eval_rm", name, {"scoring": peak})
 
     def generate(self, task: str, rows: int) -> Phase:
-        """Answers to a task: by the base with its adapter beside it."""
+        """Answers to a task, so many at once: by the base with its adapter beside it."""
         evaluation = self.config.data["eval"]
         how, fixed = self._judged()
         rows = min(rows, self.config.data["data"]["slices"][self.config.evaluations[task]]["rows"])
-        answering = fixed + decoding(how, rows, EVAL_PROMPT, evaluation[task]["max_new_tokens"])
+        new = evaluation[task]["max_new_tokens"]
+        if self.config.answered_together() == 1:
+            ranks = [self._block(body)["r"] for body in self.config.experiments.values()]
+            answering = fixed + in_slots(how, rows, EVAL_PROMPT + new, False, max(ranks))
+        else:
+            answering = fixed + decoding(how, rows, EVAL_PROMPT, new)
         return Phase("generate", task, {"answers": answering})
 
     def choose(self, task: str, row: int = 0, tail: int = OPTIONS) -> Phase:

@@ -35,7 +35,8 @@ class Places:
         return [f"{self.results}/{run}/{task}_responses{ending}" for ending in (".manifest.json", ".jsonl")]
 
     def shards(self, task: str) -> int:
-        """Jobs that share the answering of a task's prompts: as many as the config says, and no more than there are prompts (batches, for `hf`)."""
+        """Jobs that share the answering of a task's prompts: as many as the config says, and no more than there are prompts (for
+        `hf`, batches)."""
         rows = self.config.data["data"]["slices"][self.config.evaluations[task]]["rows"]
         return min(self.config.data["eval"]["shards"], math.ceil(rows / self.config.answered_together()))
 

@@ -120,7 +120,7 @@ class Steps:
         config["optim"] = "paged_adamw_32bit" if self.config.data["device"] == "cuda" else "adamw_torch"
         parents = {"start": self._start_fingerprint(run), "rows": self.fingerprint("slice", body["slice"])}
         if "reward" in body:
-            config |= {"reward": rewards(body), "generation": self.config.data["generation"]["backend"]}
+            config |= {"reward": rewards(body), "generation": self.config.data["generation"]["rollouts"]}
             tasks = {name: self.config.data["eval"].get(VERIFIERS[name], {}) for name in config["reward"] if name in VERIFIERS}
             if thinking := [name for name, task in tasks.items() if task.get("strip_think")]:
                 config["strip_think"] = thinking  # a verifier judges what the evaluation judges

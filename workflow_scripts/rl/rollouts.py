@@ -1,14 +1,14 @@
 """Rollouts of TRL's trainers by the generator in generation/: the policy's answers, drawn as TRL would draw them, by the way that
 evaluations are answered.
 
-The generator's weights are the policy's: the base that the training computes with (a 4-bit one dequantised, once, into the numbers
-that its own forward pass multiplies with; another is shared), and a copy of the adapter, taken anew for each rollout, in the
-precision in which autocast computes with it. Each answer has a random stream of its own, from a seed that each rollout takes
-from torch's generator; so a resumed training draws what it would have drawn.
+The generator's weights are the policy's: the base that the training computes with (a 4-bit one dequantised, once, into the
+numbers that its own forward pass multiplies with; another is shared), and a copy of the adapter, taken anew for each rollout,
+in the precision in which autocast computes with it. Each answer has a random stream of its own, from a seed that each rollout
+takes from torch's generator; so a resumed training draws what it would have drawn.
 
 Log-probabilities are the trainer's own, as TRL computes them. How far the sampler's are from them is measured on the first
-micro-batch of each rollout and logged: `sampler/gap`, the mean of |log pi_trainer - log pi_sampler| over tokens, `sampler/gap_max`,
-and `sampler/off_policy`, the share of tokens whose ratio of the two is outside 0.9 to 1.1.
+micro-batch of each rollout and logged: `sampler/gap`, the mean of |log pi_trainer - log pi_sampler| over tokens,
+`sampler/gap_max`, and `sampler/off_policy`, the share of tokens whose ratio of the two is outside 0.9 to 1.1.
 """
 
 from typing import Any

@@ -1,5 +1,5 @@
-"""Answer the evaluation prompts: greedy decoding with the chat template, up to the end of the turn or another token that the model
-declares as an end.
+"""Answer the evaluation prompts: greedy decoding with the chat template, up to the end of the turn or another token that the
+model declares as an end.
 
 Every method is evaluated in one precision, `eval.precision`, as it was trained: the adapter beside the weights of its start,
 and not merged into them, which would round small updates away. Before it answers, the model is asked whether the adapter does in
@@ -10,8 +10,9 @@ Who answers is `generation.backend` (generation/). `graphs` gives each prompt th
 batches of lm-eval's own runner, so that the scores equal those of its `simple_evaluate`. There the batch size changes greedy
 answers a little (padding, kernels), so it is part of the evaluation's fingerprint.
 
-With `eval.shards: N` the prompts (for `hf`, the batches) are shared among N jobs: shard k answers k, k + N, ... and writes them to
-one file. The step that gathers the files is the one that would have answered alone, and its outputs are the same, byte for byte.
+With `eval.shards: N` the prompts (for `hf`, the batches) are shared among N jobs: shard k answers k, k + N, ... and writes them
+to one file. The step that gathers the files is the one that would have answered alone, and its outputs are the same, byte for
+byte.
 
     python -m workflow_scripts.steps.generate --step results/dpo/ifeval_responses.manifest.json \\
         --out trial/ifeval_responses.manifest.json \\

@@ -7,8 +7,8 @@ reached; and the cards that have room for it and for a reserve (the CUDA context
 Then, for each card on which something does not fit, the keys to change: of the experiment, or of its method for all its
 experiments, so that they stay comparable. The effective batch stays, and so does KTO's micro-batch, which is part of the method.
 Not without consequence are the last resorts: `quantise: nf4` is another variant of a method, `max_prompt_tokens` drops rows,
-`eval.batch_size` is one for all scores. `--gpu 16` asks about one card, and ends with exit status 1 if something does not fit on
-it.
+`eval.batch_size` (of the backend `hf`) is one for all scores; `generation.slots` decides no answer. `--gpu 16` asks about one
+card, and ends with exit status 1 if something does not fit on it.
 """
 
 import argparse
@@ -29,13 +29,13 @@ LEAST_PROMPT = 128  # tokens; below it no advice
 def remedy(memory: Memory, phase: Phase, card: float) -> tuple[dict[str, object], float] | None:
     """(keys to change, the peak then) that make a phase fit on a card of so many GB; None if none of these does."""
     if phase.kind == "generate":
-        size = memory.config.data["eval"]["batch_size"]
+        size = memory.at_once()
         while not fits(phase.peak, card):
             if size == 1:
                 return None
             size //= 2
             phase = memory.generate(phase.name, size)
-        return {"eval.batch_size": size}, phase.peak
+        return {"generation.slots" if memory.config.answered_together() == 1 else "eval.batch_size": size}, phase.peak
     if phase.kind == "choose":  # a batch of its own, which decides no more than rounding
         return None
     body = copy.deepcopy(memory.config.experiments[phase.name])
