@@ -293,7 +293,8 @@ def profile(model: Any, work: tuple[list[list[int]], list[int]], deep: int) -> d
     moved = sum(p.nbytes for p in {p.data_ptr(): p for p in model.parameters()}.values())
     moved += at * 2 * len(engine.decoder.layers) * engine.decoder.kv_heads * engine.decoder.size * engine.cache[0].element_size()
     return {"mean_position": at // ROWS, "step_us": round(step * 1e6), "kernels_us": round(sum(r[0] for r in rows)),
-            "kernels": sum(r[1] for r in rows), "bound_us": round(moved / BANDWIDTH * 1e6), "largest": [[round(t), n, name] for t, n, name in rows[:16]]}  # fmt: skip
+            "kernels": sum(r[1] for r in rows), "bound_us": round(moved / BANDWIDTH * 1e6),
+            "largest": [[round(t), n, name] for t, n, name in rows[:16]]}  # fmt: skip
 
 
 def main() -> None:

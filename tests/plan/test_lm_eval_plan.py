@@ -183,7 +183,7 @@ def test_what_decides_a_task_is_in_its_fingerprint_and_nothing_else(tmp_path):
     assert stale({"eval": {"truthfulqa": {"apply_chat_template": False}}}) == {("score_truthfulqa", "dpo")}
     assert stale({"eval": {"gsm8k": {"max_new_tokens": 17}}}) == {("generate_gsm8k", "dpo"), ("score_gsm8k", "dpo")}
     answers = {(f"{verb}_{task}", "dpo") for task in ("ifeval", "gsm8k") for verb in ("generate", "score")}
-    assert stale({"eval": {"batch_size": 50}}) == answers
+    assert stale({"generation": {"backend": "hf"}}) == answers
     assert stale({"eval": {"precision": "bf16"}}) == answers | both
     step = before.step("score_mmlu", "dpo")
     assert step["config"] == {"task": "mmlu", "batch_size": 4, **SHOTS} and step["precision"] == "fp32" and "seed" not in step

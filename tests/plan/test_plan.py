@@ -45,7 +45,10 @@ EDITS = {
     "methods: {sft: {train: {learning_rate: 1.7e-3}}}": ALL_RUNS,
     "lora: {r: 8}": ALL_RUNS,
     "quant: {double: false}": ALL_RUNS,
-    "eval: {batch_size: 51}": EVALS,
+    "generation: {backend: hf}": EVALS,
+    "generation: {rollouts: hf}": runs("ppo", "ppo_ifeval", "grpo", "grpo_numeric", "rloo"),
+    "generation: {slots: 9}": set(),
+    "eval: {batch_size: 51}": set(),  # of the backend hf
     "eval: {precision: bf16}": EVALS,
     "eval: {ifeval: {max_new_tokens: 33}}": evals("generate_ifeval", "score_ifeval"),
     "eval: {gsm8k: {max_new_tokens: 33}}": evals("generate_gsm8k", "score_gsm8k"),

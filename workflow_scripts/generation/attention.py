@@ -29,17 +29,20 @@ def of_slots(rows: int, at: Tensor, longest: int) -> Callable[[Tensor, Tensor, T
 
 
 def of_spans(spans: list[tuple[int, int, int]]) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
-    """On a CPU. spans: (slot, first position, how many) of the rows, one after the other; rows beyond them attend to nothing."""
+    """On a CPU. spans: (slot, first position, how many) of the rows, one after the other."""
+    masks = [
+        None if first == 0 else torch.arange(first + count)[None] <= torch.arange(first, first + count)[:, None]
+        for _, first, count in spans
+    ]
 
     def attend(q: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-        out, row = torch.zeros_like(q), 0
-        for slot, first, count in spans:
+        out, row = torch.empty_like(q), 0
+        for (slot, first, count), mask in zip(spans, masks, strict=True):
             last = first + count
-            mask = torch.arange(last)[None] <= torch.arange(first, last)[:, None]
-            own = q[row : row + count].transpose(0, 1)[None]
             found = F.scaled_dot_product_attention(
-                own, keys[slot, None, :, :last], values[slot, None, :, :last], mask, enable_gqa=True
-            )
+                q[row : row + count].transpose(0, 1)[None], keys[slot, None, :, :last], values[slot, None, :, :last],
+                mask, is_causal=mask is None, enable_gqa=True,
+            )  # fmt: skip
             out[row : row + count] = found[0].transpose(0, 1)
             row += count
         return out

@@ -29,7 +29,7 @@ from workflow_scripts.generation.decoder import Decoder
 from workflow_scripts.generation.draws import choose
 
 BURST = 8  # steps on a GPU between two looks
-CPU_ROWS, CPU_PREFILL = 16, 256
+CPU_ROWS, CPU_PREFILL = 16, 1024
 
 
 class State(NamedTuple):

@@ -128,7 +128,7 @@ def respond(job: manifests.Job, parents: dict[str, manifests.Artifact], prompts:
     chat.check_prompts(tokenizer, [*zip((row["key"] for row in prompts), turns, strict=True)], parents["prompts"].path)
     texts, ids = tokens_of(tokenizer, turns)
     new = config["max_new_tokens"]
-    who = generator.of(model, tokenizer, config["generation"], job.slots, max(map(len, ids)) + new)
+    who = generator.of(model, tokenizer, config["generation"], min(job.slots, len(ids)), max(map(len, ids)) + new)
     facts = {"generation_config": model.generation_config.to_diff_dict()}
     if adapter is not None:
         path = who if isinstance(who, generator.InSlots) else distance.Peft(with_adapter)
