@@ -85,7 +85,7 @@ def test_times_in_any_order_change_nothing(clone):
         ("experiments: {dpo_ipo: {train: {beta: 0.2}}}", {}),
         ("methods: {sft: {train: {learning_rate: 1.0e-3}}}", FROM_SFT),
         ("lora: {r: 8}", FROM_SFT),
-        ("eval: {batch_size: 6}", {"generate": 1, "score": 1}),
+        ("generation: {backend: hf}", {"generate": 1, "score": 1}),
         ("eval: {ifeval: {strip_think: true}}", {"score": 1}),
         ("data: {slices: {pairs: {rows: 60}}}", {"slice_data": 1, **DPO_ALONE}),
         ("data: {slices: {ifeval: {rows: 20}}}", {**ALL, "slice_data": 3}),
@@ -130,7 +130,7 @@ def test_a_deleted_adapter_is_made_again_when_it_is_wanted_and_only_then(clone):
     (clone.folder / "results/dpo/adapter/adapter_model.safetensors").unlink()
     assert clone.plan(DPO) == {}
     assert clone.plan("results/dpo/adapter/adapter_model.safetensors") == {"train_dpo": 1}
-    assert clone.plan(DPO, configs=clone.overlay("eval: {batch_size: 6}")) == DPO_ALONE
+    assert clone.plan(DPO, configs=clone.overlay("generation: {backend: hf}")) == DPO_ALONE
 
 
 def test_deleted_merged_weights_cost_nothing_until_they_are_needed_and_come_back_the_same(clone):

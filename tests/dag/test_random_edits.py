@@ -225,7 +225,7 @@ BY_CONFIG = {
     "{}": {},
     "methods: {dpo: {train: {beta: 0.2}}}": DPO,
     "lora: {r: 8}": ADAPTERS,
-    "eval: {batch_size: 50}": {"generate": 28, "score": 28, **ALL},
+    "generation: {backend: hf}": {"generate": 28, "score": 28, **ALL},
     "eval: {ifeval: {max_new_tokens: 50}}": {"generate": 14, "score": 14, **ALL},
     "eval: {ifeval: {strip_think: true}}": {
         "train_ppo": 1,

@@ -118,6 +118,34 @@ def test_the_gpu_answers_as_the_cpu_does_in_fp32(folder, base, chain):
     assert same >= 58
 
 
+def test_the_generator_answers_as_generate_does_and_what_is_beside_an_answer_changes_nothing():
+    """In fp32 token by token, but for ties; in bf16, sampled and greedy, the same answers in fewer slots, with fewer prompts."""
+    from tests.generation.conftest import ENDS, greedy, model_of, parted
+    from workflow_scripts.generation.answers import Asked
+    from workflow_scripts.generation.graphs import Graphs
+
+    prompts = [[3 + (7 * i + j) % 290 for j in range(1 + i % 37)] for i in range(300)]
+
+    def answers(engine, part, asked):
+        found = {}
+        engine.answer([(i, prompts[i]) for i in part], asked, lambda i, n, made: found.__setitem__((i, n), made.tokens))
+        return found
+
+    for architecture in ("Llama", "Qwen2", "Qwen3"):
+        model = model_of(architecture, True).to("cuda")
+        made = answers(Graphs(model, 384, 128), range(300), Asked(ENDS, 40))
+        model = model.to("cpu")
+        few = range(0, 300, 12)
+        assert not [i for i in few if parted(model, prompts[i], made[i, 0], greedy(model, prompts[i], 40), tie=2e-2)], (
+            architecture
+        )
+    model = model_of("Qwen2", True, torch.bfloat16).to("cuda")
+    for asked in (Asked(ENDS, 40), Asked(ENDS, 40, temperature=1.0, seed=4, samples=2, logprobs=True)):
+        whole = answers(Graphs(model, 384, 128), range(300), asked)
+        for slots, part in ((50, range(300)), (384, range(0, 300, 7))):
+            assert all(whole[place] == one for place, one in answers(Graphs(model, slots, 128), part, asked).items())
+
+
 @pytest.mark.parametrize("experiment", ["sft_v2", "dpo", "rm", "ppo_ifeval"])
 def test_fp16_trains_as_bf16_does(experiment, folder, base, slices, chain):
     """50 steps in each: all finite; what is minimised (of PPO, the value loss) and gained ends at the same place within noise."""

@@ -66,7 +66,9 @@ def evaluated(base, folder, written):
     """IFEval's verdicts on the answers of a model that writes this, without its thought."""
     prompts = small_steps.write_slice(folder / "data", "ifeval", ROWS[:2], heldout=0)
     out = folder / "run/ifeval_responses.manifest.json"
-    job = small_steps.job("generate", out, {"start": base, "prompts": prompts}, small_steps.answering(48))
+    job = small_steps.job(
+        "generate", out, {"start": base, "prompts": prompts}, small_steps.answering(48, 2)
+    )  # by `generate`, which says what is written
     answers = read_jsonl(small_steps.run(job).file("ifeval_responses.jsonl"))
     return answers[0]["response"], ifeval.score(ROWS[:2], answers, strip_think=True)["prompt_level_strict_acc"]
 

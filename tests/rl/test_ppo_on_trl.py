@@ -11,6 +11,7 @@ from tests.support.ppo_trainers import built, sampled, stir
 SIGNATURES = {
     "_calculate_rewards": ["inputs", "prompts", "completions", "completion_ids_list"],
     "_generate_and_score_completions": ["inputs"],
+    "_generate_single_turn": ["prompt_ids", "images", "multimodal_fields", "num_generations", ...],
     "_prepare_inputs": ["generation_batch"],
     "_compute_loss": ["model", "inputs"],
     "_get_per_token_logps_and_entropies": [

@@ -93,6 +93,7 @@ KEYS: dict[str, tuple[list, set[Phase]]] = {
     # Decide nothing, or not in this config
     "eval.batch_size": ([7, 31], NOTHING),  # of generation.backend: hf
     "generation.slots": ([7, 31], NOTHING),
+    "methods.rloo.missing_eos_penalty": ([0.5], trained("rloo")),
     "generation.adapter": (["fp32"], NOTHING),  # beside an evaluation in bf16 or fp16
     "track": (["tensorboard"], NOTHING),
     "seeds": ([[1, 2, 3], [2]], NOTHING),

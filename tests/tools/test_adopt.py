@@ -177,7 +177,7 @@ def test_deleted_outputs_are_made_again_when_something_needs_them_and_only_then(
         (made.folder / "results" / file).unlink()
     assert "14 artifacts adopted, 0 left" in adopted(made)
     assert made.plan(DPO) == {}
-    assert made.plan(DPO, configs=made.overlay("eval: {batch_size: 6}")) == ALONE
+    assert made.plan(DPO, configs=made.overlay("generation: {backend: hf}")) == ALONE
     assert made.plan("results/dpo/adapter/adapter_model.safetensors") == {"train_dpo": 1}
     (made.folder / "results/dpo/adapter/adapter_config.json").unlink()  # no declared output: Snakemake would not miss it
     forget(made)

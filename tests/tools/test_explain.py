@@ -151,9 +151,14 @@ def test_beta_is_named_where_it_stands_and_the_jobs_are_those_of_snakemake_with_
         ),
         (
             DPO,
-            "eval: {batch_size: 6, precision: bf16, ifeval: {strip_think: true}}",
+            "{generation: {backend: hf}, eval: {precision: bf16, ifeval: {strip_think: true}}}",
             {
-                "dpo ifeval answers": ["eval.batch_size: 12 -> 6", "eval.precision: fp32 -> bf16"],
+                "dpo ifeval answers": [
+                    "generation.adapter: match -> (not set)",
+                    "generation.backend: graphs -> hf",
+                    "eval.batch_size: (not set) -> 12",
+                    "eval.precision: fp32 -> bf16",
+                ],
                 "dpo ifeval scores": ["eval.ifeval.strip_think: false -> true", "parent dpo ifeval answers will be made again"],
             },
         ),
@@ -241,7 +246,7 @@ def test_missing_files_are_told_when_they_are_wanted_and_only_noted_before(clone
         "sft_v2 merged": ("up to date", [f"not here: model.safetensors{later}"]),
         "dpo adapter": ("up to date", [f"not here: adapter_model.safetensors{later}"]),
     }
-    (clone.folder / "overlay.yaml").write_text("eval: {batch_size: 6}")
+    (clone.folder / "overlay.yaml").write_text("eval: {ifeval: {max_new_tokens: 9}}")
     rows = explained(clone, DPO)
     found = in_state(rows, "will run")
     assert found["sft_v2 adapter"] == ["missing: never made"]  # nothing is left that says otherwise
@@ -250,7 +255,7 @@ def test_missing_files_are_told_when_they_are_wanted_and_only_noted_before(clone
         "parent sft_v2 merged will be made again",
     ]
     assert found["dpo ifeval answers"] == [
-        "eval.batch_size: 12 -> 6",
+        "eval.ifeval.max_new_tokens: 16 -> 9",
         "parent sft_v2 merged will be made again",
         "parent dpo adapter will be made again",
     ]

@@ -47,7 +47,9 @@ def old_step(plan: Plan, kind: str, run: str) -> dict:
     today = plan.step(kind, run)
     step = copy.deepcopy(OLD[kind])
     assert set(step["code"]) <= set(today["code"]) and set(SINCE) <= set(today["code"])
-    step["code"] = {name: mark for name, mark in today["code"].items() if name not in SINCE} | step["code"]
+    later = {name for name in today["code"] if name in SINCE or kind != "merge" and name.startswith("generation")}
+    old = {name: mark for name, mark in today["code"].items() if name not in later}
+    step["code"] = old | step["code"]
     return step | {"packages": today["packages"], "parents": today["parents"]}
 
 
@@ -56,23 +58,30 @@ def of_phase(tmp_path: Path, kind: str, run: str, overlay: str = "{}") -> list[s
     return differences(plan.config, kind, run, old_step(plan, kind, run), plan.step(kind, run))
 
 
-CODE = "code: models/chat.py, models/loading.py, steps/generate.py changed; models/distance.py added"
+ADDED = [
+    f"generation/{name}.py" for name in "__init__ answers attention attention_kernel decoder draws generator graphs hf".split()
+]
+CODE = f"code: models/chat.py, models/loading.py, steps/generate.py changed; {', '.join(ADDED)}, models/distance.py added"
 DECODING = "eval.decoding: (not set) -> greedy"
+BATCH = "eval.batch_size: 12 -> (not set)"  # the generator answers each prompt by itself
+GRAPHS = "generation: (not set) -> {adapter: match, backend: graphs}"
+HF = "generation: (not set) -> {backend: hf, batch_size: 12}"
+TRAINED = "eval.base: trained"
 
 
 @pytest.mark.parametrize(
     ("run", "overlay", "expected"),
     [
-        ("dpo", "{}", [DECODING]),
-        ("base", "{eval: {decoding: folder}}", ["eval.decoding: (not set) -> folder"]),
-        ("kto", "{eval: {precision: bf16}}", [DECODING, "eval.precision: fp32 -> bf16"]),
-        ("kto", "{eval: {base: trained}}", [DECODING, "base that it is judged on (eval.base: trained): full precision -> nf4"]),
-        ("dpo", "{eval: {base: trained}}", [DECODING]),  # trained in full precision: judged as ever
-        ("base", "{eval: {base: trained}}", [DECODING]),
+        ("dpo", "{}", [DECODING, GRAPHS]),
+        ("base", "{eval: {decoding: folder}}", ["eval.decoding: (not set) -> folder", HF]),
+        ("kto", "{eval: {precision: bf16}}", [DECODING, GRAPHS, "eval.precision: fp32 -> bf16"]),
+        ("kto", "{eval: {base: trained}}", [DECODING, GRAPHS, f"base that it is judged on ({TRAINED}): full precision -> nf4"]),
+        ("dpo", "{eval: {base: trained}}", [DECODING, GRAPHS]),  # trained in full precision: judged as ever
+        ("base", "{eval: {base: trained}}", [DECODING, GRAPHS]),
     ],
 )
 def test_an_older_answer_is_told_by_the_keys_of_eval_that_it_lacks_and_by_the_code(tmp_path, run, overlay, expected):
-    assert of_phase(tmp_path, "generate_ifeval", run, overlay) == [*expected, CODE]
+    assert of_phase(tmp_path, "generate_ifeval", run, overlay) == [BATCH, *expected, CODE]
 
 
 def test_an_older_merge_is_told_by_its_code(tmp_path):
@@ -126,10 +135,12 @@ def test_explain_says_it_of_each_phase_of_older_results(tmp_path, monkeypatch):
     jobs = [explain.Job("step", graph.outputs(plan, phase), "Params have changed since last execution", "") for phase in phases]
     found = {one.phase: one.reasons for one in explain.explain(plan, [target], jobs) if one.state == explain.WILL_RUN}
     assert found == {
-        "sft_v2 merged": [CODE.replace("steps/generate.py", "steps/merge.py")],
+        "sft_v2 merged": ["code: models/chat.py, models/loading.py, steps/merge.py changed; models/distance.py added"],
         "dpo adapter": ["because of: sft_v2 merged"],
         "dpo ifeval answers": [
+            BATCH,
             DECODING,
+            GRAPHS,
             CODE,
             "parent sft_v2 merged will be made again",
             "parent dpo adapter will be made again",

@@ -238,7 +238,7 @@ def test_the_card_states_method_data_scores_objective_and_fingerprints(read_only
         score, error = 100 * scores[metric], 100 * scores[f"{metric}_stderr"]
         n = scores["n_prompts" if metric.startswith("prompt") else "n_instructions"]
         assert f"| {name} | {score:.2f} | {error:.2f} | {n} |" in text
-    assert "at most 12 new tokens, batch 1, fp32" in text
+    assert "at most 12 new tokens, fp32" in text
     objective = adapter["objective"]
     assert f"| loss | {objective['before']['loss']:g} | {objective['after']['loss']:g} |" in text
     for fact in ("| train.learning_rate | 0.0005 |", "| lora.r | 16 |", "| train.beta | 0.1 |", "| seed | 1 |"):

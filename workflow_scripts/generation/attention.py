@@ -7,13 +7,13 @@ scaled_dot_product_attention on the slots as they lie (decoding), or slot by slo
 """
 
 from collections.abc import Callable
-from functools import cache, partial
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-BLOCK = 64  # positions that a program of the kernel takes at once
+BLOCK = 64  # positions that a program of the kernel takes at once; a cache is as long as a number of these
 
 
 def of_slots(rows: int, at: Tensor, longest: int) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
@@ -30,10 +30,7 @@ def of_slots(rows: int, at: Tensor, longest: int) -> Callable[[Tensor, Tensor, T
 
 def of_spans(spans: list[tuple[int, int, int]]) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
     """On a CPU. spans: (slot, first position, how many) of the rows, one after the other."""
-    masks = [
-        None if first == 0 else torch.arange(first + count)[None] <= torch.arange(first, first + count)[:, None]
-        for _, first, count in spans
-    ]
+    masks = [first and torch.arange(first + n)[None] <= torch.arange(first, first + n)[:, None] for _, first, n in spans]
 
     def attend(q: Tensor, keys: Tensor, values: Tensor) -> Tensor:
         out, row = torch.empty_like(q), 0
@@ -41,7 +38,7 @@ def of_spans(spans: list[tuple[int, int, int]]) -> Callable[[Tensor, Tensor, Ten
             last = first + count
             found = F.scaled_dot_product_attention(
                 q[row : row + count].transpose(0, 1)[None], keys[slot, None, :, :last], values[slot, None, :, :last],
-                mask, is_causal=mask is None, enable_gqa=True,
+                mask if first else None, is_causal=first == 0, enable_gqa=True,
             )  # fmt: skip
             out[row : row + count] = found[0].transpose(0, 1)
             row += count
@@ -52,24 +49,6 @@ def of_spans(spans: list[tuple[int, int, int]]) -> Callable[[Tensor, Tensor, Ten
 
 def on_gpu(slot: Tensor, at: Tensor) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
     """slot, at: (rows,) of each row, on the GPU; their contents may change between calls."""
-    return partial(_launch, slot, at)
+    from workflow_scripts.generation.attention_kernel import launch
 
-
-def _launch(slot: Tensor, at: Tensor, q: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-    rows, heads, size = q.shape
-    kv_heads = keys.shape[1]
-    group = heads // kv_heads
-    out = torch.empty_like(q, memory_format=torch.contiguous_format)
-    _kernel()[(rows, kv_heads)](
-        q, keys, values, out, slot, at, size**-0.5, q.stride(0), q.stride(1), *keys.stride()[:3],
-        GROUP=group, PADDED=max(16, 1 << (group - 1).bit_length()), SIZE=size, BLOCK=BLOCK,
-        num_warps=4, num_stages=3,
-    )  # fmt: skip
-    return out
-
-
-@cache
-def _kernel():
-    from workflow_scripts.generation.attention_kernel import attend
-
-    return attend
+    return partial(launch, slot, at)

@@ -3,7 +3,7 @@
 A slot holds one answer. Prompts wait, the longest first; as soon as an answer ends, the next prompt takes its slot:
 
     refill   prompts go into free slots: the keys and values of all their tokens but the last are computed, in batches of
-             PREFILL rows; several answers to one prompt share that work, by copies
+             PREFILL rows; several answers to equal prompts share that work, by copies
     burst    BURST steps, of one token for each slot: the first feeds the prompt's last token. What a slot is at stays on the
              device (`State`), an answer that has ended waits there, and nothing is read in between
     collect  one look at who has ended; their tokens are read, and `done` is called
@@ -148,13 +148,13 @@ class Graphs:
     def _fill(self, entering: list[tuple[int, int, list[int], int]], asked: Asked) -> None:
         if not entering:
             return
-        owner: dict[int, int] = {}
+        owner: dict[tuple[int, ...], int] = {}
         rows, copies = [], []
-        for slot, place, ids, _ in entering:
-            if place in owner:
-                copies.append((slot, owner[place], len(ids)))
+        for slot, _, ids, _ in entering:
+            source = owner.setdefault(tuple(ids), slot)
+            if source != slot:
+                copies.append((slot, source, len(ids)))
             else:
-                owner[place] = slot
                 rows += [(token, slot, at) for at, token in enumerate(ids[:-1])]
         for _ in self._through(rows):
             pass

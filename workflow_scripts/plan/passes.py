@@ -119,5 +119,5 @@ def in_slots(how: Pass, slots: int, length: float, sampled: bool, rank: int) -> 
     kept = 2 * shape.layers * shape.key * e * (slots + 1) * whole
     h, q, k, m = shape.hidden, shape.query, shape.key, shape.intermediate
     joined = e * shape.layers * rank * (3 * (q + 2 * k) + 2 * h + 4 * m + 5 * h + q + m)  # `up`, block diagonal, and A
-    logits = ROWS * shape.vocabulary * (3 * e + (8 if sampled else 0))
+    logits = ROWS * shape.vocabulary * (3 * e + (4 if sampled else 0))
     return kept + joined + logits + how.forward(PREFILL, 0) + 64 * 2**20

@@ -2,10 +2,10 @@
 
 A reward is named in the config: `numeric` (1 if the final answer is the row's number, else 0), `ifeval` (the share of a
 prompt's instructions that the answer follows, by lm-eval's own checkers), or the experiment of a reward model. A mixture is
-their weighted sum. The verifiers need fields that only slices of their kind have, which is checked before training. They judge
-what the evaluation judges: without its thought where `eval.<task>.strip_think` says so, and a thought that was cut off is no
-answer for either. Both read the text in one way (`models/chat.py:said`); TRL's own leaves out the marks where they are special
-tokens.
+their weighted sum; `missing_eos_penalty` takes from it where an answer was cut off (as PPO's own key of that name does). The
+verifiers need fields that only slices of their kind have, which is checked before training. They judge what the evaluation
+judges: without its thought where `eval.<task>.strip_think` says so, and a thought that was cut off is no answer for either. Both
+read the text in one way (`models/chat.py:said`); TRL's own leaves out the marks where they are special tokens.
 """
 
 import json
@@ -21,6 +21,7 @@ from workflow_scripts.plumbing.messages import InputError
 from workflow_scripts.rl import reward_model, verifiers
 from workflow_scripts.training import trainers
 
+UNENDED = "missing_eos"
 FIELDS = {"numeric": ("final",), "ifeval": ("instruction_id_list", "kwargs")}
 
 Reward = Callable[..., list[float | None]]  # (prompts, completions, **columns of the rows) -> one number for each completion
@@ -88,9 +89,31 @@ def functions(job: Job, parents: dict[str, Artifact], on_backbone: Callable[[str
                 made[name] = without_thought(made[name], chat.tokenizer_of(parents["start"]))
         else:
             made[name] = learned(job, name, parents[f"start of {name}"], parents[f"reward {name}"], on_backbone)
+    if job.config.get(UNENDED + "_penalty"):
+        made[UNENDED] = unended(parents["start"])
     for name, function in made.items():
         function.__name__ = name
     return made
+
+
+def weights(config: dict, functions: dict[str, Reward]) -> list[float]:
+    """Of the functions of a step, in their order."""
+    return [config[UNENDED + "_penalty"] if name == UNENDED else config["reward"][name] for name in functions]
+
+
+def unended(start: Artifact) -> Reward:
+    """-1 for an answer that was cut off. The text alone does not say so: the chat template writes an end after every answer."""
+    from types import SimpleNamespace
+
+    from transformers import GenerationConfig
+
+    declared = GenerationConfig.from_pretrained(start.folder, local_files_only=True)
+    ends = chat.ends(chat.tokenizer_of(start), SimpleNamespace(generation_config=declared))
+
+    def judge(prompts: list, completions: list, completion_ids: list[list[int]], **columns: Any) -> list[float | None]:
+        return [0.0 if tokens[-1] in ends else -1.0 for tokens in completion_ids]
+
+    return judge
 
 
 def learned(job: Job, name: str, start: Artifact, adapter: Artifact, on_backbone: Callable[[str], Any] | None = None) -> Reward:

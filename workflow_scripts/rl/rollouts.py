@@ -40,7 +40,7 @@ class Rollouts:
         at_once = max(self.args.generation_batch_size, self.args.per_device_eval_batch_size)
         self.engine = Graphs(model, min(slots, at_once), longest + self.args.max_completion_length)
 
-    def _generate_single_turn(self: Any, prompt_ids: list[list[int]], *others: Any) -> tuple[list[list[int]], None]:
+    def _generate_single_turn(self: Any, prompt_ids: list[list[int]], *others: Any) -> Any:
         if self.engine is None:
             return super()._generate_single_turn(prompt_ids, *others)  # type: ignore[misc]
         args = self.args
@@ -50,10 +50,12 @@ class Rollouts:
         )  # fmt: skip
         answers: dict[int, Answer] = {}
         self.engine.load()
-        self.engine.answer([*enumerate(prompt_ids)], asked, lambda place, _, made: answers.__setitem__(place, made))
+        with torch.autocast(self.accelerator.device.type, enabled=False):
+            self.engine.answer([*enumerate(prompt_ids)], asked, lambda place, _, made: answers.__setitem__(place, made))
         made = [answers[place] for place in range(len(prompt_ids))]
         self.sampled = [one.logprobs or [] for one in made]
-        return [one.tokens for one in made], None
+        tokens = [one.tokens for one in made]
+        return tokens if isinstance(self, RLOOTrainer) else (tokens, None)  # GRPO takes log-probabilities, too: its own way
 
     def _generate_and_score_completions(self: Any, inputs: Any) -> Any:
         batch = super()._generate_and_score_completions(inputs)  # type: ignore[misc]

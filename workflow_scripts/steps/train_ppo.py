@@ -52,7 +52,7 @@ def main(job: manifests.Job) -> None:
         **trainers.arguments(job),
         **train,
         disable_dropout=True,
-        reward_weights=[config["reward"][name] for name in functions],
+        reward_weights=rewards.weights(config, functions),
         num_generations=train["per_device_train_batch_size"] * train["steps_per_generation"],
         num_generations_eval=1,
         loss_type="bnpo",  # the mean over the tokens of a micro-batch

@@ -46,7 +46,7 @@ def main(job: manifests.Job) -> None:
             **trainers.arguments(job),
             **config["train"],
             disable_dropout=True,
-            reward_weights=[config["reward"][name] for name in functions],
+            reward_weights=rewards.weights(config, functions),
         ),
         reward_funcs=list(functions.values()),
         train_dataset=given[0],

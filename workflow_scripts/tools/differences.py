@@ -82,6 +82,8 @@ def place(config: Config, kind: str, name: str, path: list[str]) -> str:
     top = path[0]
     if top in CONSTANT_BLOCKS:
         return dotted(path)
+    if top == "generation":
+        return {"train": "generation.rollouts"}.get(kind) or dotted(["eval", path[-1]] if path[-1] == "batch_size" else path)
     if kind in ("train", "merge", "eval_rm"):
         if top == "optim":
             return "optim (follows device)"
