@@ -30,7 +30,11 @@ def of_slots(rows: int, at: Tensor, longest: int) -> Callable[[Tensor, Tensor, T
 
 def of_spans(spans: list[tuple[int, int, int]]) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
     """On a CPU. spans: (slot, first position, how many) of the rows, one after the other."""
-    masks = [first and torch.arange(first + n)[None] <= torch.arange(first, first + n)[:, None] for _, first, n in spans]
+
+    def mask_of(first: int, count: int) -> Tensor | None:
+        return torch.arange(first + count)[None] <= torch.arange(first, first + count)[:, None] if first else None
+
+    masks = [mask_of(first, count) for _, first, count in spans]
 
     def attend(q: Tensor, keys: Tensor, values: Tensor) -> Tensor:
         out, row = torch.empty_like(q), 0
@@ -38,7 +42,7 @@ def of_spans(spans: list[tuple[int, int, int]]) -> Callable[[Tensor, Tensor, Ten
             last = first + count
             found = F.scaled_dot_product_attention(
                 q[row : row + count].transpose(0, 1)[None], keys[slot, None, :, :last], values[slot, None, :, :last],
-                mask if first else None, is_causal=first == 0, enable_gqa=True,
+                mask, is_causal=mask is None, enable_gqa=True,
             )  # fmt: skip
             out[row : row + count] = found[0].transpose(0, 1)
             row += count
@@ -51,4 +55,4 @@ def on_gpu(slot: Tensor, at: Tensor) -> Callable[[Tensor, Tensor, Tensor], Tenso
     """slot, at: (rows,) of each row, on the GPU; their contents may change between calls."""
     from workflow_scripts.generation.attention_kernel import launch
 
-    return partial(launch, slot, at)
+    return partial(launch, BLOCK, slot, at)

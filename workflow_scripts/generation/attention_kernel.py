@@ -5,17 +5,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from workflow_scripts.generation.attention import BLOCK
 
-
-def launch(slot: Tensor, at: Tensor, q: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+def launch(block: int, slot: Tensor, at: Tensor, q: Tensor, keys: Tensor, values: Tensor) -> Tensor:
     """(rows, heads, head) of q in the same shape; keys, values: (slots, kv heads, length, head)."""
     rows, heads, size = q.shape
     group = heads // keys.shape[1]
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
     attend[(rows, keys.shape[1])](
         q, keys, values, out, slot, at, size**-0.5, q.stride(0), q.stride(1), *keys.stride()[:3],
-        GROUP=group, PADDED=max(16, 1 << (group - 1).bit_length()), SIZE=size, BLOCK=BLOCK, num_warps=4, num_stages=3,
+        GROUP=group, PADDED=max(16, 1 << (group - 1).bit_length()), SIZE=size, BLOCK=block, num_warps=4, num_stages=3,
     )  # fmt: skip
     return out
 

@@ -58,7 +58,11 @@ def hinders(model: Any) -> str | None:
         return "this torch has no Triton, which its attention is written in"
     if device.type == "cuda" and torch.cuda.get_device_capability(device) < (7, 0):
         return "this card is older than Triton compiles for"
-    return decoder.unsupported(model)
+    reason = decoder.unsupported(model)
+    size = 0 if reason else model.model.layers[0].self_attn.head_dim
+    if device.type == "cuda" and size & (size - 1):
+        return f"its heads have a size of {size}, which is no power of two"
+    return reason
 
 
 def of(model: Any, tokenizer: Any, settings: dict, slots: int, length: int) -> Generator:
