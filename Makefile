@@ -75,7 +75,7 @@ $(SMOLLM2_GGUF): | setup
 
 # Two processes of tests on two cores; a file of tests stays in one of them, the longest first (tests/conftest.py).
 PYTEST = PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pytest -q -rfEs
-TWO := -n 3 --dist loadfile --no-loadscope-reorder
+TWO := -n 2 --dist loadfile --no-loadscope-reorder
 
 # Units: nothing that trains, or runs Snakemake.
 test-quick: setup-dev

@@ -127,12 +127,12 @@ def slices(config, folder: Path) -> dict[str, Path]:
     from tests.support import small_steps
     from workflow_scripts.artifacts import manifests
     from workflow_scripts.models import chat
-    from workflow_scripts.plan.gpu_memory import EVAL_PROMPT, Memory
+    from workflow_scripts.plan.gpu_memory import EVAL_PROMPT
 
     tokenizer = chat.tokenizer_of(manifests.read(folder / "base/manifest.json"))
     train = config.experiments["sft_v2"]["train"]
     length, prompt = train["max_length"], config.data["data"]["max_prompt_tokens"]
-    user, answers = {"role": "user", "content": "go on"}, Memory(config).at_once()
+    user, answers = {"role": "user", "content": "go on"}, config.at_once()
     talk = [user, {"role": "assistant", "content": "the"}]
     chosen, rejected = (filled(tokenizer, talk, length, word)[1:] for word in ("one", "two"))
     asked = filled(tokenizer, [user], prompt, "three")
@@ -228,9 +228,9 @@ def measure(name: str, config, folder: Path, card: float | None) -> dict:
         parents = {"start": base, "adapter": folder / "sft_v2/adapter/manifest.json", "prompts": rows["ifeval"]}
         evaluation = data["eval"]
         settings = {"max_new_tokens": evaluation["ifeval"]["max_new_tokens"], "decoding": "greedy"}
-        settings["generation"] = config.generation(evaluation["precision"])
+        settings["generation"] = config.generation()
         phase, step, out = (
-            memory.generate("ifeval", memory.at_once()),
+            memory.generate("ifeval", config.at_once()),
             "generate",
             folder / "sft_v2/ifeval_responses.manifest.json",
         )

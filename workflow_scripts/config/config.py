@@ -70,17 +70,17 @@ class Config(Written):
             return self.data["eval"]["base"] == "trained" and self.experiments[experiment]["quantise"] != "none"
         return experiment not in self.models and view_of(name)[1] == "nf4"
 
-    def generation(self, precision: str, decoding: str = "greedy") -> dict:
-        """Who answers, with what of it can change an answer: the batches of `hf`, how `graphs` rounds an adapter."""
-        given = self.data["generation"]
-        if given["backend"] == "hf" or decoding == "folder":  # penalties are transformers' own
-            return {"backend": "hf", "batch_size": self.data["eval"]["batch_size"]}
-        return {"backend": "graphs", "adapter": "match" if precision == "fp32" else given["adapter"]}
+    def generation(self) -> dict:
+        """Who answers an evaluation's prompts, with what of it can change an answer: the batches of `hf`, how `graphs` rounds an
+        adapter."""
+        given, evaluation = self.data["generation"], self.data["eval"]
+        if given["backend"] == "hf" or evaluation["decoding"] == "folder":  # penalties are transformers' own
+            return {"backend": "hf", "batch_size": evaluation["batch_size"]}
+        return {"backend": "graphs", "adapter": "match" if evaluation["precision"] == "fp32" else given["adapter"]}
 
-    def answered_together(self) -> int:
-        """Prompts of an evaluation that are answered as one batch: 1 where each is answered by itself."""
-        evaluation = self.data["eval"]
-        return self.generation(evaluation["precision"], evaluation["decoding"]).get("batch_size", 1)
+    def at_once(self) -> int:
+        """Answers of an evaluation that are written at once, at most: a batch of `hf`, or the slots of `graphs`."""
+        return self.generation().get("batch_size", self.data["generation"]["slots"])
 
     @cached_property
     def judged(self) -> list[str]:

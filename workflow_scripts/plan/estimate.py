@@ -155,16 +155,15 @@ class Estimates:
 
     def _generate(self, task: str, name: str) -> dict[str, float]:
         evaluation, prompts, shards = self.config.data["eval"], self._prompts(task), self.plan.shards(task)
-        new_tokens, generation = evaluation[task]["max_new_tokens"], self.config.data["generation"]
-        backend = self.config.generation(evaluation["precision"], evaluation["decoding"])["backend"]
-        size = generation["slots"] if backend == "graphs" else evaluation["batch_size"]
+        new_tokens, size = evaluation[task]["max_new_tokens"], self.config.at_once()
         batches, at_once = math.ceil(math.ceil(prompts / size) / shards), min(size, prompts)
         # Keys and values in fp32, of a third of the width: as many query heads share each, or more.
         kept = 8 * self.shape["num_hidden_layers"] * self.shape["hidden_size"] / 3 * at_once * new_tokens / MB
         on_cpu = self._batch_mb(at_once, False) + (kept if self.device == "cpu" else 0)
         return {
             "memory_mb": self._libraries("generate") + 6 * self.parameters / MB + on_cpu,
-            "seconds": START[self.device] + self._decode(batches, batches * size, new_tokens, backend),
+            "seconds": START[self.device]
+            + self._decode(batches, batches * size, new_tokens, self.config.generation()["backend"]),
             "disk_mb": 0.01 * prompts,
         }
 

@@ -71,13 +71,8 @@ class Memory:
             if body["method"] == "rm":
                 found.append(self.eval_rm(name, body))
         for task in self.config.evaluations:
-            found.append(self.choose(task) if task in CHOICE else self.generate(task, self.at_once()))
+            found.append(self.choose(task) if task in CHOICE else self.generate(task, self.config.at_once()))
         return found
-
-    def at_once(self) -> int:
-        """Answers of an evaluation that are written at once: a batch of `hf`, or the slots of `graphs`."""
-        batch = self.config.answered_together()
-        return batch if batch > 1 else self.config.data["generation"]["slots"]
 
     def _block(self, body: dict) -> dict:
         """The LoRA block of an experiment: the global one, but for copies of a rank sweep."""
@@ -174,7 +169,7 @@ class Memory:
         how, fixed = self._judged()
         rows = min(rows, self.config.data["data"]["slices"][self.config.evaluations[task]]["rows"])
         new = evaluation[task]["max_new_tokens"]
-        if self.config.answered_together() == 1:
+        if self.config.generation()["backend"] == "graphs":
             ranks = [self._block(body)["r"] for body in self.config.experiments.values()]
             answering = fixed + in_slots(how, rows, EVAL_PROMPT + new, False, max(ranks))
         else:

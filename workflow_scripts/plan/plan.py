@@ -83,7 +83,7 @@ class Plan(Graph):
         comparison.check(self.config)
         wanted, most = self.config.data["eval"]["shards"], max(map(self.shards, answered(self.config.evaluations)))
         if wanted > most:
-            of_hf = self.config.answered_together() > 1
+            of_hf = self.config.generation()["backend"] == "hf"
             problem = f"found {wanted}, but there are {most} {'batches' if of_hf else 'prompts'} at most; lower it"
             raise self.config.fail(["eval", "shards"], problem + (", or eval.batch_size" if of_hf else ""))
         for name in self.config.data["data"]["slices"]:

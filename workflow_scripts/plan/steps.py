@@ -143,7 +143,7 @@ class Steps:
     def _generate(self, task: str, run: str) -> dict:
         evaluation = self.config.data["eval"]
         config = {"max_new_tokens": evaluation[task]["max_new_tokens"], "decoding": evaluation["decoding"]}
-        config |= {"generation": self.config.generation(evaluation["precision"], evaluation["decoding"])} | self._quantised(run)
+        config |= {"generation": self.config.generation()} | self._quantised(run)
         return self._step("generate", config, self._evaluated(task, run), **self._machine(evaluation["precision"]))
 
     def _quantised(self, run: str) -> dict:

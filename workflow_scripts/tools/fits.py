@@ -29,13 +29,14 @@ LEAST_PROMPT = 128  # tokens; below it no advice
 def remedy(memory: Memory, phase: Phase, card: float) -> tuple[dict[str, object], float] | None:
     """(keys to change, the peak then) that make a phase fit on a card of so many GB; None if none of these does."""
     if phase.kind == "generate":
-        size = memory.at_once()
+        size = memory.config.at_once()
         while not fits(phase.peak, card):
             if size == 1:
                 return None
             size //= 2
             phase = memory.generate(phase.name, size)
-        return {"generation.slots" if memory.config.answered_together() == 1 else "eval.batch_size": size}, phase.peak
+        key = "generation.slots" if memory.config.generation()["backend"] == "graphs" else "eval.batch_size"
+        return {key: size}, phase.peak
     if phase.kind == "choose":  # a batch of its own, which decides no more than rounding
         return None
     body = copy.deepcopy(memory.config.experiments[phase.name])
