@@ -20,7 +20,10 @@ def answers(engine, prompts, asked=GREEDY):
     return found
 
 
-@pytest.fixture(scope="module", params=["Llama", "Qwen2", "Qwen3"])
+OTHERS = [pytest.param(name, marks=pytest.mark.slow) for name in ("Llama", "Qwen3")]  # one in `make test-quick`
+
+
+@pytest.fixture(scope="module", params=["Qwen2", *OTHERS])
 def architecture(request):
     return request.param
 
@@ -85,13 +88,19 @@ def forgetful(right):
     return gathered
 
 
-@pytest.mark.parametrize("fault", FAULTS)
-def test_a_planted_fault_is_seen(fault, prompts, monkeypatch):
+@pytest.fixture(scope="module")
+def of_qwen2(prompts):
+    """What `generate` answers with the model that faults are planted in."""
     model = model_of("Qwen2", True)
-    theirs = [greedy(model, prompt) for prompt in prompts]
+    return [greedy(model, prompt) for prompt in prompts]
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_planted_fault_is_seen(fault, prompts, of_qwen2, monkeypatch):
+    model = model_of("Qwen2", True)
     FAULTS[fault](monkeypatch)
     monkeypatch.setattr(of_graphs, "CPU_ROWS", 4)  # so that answers move
-    assert wrong(model, prompts, theirs) > 0
+    assert wrong(model, prompts, of_qwen2) > 0
 
 
 @pytest.mark.parametrize("asked", [GREEDY, Asked(ENDS, NEW, temperature=1.0, samples=2, logprobs=True, seed=3)])
