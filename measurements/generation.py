@@ -3,8 +3,8 @@
     python -m measurements.generation --out generation.json                     # Qwen2.5-0.5B's shape, random weights, on a GPU
     python -m measurements.generation --out generation.json --shape tiny --parts equal fixed    # a trial on a CPU
 
-Random weights know no end of turn: lengths are set. docs/performance.md is drawn from the figures
-(measurements/generation_page.py).
+Random weights know no end of turn: lengths are set. What docs/generation.md says is kept in
+generation_h200.json, and tests/docs/test_generation.py compares the two.
 """
 
 import argparse
@@ -117,6 +117,14 @@ def graphs(model: Any, work: tuple[list[list[int]], list[int]], runs: int, exact
     return found
 
 
+def padded(rows: list[list[int]], device: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    """Token ids and attention mask of prompts for `generate`, padded on the left."""
+    longest = max(map(len, rows))
+    ids = [[0] * (longest - len(row)) + row for row in rows]
+    mask = [[0] * (longest - len(row)) + [1] * len(row) for row in rows]
+    return torch.tensor(ids, device=device), torch.tensor(mask, device=device)
+
+
 def hf(model: Any, work: tuple[list[list[int]], list[int]], batch: int) -> dict:
     """`generate`, prompts in batches from the longest on; a batch goes on until its longest answer ends."""
     prompts, lengths = work
@@ -125,9 +133,8 @@ def hf(model: Any, work: tuple[list[list[int]], list[int]], batch: int) -> dict:
     start = time.perf_counter()
     for first in range(0, len(order), batch):
         rows = [prompts[i] for i in order[first : first + batch]]
-        longest, new = max(map(len, rows)), max(lengths[i] for i in order[first : first + batch])
-        ids = torch.tensor([[0] * (longest - len(row)) + row for row in rows], device=model.device)
-        mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows], device=model.device)
+        new = max(lengths[i] for i in order[first : first + batch])
+        ids, mask = padded(rows, model.device)
         with torch.inference_mode():
             model.generate(
                 input_ids=ids, attention_mask=mask, max_new_tokens=new, min_new_tokens=new, do_sample=False, pad_token_id=0
@@ -144,13 +151,11 @@ def equal(shape: str, device: str, count: int, new: int) -> dict:
     theirs = []
     for first in range(0, count, 64):
         rows = prompts[first : first + 64]
-        longest = max(map(len, rows))
-        ids = torch.tensor([[0] * (longest - len(row)) + row for row in rows], device=device)
-        mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows], device=device)
+        ids, mask = padded(rows, device)
         with torch.inference_mode():
             made = model.generate(input_ids=ids, attention_mask=mask, max_new_tokens=new, min_new_tokens=new, do_sample=False,
                                   pad_token_id=0)  # fmt: skip
-        theirs += made[:, longest:].tolist()
+        theirs += made[:, ids.shape[1] :].tolist()
     engine = Graphs(model, 256, 400 + new)
     found: dict[int, dict[int, list[int]]] = {}
     for n, part in enumerate((list(enumerate(prompts)), list(enumerate(prompts))[::3])):
@@ -213,12 +218,11 @@ def of_a_model(folder: Path, adapter: Path | None, file: Path, new: int) -> dict
         start = time.perf_counter()
         for first in range(0, len(order), 541):
             part = order[first : first + 541]
-            longest = max(len(ids[i]) for i in part)
-            batch = torch.tensor([[0] * (longest - len(ids[i])) + ids[i] for i in part], device="cuda")
-            mask = torch.tensor([[0] * (longest - len(ids[i])) + [1] * len(ids[i]) for i in part], device="cuda")
+            batch, mask = padded([ids[i] for i in part], "cuda")
             with torch.inference_mode():
                 made = model.generate(input_ids=batch, attention_mask=mask, max_new_tokens=new, do_sample=False,
-                                      eos_token_id=[end], pad_token_id=tokenizer.pad_token_id)[:, longest:].tolist()  # fmt: skip
+                                      eos_token_id=[end], pad_token_id=tokenizer.pad_token_id)  # fmt: skip
+            made = made[:, batch.shape[1] :].tolist()
             for i, row in zip(part, made, strict=True):
                 theirs[i] = row[: row.index(end) + 1] if end in row else row
         sync()

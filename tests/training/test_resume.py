@@ -247,4 +247,5 @@ def test_answers_that_a_killed_run_gave_are_taken_over_and_a_cut_off_line_is_mad
     shutil.rmtree(job.work)
     fresh = small_steps.run(job)
     assert fresh.data["files"] == resumed.data["files"]
+    assert fresh.data["answered_by"] == "graphs"  # the manifest says who it was, also where `hf` stood in
     assert generate.read_answers(None) == {}

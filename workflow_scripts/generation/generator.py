@@ -10,7 +10,6 @@ from workflow_scripts.generation import decoder, hf
 from workflow_scripts.generation.answers import Asked, Done
 from workflow_scripts.generation.graphs import Graphs
 
-BACKENDS = ("graphs", "hf")
 FALLBACK = 32  # prompts at a time, where `hf` answers in place of `graphs`
 Prompts = list[tuple[int, list[int]]]  # each one's place, and its token ids
 
@@ -24,7 +23,7 @@ class Generator(Protocol):
 
 
 class InSlots:
-    """The backend `graphs`, made when it is first asked something."""
+    """The backend `graphs`."""
 
     size = 1
 

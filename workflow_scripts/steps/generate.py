@@ -129,7 +129,8 @@ def respond(job: manifests.Job, parents: dict[str, manifests.Artifact], prompts:
     texts, ids = tokens_of(tokenizer, turns)
     new = config["max_new_tokens"]
     who = generator.of(model, tokenizer, config["generation"], min(job.slots, len(ids)), max(map(len, ids)) + new)
-    facts = {"generation_config": model.generation_config.to_diff_dict()}
+    by = "graphs" if isinstance(who, generator.InSlots) else f"hf, {who.size} at a time"  # not always whom the config asks for
+    facts = {"generation_config": model.generation_config.to_diff_dict(), "answered_by": by}
     if adapter is not None:
         path = who if isinstance(who, generator.InSlots) else distance.Peft(with_adapter)
         facts["distance"] = loading.check(path, adapter, step["precision"], quant)
