@@ -12,6 +12,7 @@ from workflow_scripts.config import config as configs
 from workflow_scripts.plan import estimate
 from workflow_scripts.plan.patterns import any_of
 from workflow_scripts.plan.plan import Plan
+from workflow_scripts.plumbing import cards, gpus
 from workflow_scripts.plumbing.environment import name_the_account, run_code_of
 from workflow_scripts.plumbing.messages import InputError
 from workflow_scripts.tools import adopt
@@ -38,6 +39,9 @@ OPTIONS = (
     f"--work {shlex.quote(PLAN.work)} --track {PLAN.config.data['track']}"
     f" --checkpoint-minutes {PLAN.config.data['checkpoint_minutes']} --slots {PLAN.config.data['generation']['slots']}"
 )
+# Jobs of a scheduler have the GPUs that they were given.
+SHARE = {"always": True, "local": workflow.is_main_process and workflow.local_exec, "never": False}[PLAN.config.data["share_gpu"]]
+OFFERED = {}  # what GPUs this host has, once a real run begins: GPU -> MiB
 ENV = f"../envs/{'cuda' if DEVICE == 'cuda' else 'cpu'}.yaml"
 
 # A run is an experiment, or one with `.seedN` (N from 2): one run has one name.
@@ -73,6 +77,9 @@ def signed(function):
     return function
 
 
+ON_GPU = "--gpu-mb {resources.gpu_mb}"
+
+
 def call(step, out, *more):
     """The one shell command of a rule: a step's module, and the output that it is told (the others lie beside it)."""
     words = [
@@ -92,6 +99,20 @@ def asks(key, kind):
     def ask(wildcards, attempt):
         whole = kind + wildcards.task if kind.endswith("_") else kind
         return ESTIMATES.ask(whole, wildcards.get("slice") or wildcards.get("run", ""), attempt)[key]
+
+    return signed(ask)
+
+
+def room(kind):
+    """MiB of a GPU that a rule asks for, with the reserve of `make fits`; all of one where jobs do not share it, or it has no more.
+
+    Not detected: where a run begins, what its host has bounds it (rules/turn.smk).
+    """
+
+    def ask(wildcards):
+        whole = kind + wildcards.task if kind.endswith("_") else kind
+        asked = ESTIMATES.gpu_mb(whole, wildcards.run) if SHARE or not GPU else gpus.WHOLE
+        return min(asked, max(OFFERED.values(), default=asked))
 
     return signed(ask)
 

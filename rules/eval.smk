@@ -20,13 +20,14 @@ rule generate:
     threads: THREADS
     resources:
         gpu=GPU,
+        gpu_mb=room("generate_"),
         mem_mb=asks("mem_mb", "generate_"),
         runtime=asks("runtime", "generate_"),
         disk_mb=asks("disk_mb", "generate_"),
     params:
         step=signed(lambda wildcards: PLAN.generate(wildcards.task, wildcards.run)),
     shell:
-        call("generate", "manifest")
+        call("generate", "manifest", ON_GPU)
 
 
 # With `eval.shards`, jobs that answer some batches each. What they wrote goes once it is put together.
@@ -50,13 +51,14 @@ rule generate_shard:
     threads: THREADS
     resources:
         gpu=GPU,
+        gpu_mb=room("generate_"),
         mem_mb=asks("mem_mb", "generate_"),
         runtime=asks("runtime", "generate_"),
         disk_mb=asks("disk_mb", "generate_"),
     params:
         step=signed(lambda wildcards: PLAN.shard(wildcards.task, wildcards.run, int(wildcards.shard))),
     shell:
-        call("generate", "answers")
+        call("generate", "answers", ON_GPU)
 
 
 # The step that would have answered alone: same parameter, same bytes. It loads no model.
@@ -135,13 +137,14 @@ rule judge_answers:
     threads: THREADS
     resources:
         gpu=GPU,
+        gpu_mb=room("judge"),
         mem_mb=asks("mem_mb", "judge"),
         runtime=asks("runtime", "judge"),
         disk_mb=asks("disk_mb", "judge"),
     params:
         step=signed(lambda wildcards: PLAN.score("judge", wildcards.run)),
     shell:
-        call("judge_answers", "scores")
+        call("judge_answers", "scores", ON_GPU)
 
 
 # Multiple choice: the log-likelihood of each option, by lm-eval's own tasks. Nothing is answered in text.
@@ -163,13 +166,14 @@ rule lm_eval_task:
     threads: THREADS
     resources:
         gpu=GPU,
+        gpu_mb=room("choice_"),
         mem_mb=asks("mem_mb", "choice_"),
         runtime=asks("runtime", "choice_"),
         disk_mb=asks("disk_mb", "choice_"),
     params:
         step=signed(lambda wildcards: PLAN.score(wildcards.task, wildcards.run)),
     shell:
-        call("lm_eval_task", "scores")
+        call("lm_eval_task", "scores", ON_GPU)
 
 
 rule eval_rm:
@@ -189,10 +193,11 @@ rule eval_rm:
     threads: THREADS
     resources:
         gpu=GPU,
+        gpu_mb=room("eval_rm"),
         mem_mb=asks("mem_mb", "eval_rm"),
         runtime=asks("runtime", "eval_rm"),
         disk_mb=asks("disk_mb", "eval_rm"),
     params:
         step=signed(lambda wildcards: PLAN.eval_rm(wildcards.run)),
     shell:
-        call("eval_rm", "scores")
+        call("eval_rm", "scores", ON_GPU)

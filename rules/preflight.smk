@@ -6,7 +6,6 @@ import sys
 
 from workflow_scripts.artifacts import manifests
 from workflow_scripts.data import hub
-from workflow_scripts.plumbing import gpus
 from workflow_scripts.plumbing.environment import check_writable
 from workflow_scripts.plumbing.messages import InputError
 from workflow_scripts.tools.differences import differences
@@ -14,9 +13,6 @@ from workflow_scripts.tools.differences import differences
 
 def preflight():
     """Stop at once if what the jobs take from elsewhere can't be had, or what they make can't be written or computed here."""
-    offered = getattr(workflow.global_resources.get("gpu"), "value", None)
-    if GPU and workflow.local_exec and offered is not None and offered < (there := len(gpus.allowed())):
-        sys.stderr.write(f"{there} GPUs are here, and {offered} may be used at once: --resources gpu={there} uses all\n")
     if workflow.is_main_process:
         say_what_is_replaced()
     try:
@@ -29,6 +25,7 @@ def preflight():
         sys.exit(1)
     if workflow.is_main_process:
         try_the_card()
+        put_first()
 
 
 def say_what_is_replaced():

@@ -8,7 +8,7 @@ from snakemake.logging import DefaultFormatter, logger
 from snakemake.scheduling.job_scheduler import JobScheduler
 from snakemake.settings.enums import Quietness
 
-from workflow_scripts.tools.explain import duration, seconds_of, shortened
+from workflow_scripts.tools.explain import duration, jobs_on_card, seconds_of, shortened
 
 
 class Clock:
@@ -17,6 +17,7 @@ class Clock:
     def __init__(self):
         jobs = set(workflow.dag.needrun_jobs())
         self.expected = {job: expected(job) for job in jobs}
+        self.work = {job: seconds / (jobs_on_card(manifest_of(job)) or at_once()) for job, seconds in self.expected.items()}
         self.below = {}  # seconds of the longest chain of jobs that wait for one
         for level in reversed(list(workflow.dag.toposorted(jobs))):
             for job in level:
@@ -29,15 +30,26 @@ class Clock:
         for job in running:
             self.begun.setdefault(job, now)
         of_running = {job: max(0, self.expected.get(job, 0) - now + self.begun[job]) for job in running}
-        waiting = sum(self.expected.values()) - sum(self.expected.get(job, 0) for job in self.begun)
+        waiting = sum(self.work.values()) - sum(self.work.get(job, 0) for job in self.begun)
         chain = max((seconds + self.below.get(job, 0) for job, seconds in of_running.items()), default=0)
-        return max(chain, (waiting + sum(of_running.values())) / at_once())
+        return max(chain, waiting + sum(of_running.values()) / at_once())
+
+
+def put_first():
+    """What others wait for goes first, by the time of the longest chain behind it; what nothing needs fills the gaps."""
+    below = Clock().below
+    ranks = {seconds: rank for rank, seconds in enumerate(sorted(set(below.values())))}
+    for job, seconds in below.items():
+        workflow.dag._priority[job] = max(workflow.dag._priority.get(job, 0), ranks[seconds])
+
+
+def manifest_of(job):
+    return Path(job.output.get("manifest", job.output[0] if job.output else ""))
 
 
 def expected(job):
     """Seconds: of the last run of the same phase, as `make why` says, else of the estimate by which it asks for its time."""
-    manifest = Path(job.output.get("manifest", job.output[0] if job.output else ""))
-    if (known := seconds_of(manifest, str(job.benchmark or ""))) is not None:
+    if (known := seconds_of(manifest_of(job), str(job.benchmark or ""))) is not None:
         return known
     requests = PLAN.config.data["requests"]
     return max(5, (job.resources.get("runtime", 0) - requests["minutes"] - 0.5) * 60 / requests["time"])
@@ -47,8 +59,13 @@ def at_once():
     """How many jobs may run side by side."""
     if not workflow.local_exec:
         return workflow.resource_settings.nodes or 1
-    offered = getattr(workflow.global_resources.get("gpu"), "value", None) or 1
-    return offered if GPU else max(1, (workflow.resource_settings.cores or 1) // THREADS)
+    side_by_side = max(1, (workflow.resource_settings.cores or 1) // THREADS)
+    if not GPU:
+        return side_by_side
+    asked = [job.resources["gpu_mb"] for job in workflow.dag.needrun_jobs() if job.resources.get("gpu")]
+    by_memory = sum(OFFERED.values()) * len(asked) // max(sum(asked), 1) if OFFERED else side_by_side
+    offered = getattr(workflow.global_resources.get("gpu"), "value", None) or side_by_side
+    return max(1, min(offered, by_memory, side_by_side))
 
 
 def run_and_say(self, jobs, executor=None):

@@ -21,6 +21,7 @@ for method in sorted({body["method"] for body in PLAN.config.experiments.values(
         threads: THREADS
         resources:
             gpu=GPU,
+            gpu_mb=room("train"),
             mem_mb=asks("mem_mb", "train"),
             runtime=asks("runtime", "train"),
             disk_mb=asks("disk_mb", "train"),
@@ -28,4 +29,4 @@ for method in sorted({body["method"] for body in PLAN.config.experiments.values(
             module=f"train_{method}",
             step=signed(lambda wildcards: PLAN.train(wildcards.run)),
         shell:
-            call("{params.module}", "manifest")
+            call("{params.module}", "manifest", ON_GPU)

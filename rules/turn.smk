@@ -26,10 +26,26 @@ def take_turn():
         check_links(Path(PLAN.work))
         _turn.append(work.turn(Path(PLAN.work), PLAN.results))
         records.clear_recorded(Path(PLAN.work))
+        offer_gpus()
     except InputError as error:
         stop(str(error))
     except OSError as error:
         stop(f"{error.filename}: {error.strerror}; make the results folder writable, or free some space")
+
+
+def offer_gpus():
+    """Tell Snakemake what GPUs this host has, so that it starts as many jobs as have room. Their ledger (plumbing/gpus.py) has the
+    last word. `--resources gpu=N` bounds the number of jobs at once."""
+    if not GPU or not workflow.local_exec:
+        return
+    have, offered = cards.here(), workflow.global_resources
+    ids = cards.allowed()
+    sizes = {gpu: have[gpu].capacity // cards.MIB for gpu in ids if gpu in have and have[gpu].capacity}
+    if SHARE and len(sizes) == len(ids) > 0:
+        OFFERED.update(sizes)
+        offered.setdefault("gpu_mb", sum(sizes.values()))
+    else:
+        offered.setdefault("gpu", max(1, len(ids)))
 
 
 def stop(words):

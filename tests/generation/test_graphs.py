@@ -206,3 +206,15 @@ def test_what_of_a_known_architecture_it_can_not_do(change, reason):
         "intermediate_size": 32,
     }
     assert decoder.unsupported(Qwen2ForCausalLM(Qwen2Config(vocab_size=50, **shape, **change))) == reason
+
+
+def test_graphs_that_share_memory_keep_it_alive_when_room_is_made_for_longer_answers(prompts):
+    """CUDA frees what graphs share with the last of them; to capture a new one into it then fails. (On a GPU: tests/gpu.)"""
+    engine = Graphs(model_of("Llama", False), 4, 128)
+    shared = engine.pool = object()
+    engine.captured = {"prefill": "graph", ("decode",): "graph"}
+    engine._prepare(Asked(ENDS, 40))
+    assert engine.captured == {"prefill": "graph"} and engine.pool is shared
+    engine.captured = {("decode",): "graph"}
+    engine._prepare(Asked(ENDS, 60))
+    assert not engine.captured and engine.pool is None

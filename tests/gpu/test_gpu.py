@@ -140,6 +140,10 @@ def test_the_generator_answers_as_generate_does_and_what_is_beside_an_answer_cha
             architecture
         )
     model = model_of("Qwen2", True, torch.bfloat16).to("cuda")
+    engine = Graphs(model, 384, 128)
+    engine.logits(prompts[5])  # as for an adapter's distance, before its answers; then room for longer ones
+    first = answers(engine, range(300), Asked(ENDS, 20))
+    assert all(one[:20] == first[place] for place, one in answers(engine, range(300), Asked(ENDS, 60)).items())
     for asked in (Asked(ENDS, 40), Asked(ENDS, 40, temperature=1.0, seed=4, samples=2, logprobs=True)):
         whole = answers(Graphs(model, 384, 128), range(300), asked)
         for slots, part in ((50, range(300)), (384, range(0, 300, 7))):

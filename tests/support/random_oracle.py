@@ -98,6 +98,7 @@ KEYS: dict[str, tuple[list, set[Phase]]] = {
     "track": (["tensorboard"], NOTHING),
     "seeds": ([[1, 2, 3], [2]], NOTHING),
     "checkpoint_minutes": ([3, 0.5], NOTHING),
+    "share_gpu": (["never", "always"], NOTHING),
     **dict.fromkeys(("pathvars.logs", "pathvars.benchmarks"), (["elsewhere"], NOTHING)),
     "allow_unpinned": ([True], NOTHING),
     "sweep_ranks": ([[4, 64]], NOTHING),
@@ -202,7 +203,7 @@ MODELS = ["merge", "generate", "eval_rm", *TRAIN]
 ROLLOUTS = ["train_ppo", "train_grpo", "train_rloo"]
 EVERY = [*SLICE, "make_base", *MODELS, *SCORE]
 # Plumbing; what plans; what only models from elsewhere need.
-NO_STEP = """steps/cli plumbing/content_cache plumbing/gpus plumbing/progress plumbing/messages plumbing/signals
+NO_STEP = """steps/cli plumbing/cards plumbing/content_cache plumbing/gpus plumbing/progress plumbing/messages plumbing/signals
 artifacts/runinfo artifacts/work artifacts/fingerprint data/hub evaluation/rows config/__init__ config/config config/schema_errors
 config/yaml_files config/bases config/comparison config/choices config/judged config/names config/sweep config/written
 config/schema config/experiments config/references config/slices plan/__init__ plan/plan plan/places plan/graph plan/steps

@@ -31,7 +31,7 @@ EXEMPT = frozenset(
     f"{PACKAGE}.{name}"
     for name in (
         "steps.cli", "tools.card", "artifacts.fingerprint", "artifacts.runinfo", "artifacts.work", "data.hub",
-        "evaluation.rows", "plumbing.content_cache", "plumbing.gpus", "plumbing.messages", "plumbing.progress",
+        "evaluation.rows", "plumbing.cards", "plumbing.content_cache", "plumbing.gpus", "plumbing.messages", "plumbing.progress",
     )
 )  # fmt: skip
 

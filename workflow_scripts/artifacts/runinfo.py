@@ -13,6 +13,7 @@ import time
 from importlib import metadata
 
 from workflow_scripts.artifacts.fingerprint import ROOT, locked
+from workflow_scripts.plumbing import gpus
 from workflow_scripts.plumbing.messages import InputError
 
 
@@ -71,4 +72,5 @@ def collect(started: float, more: dict) -> dict:
         info["gpu"] = torch.cuda.get_device_name()
         info["gpu_id"] = os.environ.get("CUDA_VISIBLE_DEVICES")
         info["gpu_peak_memory_bytes"] = torch.cuda.max_memory_allocated()
-    return info | more
+        info["gpu_held_memory_bytes"] = torch.cuda.max_memory_reserved()  # with what the allocator kept beside it
+    return info | gpus.facts() | more

@@ -139,7 +139,9 @@ class Graphs:
     def _prepare(self, asked: Asked) -> None:
         if self.state.tokens.shape[1] <= asked.max_new_tokens:
             self.state = empty(ROWS if self.gpu else self.slots, asked.max_new_tokens, self.device)
-            self.captured.clear()  # their steps write to the old one
+            # Their steps write to the old one. The prefill does not, and keeps the memory that all share alive.
+            self.captured = {key: graph for key, graph in self.captured.items() if key == "prefill"}
+            self.pool = self.pool if self.captured else None
         for one in self.state.numbers:
             one.zero_()
         if asked.ends not in self.ends:

@@ -12,10 +12,13 @@ right within a factor of two there. A job asks for the estimate times the config
 
 import json
 import math
-from functools import cache
+from functools import cache, cached_property
 from pathlib import Path
 
+from workflow_scripts.plan.gpu_memory import Memory
 from workflow_scripts.plan.plan import Plan
+from workflow_scripts.plumbing.gpus import WHOLE, share
+from workflow_scripts.plumbing.messages import InputError
 
 UNKNOWN = {
     "parameters": 1.5e9,
@@ -47,7 +50,7 @@ class Estimates:
         self.shape = self._shape()
         self.parameters = self.shape["parameters"]
         self.requests = self.config.data["requests"]
-        self.ask = cache(self._ask)
+        self.ask, self.gpu_mb = cache(self._ask), cache(self._gpu_mb)
 
     def _ask(self, kind: str, name: str, attempt: int) -> dict[str, int]:
         """mem_mb, runtime (minutes), disk_mb that a job asks for; name: a slice's, or a run's, and "" for the report."""
@@ -60,6 +63,23 @@ class Estimates:
             "runtime": math.ceil(attempt * (self.requests["minutes"] + self.requests["time"] * found["seconds"] / 60)),
             "disk_mb": _up(self.requests["memory"] * found["disk_mb"], 100),
         }
+
+    def _gpu_mb(self, kind: str, name: str) -> int:
+        """MiB of a GPU that a step asks for beside others; a whole card's where nothing says of what shape its model is."""
+        experiment = self.config.view(name)[0].partition(".")[0]
+        if self.device == "cpu":
+            return 0
+        if self.memory is None or experiment in self.config.models and experiment != "base":
+            return WHOLE
+        return math.ceil(share(self.memory.of(kind, experiment).peak) / 2**20)
+
+    @cached_property
+    def memory(self) -> Memory | None:
+        """What each phase takes of a GPU; None where the base's shape is not known before it is made."""
+        try:
+            return Memory(self.config)
+        except InputError:
+            return None
 
     def of(self, kind: str, name: str) -> dict[str, float]:
         """memory_mb (of the host), seconds, disk_mb of a step; kind as plan/plan.py names it."""

@@ -14,21 +14,13 @@ from workflow_scripts.config.experiments import VERIFIERS, rewards
 from workflow_scripts.config.names import CHOICE
 from workflow_scripts.plan.passes import Pass, decoding, in_slots, lm_head, step
 from workflow_scripts.plan.shape import lora_parameters, shape_of, weights
+from workflow_scripts.plumbing.gpus import need
 
 GIB = 2**30
 BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 EVAL_PROMPT = 512  # tokens of the longest prompt of IFEval or GSM8K with its template, which no key of the config bounds
 OPTIONS = 128  # tokens of a batch's rows that get logits in multiple choice: an option's, and what rows differ in length
-# Beside what torch allocates: the context with the kernels of torch, cuBLAS and bitsandbytes (nvidia-smi shows 0.3 to 0.6 GiB
-# more than torch reserves), and a tenth of the peak that the allocator holds in pieces that fit nothing.
-CONTEXT = 0.6 * GIB
-FRAGMENTATION = 1.1
 CARDS = (16, 24, 40, 80, 141)  # GB, powers of ten, as cards are named: a T4 has a little less than 16 GiB
-
-
-def need(peak: float) -> float:
-    """Bytes that a card must have for a peak of so many allocated bytes."""
-    return FRAGMENTATION * peak + CONTEXT
 
 
 def fits(peak: float, card: float) -> bool:
@@ -73,6 +65,17 @@ class Memory:
         for task in self.config.evaluations:
             found.append(self.choose(task) if task in CHOICE else self.generate(task, self.config.at_once()))
         return found
+
+    def of(self, kind: str, name: str) -> Phase:
+        """The phase of a step, as plan/plan.py names kinds; name: an experiment's, or a model's that is only scored."""
+        verb, _, task = kind.partition("_")
+        if kind in ("train", "eval_rm"):
+            body = self.config.experiments[name]
+            return self.train(name, body) if kind == "train" else self.eval_rm(name, body)
+        if kind == "judge":
+            model = self.config.data["eval"]["judge"]["reward"]
+            return self.eval_rm(model, self.config.experiments[model])
+        return self.choose(task) if verb == "choice" else self.generate(task, self.config.at_once())
 
     def _block(self, body: dict) -> dict:
         """The LoRA block of an experiment: the global one, but for copies of a rank sweep."""

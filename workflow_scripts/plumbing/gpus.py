@@ -1,93 +1,269 @@
-"""One GPU for one step: on a host with several, each step takes one of its own. Plumbing: decides no number.
+"""Jobs on a GPU: each asks for memory, and starts on the card that has most room. Plumbing: decides no number.
 
-Snakemake counts GPUs and does not say which one a job gets (its issue 281): two jobs of a host would both take the first. So a
-step that computes on a GPU locks one before it loads anything, and sees only that one (CUDA_VISIBLE_DEVICES). The lock is an
-flock: it dies with its process, whatever ends that. It is named by the GPU's own id, not by its number, which in a Slurm job or
-a container starts at 0 on every card.
+Snakemake counts, and does not say which GPU a job gets (its issue 281). So a step that computes on a GPU enters a ledger before
+it loads anything: a folder of this host, for all its users, in which each holder is a file. An flock on that file says that the
+holder lives, and ends with its process, whatever ends that. What a card has left is its memory, less what the holders asked for,
+less what others use, as the driver says. A step goes to the card with the most left, and sees only that one
+(CUDA_VISIBLE_DEVICES). It keeps to what it asked for (models/device.py sets torch's limit). Who finds no room waits its turn.
 
-Under a scheduler that hands out GPUs, the variable is set already: the step locks one of those, and finds it free.
+A step that asks for more than a card has, or does not say how much, gets a card for itself. Under a scheduler that hands out GPUs
+the variable is set already: only those are looked at.
 """
 
+import contextlib
 import fcntl
+import itertools
+import json
 import os
+import secrets
 import socket
-import subprocess
+import stat
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
+from workflow_scripts.plumbing import cards
 from workflow_scripts.plumbing.messages import InputError
 
-LOCKS = Path(f"/tmp/phaseline-gpus-{os.getuid()}")  # not TMPDIR: two shells may disagree on that
-SECONDS = 1.0  # between two looks at GPUs that are all taken
+LEDGER = Path("/tmp/phaseline-gpus")  # not TMPDIR: two shells may disagree on that
+SECONDS = 1.0  # between two looks at cards that have no room, and at who else is on one's own
+WHOLE = 10**9  # MiB that no card has: asks for a card for itself
+# Beside what torch allocates: the context with the kernels of torch, cuBLAS and bitsandbytes (nvidia-smi shows 0.3 to 0.6 GiB
+# more than torch reserves).
+CONTEXT = int(0.6 * 2**30)
+FRAGMENTATION = 1.1  # a tenth of the peak is held by the allocator in pieces that fit nothing
+SPARE = 1.25  # the same for who shares a card: at 1.1, DPO's batches of many lengths met their limit on an H200
+PATIENCE = 600.0  # seconds for which those who came later may pass one who waits for a card for itself
+OF_THE_CARD = 1 / 8  # what others use of it at most, a desktop say, for a card that no job is on to count as free
 
 
-def here() -> list[str]:
-    """Ids of this host's GPUs in the driver's order; none where there is no NVIDIA driver."""
-    try:
-        done = subprocess.run(
-            ["nvidia-smi", "--query-gpu=uuid", "--format=csv,noheader"], capture_output=True, text=True, timeout=60
-        )
-    except (OSError, subprocess.TimeoutExpired):
-        return []
-    return [line.strip() for line in done.stdout.splitlines() if line.startswith("GPU-")] if done.returncode == 0 else []
+def need(peak: float) -> float:
+    """Bytes that a card must have for a peak of so many allocated bytes."""
+    return FRAGMENTATION * peak + CONTEXT
 
 
-def allowed() -> list[str]:
-    """Ids of the GPUs that this process may take: those that CUDA_VISIBLE_DEVICES names, by number or id, else all of the host.
+def share(peak: float) -> float:
+    """Bytes that a job with such a peak asks for beside others: it meets its limit, while a card of its own only fills up."""
+    return max(SPARE * peak, peak + 0.5 * 2**30) + CONTEXT
 
-    Numbers are nvidia-smi's. As in CUDA, a number that no GPU has ends the list.
-    """
-    named = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if named is None:
-        return here()
-    ids, known = [], here()
-    for entry in filter(None, (part.strip() for part in named.split(","))):
-        if not entry.isdigit():
-            ids += [one for one in known if one.startswith(entry)] or ([entry] if entry != "-1" else [])
-        elif not known:
-            ids.append(entry)
-        elif int(entry) < len(known):
-            ids.append(known[int(entry)])
-        else:
+
+@dataclass
+class Claim:
+    """A living holder, or one that waits: what stands in its file."""
+
+    key: str
+    pid: int
+    gpus: list[str]  # the one that it holds, or those that it waits for
+    bytes: int
+    others: int  # bytes in use by others when it came
+    who: str
+    since: float
+
+    def passable(self) -> bool:
+        """Whether others may go first: who waits for a whole card would have the longest job on it keep all others waiting."""
+        return self.bytes >= WHOLE * cards.MIB and time.time() - self.since < PATIENCE
+
+
+@dataclass
+class Held:
+    """A place on a GPU, until its file is closed or the process ends."""
+
+    gpu: str
+    file: IO[str]
+    bytes: int | None  # what the step keeps to; None on a card for itself
+    asked: int
+    visible: str | None  # CUDA_VISIBLE_DEVICES before
+    seconds: float = 0.0
+    card_seconds: float = 0.0
+    counted: float = field(default_factory=time.monotonic)
+    counting: Any = field(default_factory=threading.Lock)
+
+    def count(self) -> None:
+        """The card's time since the last count: a second with three jobs on it is a third of a second of each."""
+        on_it = sum(self.gpu in one.gpus for one in _living("held"))
+        with self.counting:
+            now = time.monotonic()
+            self.seconds += now - self.counted
+            self.card_seconds += (now - self.counted) / max(on_it, 1)
+            self.counted = now
+
+    def watch(self) -> None:
+        while not self.file.closed:
+            time.sleep(SECONDS)
+            self.count()
+
+
+held: Held | None = None  # by this process
+
+
+@contextlib.contextmanager
+def _ledger() -> Iterator[None]:
+    """Hold the ledger, for as long as it takes to read and write it."""
+    for last in (False, False, False, True):  # who makes it needs a moment for its mode
+        with contextlib.suppress(FileExistsError):
+            LEDGER.mkdir()
+            LEDGER.chmod(0o1777)
+        mode = LEDGER.lstat().st_mode
+        if stat.S_ISDIR(mode) and mode & 0o1777 == 0o1777:
             break
-    return ids
-
-
-def _try(gpu: str) -> IO[str] | None:
-    """The open file that holds the lock of a GPU, None if another process has it."""
-    file = open(LOCKS / f"{gpu.replace('/', '_')}.lock", "a+")
+        if last:
+            raise InputError(
+                f"{LEDGER}: not the folder in which the users of this host note who is on which GPU (mode 1777); have it removed"
+            )
+        time.sleep(0.1)
+    lock = LEDGER / "lock"
+    with contextlib.suppress(FileExistsError):
+        os.close(os.open(lock, os.O_RDONLY | os.O_CREAT | os.O_EXCL, 0o644))
+    file = os.open(lock, os.O_RDONLY)
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        file.close()
-        return None
-    file.truncate(0)
-    file.write(f"process {os.getpid()} on {socket.gethostname()} since {time.strftime('%Y-%m-%d %H:%M:%S')}")
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(file)
+
+
+def _write(kind: str, claim: Claim) -> IO[str]:
+    """A file of the ledger, locked before it has its name; for as long as it is open."""
+    part = LEDGER / f".{os.getpid()}-{secrets.token_hex(8)}"
+    file = open(part, "x")
+    os.fchmod(file.fileno(), 0o644)  # others count it, whatever the umask
+    fcntl.flock(file, fcntl.LOCK_EX)
+    json.dump(vars(claim), file)
     file.flush()
+    os.replace(part, LEDGER / f"{kind}-{time.time_ns():020d}-{secrets.token_hex(8)}")
     return file
 
 
-def take(say: Callable[[str], None]) -> IO[str] | None:
-    """Lock one of the GPUs that this process may take, and make it the only one that it sees.
+def _living(kind: str) -> list[Claim]:
+    """Those of a kind (held, waits) whose process lives, oldest first. Files of the dead are cleared away."""
+    found = []
+    for path in sorted(LEDGER.glob(f"{kind}-*")):
+        try:
+            with open(path) as file:
+                try:
+                    fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+                except BlockingIOError:
+                    found.append(Claim(**json.load(file)))
+                    continue
+            path.unlink()
+        except (OSError, ValueError, TypeError):
+            continue  # gone meanwhile, or somebody else's to clear away
+    return found
 
-    Waits while all are taken, and says so once. The lock holds until the returned file is closed or the process ends. None where
-    there is no GPU: whoever loads torch then says what is missing.
+
+def _of_others(card: cards.Card, holders: list[Claim]) -> int:
+    """Bytes of a card that are in use by processes outside the ledger."""
+    if not holders:
+        return card.used
+    if (by_process := cards.users(card.gpu)) is not None:
+        return max(0, card.used - sum(by_process.get(one.pid, 0) for one in holders))
+    # Who uses what is not to be seen: no less than when the present holders came, and than what they did not ask for.
+    return max(card.used - sum(one.bytes for one in holders), *(one.others for one in holders))
+
+
+def _room(card: cards.Card, holders: list[Claim], asks: int) -> tuple[int, int, int | None]:
+    """(bytes left, bytes of others, bytes that the newcomer would hold) on a card; None if it has no room for it."""
+    others = _of_others(card, holders)
+    if card.capacity is None:
+        return 0, others, None if holders else WHOLE * cards.MIB
+    left = card.capacity - others - sum(one.bytes for one in holders)
+    if asks <= left and asks < card.capacity:
+        return left, others, asks
+    alone = not holders and (asks >= card.capacity or others <= OF_THE_CARD * card.capacity)
+    return left, others, max(left, 0) if alone else None
+
+
+def _place(ids: list[str], asks: int, before: list[Claim]) -> tuple[str, int, int] | str:
+    """(GPU, bytes, bytes of others) for who asks for so many bytes, else why there is no place. before: who waits for longer."""
+    known, all_holders, best, full = cards.here(), _living("held"), None, []
+    for gpu in ids:
+        card = known.get(gpu, cards.Card(gpu, None, 0))
+        holders = [one for one in all_holders if gpu in one.gpus]
+        left, others, bytes = _room(card, holders, asks)
+        taken = "; ".join(f"{one.who}: {_gib(one.bytes, card.capacity)}" for one in holders)
+        full.append(f"{gpu}: " + "; ".join(filter(None, [taken, f"others use {_gib(others, None)}" if others > 2**30 else ""])))
+        if bytes is not None and not any(gpu in one.gpus for one in before) and (best is None or left > best[3]):
+            best = gpu, bytes, others, left
+    return best[:3] if best else ". ".join(full)
+
+
+def _gib(bytes: int, capacity: int | None) -> str:
+    return "the whole card" if capacity is None or bytes >= 0.98 * capacity else f"{bytes / 2**30:.1f} GiB"
+
+
+def take(say: Callable[[str], None], mebibytes: int = WHOLE) -> Held | None:
+    """Hold so much of one of the GPUs that this process may take, and make that the only one it sees.
+
+    Waits while none has room, after those who wait already, and says so once. None where there is no GPU: whoever loads torch
+    then says what is missing.
     """
-    if not (ids := allowed()):
+    global held
+    if not (ids := cards.allowed()):
         return None
-    LOCKS.mkdir(mode=0o700, exist_ok=True)
-    if LOCKS.stat().st_uid != os.getuid():
-        raise InputError(f"{LOCKS}: belongs to somebody else, and holds the locks of this user's GPUs; have it removed")
-    told = False
+    asks, waits, key, began = mebibytes * cards.MIB, None, secrets.token_hex(8), time.time()
+    who = f"process {os.getpid()} on {socket.gethostname()} since {time.strftime('%Y-%m-%d %H:%M:%S')}"
     while True:
-        for gpu in ids:
-            if file := _try(gpu):
-                os.environ["CUDA_VISIBLE_DEVICES"] = gpu
-                return file
-        if not told:
-            holders = "; ".join((LOCKS / f"{gpu.replace('/', '_')}.lock").read_text() or "another process" for gpu in ids)
-            say(f"waiting for a GPU: {len(ids)} may be used here, and all are taken: {holders}")
-            told = True
+        with _ledger():
+            before = [one for one in itertools.takewhile(lambda one: one.key != key, _living("waits")) if not one.passable()]
+            found = _place(ids, asks, before)
+            if not isinstance(found, str):
+                gpu, bytes, others = found
+                file = _write("held", Claim(key, os.getpid(), [gpu], bytes, others, who, began))
+                if waits:
+                    waits.close()
+                break
+            if not waits:
+                waits = _write("waits", Claim(key, os.getpid(), ids, asks, 0, who, began))
+                want = f"{asks / 2**30:.1f} GiB" if mebibytes < WHOLE else "a card for itself"
+                say(f"waiting for a GPU: asks for {want}; {len(ids)} may be used here, and none has room: {found}")
         time.sleep(SECONDS)
+    held = Held(gpu, file, bytes if bytes == asks else None, asks, os.environ.get("CUDA_VISIBLE_DEVICES"))
+    os.environ["CUDA_VISIBLE_DEVICES"] = gpu
+    threading.Thread(target=held.watch, daemon=True).start()
+    return held
+
+
+def facts() -> dict:
+    """For run.json: seconds of the card that were this job's, and how many jobs shared it on the average of its time."""
+    if held is None:
+        return {}
+    held.count()
+    return {"gpu_seconds": round(held.card_seconds, 2), "gpu_jobs": round(held.seconds / held.card_seconds, 2)}
+
+
+def out_of_memory(error: BaseException | None) -> bool:
+    """Whether a step ended because its GPU had no memory for it, whichever library said so."""
+    while error is not None:
+        text = f"{type(error).__name__}: {error}"
+        if "CUDA" in text and "out of memory" in text or "OutOfMemoryError" in text or "ALLOC_FAILED" in text:
+            return True
+        error = error.__cause__ or error.__context__
+    return False
+
+
+def known(file: Path, mebibytes: int) -> int:
+    """What a step asks for: its estimate, or what such a step was found to need where that is more."""
+    return max(mebibytes, _noted(file))
+
+
+def _noted(file: Path) -> int:
+    try:
+        return int(json.loads(file.read_text())["mebibytes"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return 0
+
+
+def learn(file: Path, mebibytes: int, peak: float | None) -> None:
+    """Note what a step needs that was estimated at so many MiB. peak: bytes at its end; None if it did not reach that."""
+    noted = _noted(file)
+    found = WHOLE if peak is None else max(int(share(peak) / cards.MIB) + 1, noted if noted < WHOLE else 0)
+    if found <= mebibytes:
+        file.unlink(missing_ok=True)  # it was not the estimate
+    elif found != noted:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        part = file.with_name(f".{file.name}.{os.getpid()}")
+        part.write_text(json.dumps({"mebibytes": found, "estimated": mebibytes}) + "\n")
+        os.replace(part, file)

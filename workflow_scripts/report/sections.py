@@ -181,10 +181,15 @@ def budgets(world: World) -> list[dict]:
             continue
         row = {"name": name, "method": body["method"], "slice": body["slice"]}
         for what in ("rows", "steps", "tokens", "seconds"):
-            known = [facts[what] for facts in trained if facts.get(what) is not None]
+            known = [gpu_seconds(facts) if what == "seconds" else facts[what] for facts in trained if facts.get(what) is not None]
             row[what] = f"{numpy.mean(known):,.0f}" if known else ""
         rows.append(row)
     return rows
+
+
+def gpu_seconds(facts: dict) -> float:
+    """A phase's own seconds of the card: a second that it shared with two others is a third of one."""
+    return facts.get("gpu_seconds", facts["seconds"])
 
 
 def costs(world: World) -> list[dict]:
@@ -196,13 +201,13 @@ def costs(world: World) -> list[dict]:
         by_experiment.setdefault(run.experiment, []).append(run)
     for name, runs in by_experiment.items():
         seconds: Counter = Counter()
-        memory = 0.0
+        memory = on_gpu = 0.0
         for run in runs:
             for phase, facts in run.phases.items():
                 seconds[phase.split(" ")[0]] += facts["seconds"]
+                on_gpu += gpu_seconds(facts) if phase.split(" ")[0] in ("training", "answers") else 0
                 memory = max(memory, facts.get("gpu_peak_memory_bytes") or facts.get("peak_memory_bytes") or 0)
-        gpu_seconds = sum(value for phase, value in seconds.items() if phase in ("training", "answers"))
-        hours = gpu_seconds / 3600 if world.config["device"] == "cuda" else None
+        hours = on_gpu / 3600 if world.config["device"] == "cuda" else None
         rows.append(
             {
                 "name": name,

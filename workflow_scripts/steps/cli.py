@@ -16,6 +16,7 @@ import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
+from typing import NoReturn
 
 from workflow_scripts.artifacts import runinfo, work
 from workflow_scripts.artifacts.fingerprint import fingerprint
@@ -31,6 +32,8 @@ def parser(doc: str) -> argparse.ArgumentParser:
     made.add_argument("--out", required=True, type=Path, help="where the manifest goes; the other files go beside it")
     made.add_argument("--work", type=Path, default=Path("results/.work"), help="locks and unfinished work")
     made.add_argument("--gpus", type=int, default=1, help="GPUs that the job was given: with 0 the step takes none")
+    made.add_argument("--gpu-mb", type=int, default=gpus.WHOLE, help="MiB of a GPU that it needs; a card for itself if not given")
+    made.add_argument("--alone", action="store_true", help=argparse.SUPPRESS)  # again, with a card for itself
     made.add_argument("--log", type=Path, help="write all messages here instead of to the terminal")
     made.add_argument("--track", default="none", choices=["none", "tensorboard", "wandb"], help="live training curves")
     made.add_argument("--checkpoint-minutes", type=float, default=10.0, help="how often a training saves where it is")
@@ -93,9 +96,9 @@ def _environment(threads: int, online: bool) -> list[str]:
     return acting
 
 
-def _redirect(log: Path | None) -> int:
-    """Send standard output and error, C libraries' included, into the log. Returns a descriptor of the real error stream."""
-    real = os.dup(2)
+def _redirect(log: Path | None) -> tuple[int, int]:
+    """Send standard output and error, C libraries' included, into the log. Returns descriptors of the real streams."""
+    real, output = os.dup(2), os.dup(1)
     if log is not None:
         log.parent.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)  # emptied once the step has its lock
@@ -106,7 +109,24 @@ def _redirect(log: Path | None) -> int:
         os.close(descriptor)
         terminal = os.fdopen(os.dup(real), "w")
         progress.set_terminal(terminal if terminal.isatty() else None)
-    return real
+    return output, real
+
+
+def _peak() -> float:
+    """Bytes that torch allocated on the GPU at most."""
+    return sys.modules["torch"].cuda.max_memory_allocated() if "torch" in sys.modules else 0.0
+
+
+def _again_alone(out: int, error: int) -> NoReturn:
+    """This command again in this process, with a card for itself. A new program: nothing of the old one stays on the card."""
+    os.dup2(out, 1)
+    os.dup2(error, 2)
+    if gpus.held is not None:
+        if gpus.held.visible is None:
+            del os.environ["CUDA_VISIBLE_DEVICES"]
+        else:
+            os.environ["CUDA_VISIBLE_DEVICES"] = gpus.held.visible
+    os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:], "--alone"])
 
 
 def _full(work: Path) -> str:
@@ -125,7 +145,7 @@ def run(main: Callable[[Job], None], doc: str | None, describe: Callable[[Path],
     wrong there is said, and fails nothing.
     """
     args = parser(doc or "").parse_args()
-    real = _redirect(args.log)
+    output, real = _redirect(args.log)
 
     def say(text: str) -> None:
         """One line for people on the terminal, and in the log where there is one."""
@@ -135,13 +155,15 @@ def run(main: Callable[[Job], None], doc: str | None, describe: Callable[[Path],
 
     try:
         step = read_step(args.step)
+        # Steps of one kind and one estimate are alike, whatever their seed.
+        needs = args.work / "gpu_needs" / f"{step['step']}-{args.gpu_mb}.json"
         acting = _environment(step.get("threads", 1), _needs_hub(step))
         if args.log is not None:
             os.environ.setdefault("TENSORBOARD_LOGGING_DIR", str(args.log.parent / "tensorboard"))
         runinfo.check_packages(step)
         job = Job(step, args.inputs, args.out, args.work, args.track, args.checkpoint_minutes, args.slots, args.limits)
         with work.exclusive(args.work, work.place(args.out), say), work.exclusive(args.work, fingerprint(step), say):
-            if args.log is not None:
+            if args.log is not None and not args.alone:
                 os.truncate(args.log, 0)  # the lines before are of an earlier run, or of who held the lock
             if acting:
                 print(f"not heeded, since the config decides: {', '.join(acting)} in the environment", flush=True)
@@ -149,9 +171,12 @@ def run(main: Callable[[Job], None], doc: str | None, describe: Callable[[Path],
                 say("already made with this fingerprint: taken over")
             else:
                 work.claim(args.work, fingerprint(step), args.out, step)
-                _gpu = gpus.take(say) if step.get("device") == "cuda" and args.gpus else None  # held until the process ends
+                if step.get("device") == "cuda" and args.gpus:
+                    gpus.take(say, gpus.WHOLE if args.alone else gpus.known(needs, args.gpu_mb))  # until the process ends
                 job.started = time.time()
                 main(job)
+                if gpus.held is not None:
+                    gpus.learn(needs, args.gpu_mb, _peak())
             if describe is not None:
                 try:
                     describe(args.out.parent)
@@ -168,8 +193,13 @@ def run(main: Callable[[Job], None], doc: str | None, describe: Callable[[Path],
         sys.exit(128 + signal.SIGINT)
     except Exception as error:
         traceback.print_exc()
-        say(
-            f"error: {_full(args.work)}{type(error).__name__}: {' '.join(str(error).split())[:500]}"
-            + (f" (details: {args.log})" if args.log else "")
-        )
+        what = f"{type(error).__name__}: {' '.join(str(error).split())[:500]}"
+        if gpus.held is not None and gpus.out_of_memory(error):
+            if gpus.held.bytes is not None:
+                gpus.learn(needs, args.gpu_mb, None)
+                asked = f"{gpus.held.asked / 2**30:.1f} GiB of the GPU were asked for"
+                say(f"{asked}, and are not enough: {what}. Again, with a card for itself")
+                _again_alone(output, real)
+            what = f"it had the GPU for itself. `make fits` names the keys that make it smaller. {what}"
+        say(f"error: {_full(args.work)}{what}" + (f" (details: {args.log})" if args.log else ""))
         sys.exit(1)

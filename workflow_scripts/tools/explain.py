@@ -141,6 +141,12 @@ def seconds_of(manifest: Path, benchmark: str) -> float | None:
         return None
 
 
+def jobs_on_card(manifest: Path) -> float | None:
+    """How many jobs shared the GPU with the phase last time, itself among them, on the average of its time."""
+    run = runs.read_json(manifest.with_name(manifest.name.replace("manifest.json", "run.json"))) or {}
+    return run.get("gpu_jobs") if manifest.name.endswith("manifest.json") else None
+
+
 def explain(plan: Plan, targets: list[str], jobs: list[Job]) -> list[Finding]:
     """What to say of each phase that the targets are made from, in the order of the DAG, then of Snakemake's other jobs."""
     by_file = graph.phases_by_file(plan, [*targets, *(file for job in jobs for file in job.outputs)])
