@@ -9,6 +9,7 @@ from workflow_scripts.data import hub
 from workflow_scripts.plumbing import gpus
 from workflow_scripts.plumbing.environment import check_writable
 from workflow_scripts.plumbing.messages import InputError
+from workflow_scripts.tools import rehearse
 from workflow_scripts.tools.differences import differences
 
 
@@ -29,6 +30,7 @@ def preflight():
         sys.exit(1)
     if workflow.is_main_process:
         try_the_card()
+        try_the_judges()
 
 
 def say_what_is_replaced():
@@ -59,3 +61,15 @@ def try_the_card():
     if done.returncode:
         sys.stderr.write(f"{(done.stderr or done.stdout).strip().splitlines()[-1]}\n")
         sys.exit(1)
+
+
+def try_the_judges():
+    """Scorers and verifiers run last: what they lack on this machine is known now, not after the training. By jobs' own python."""
+    if workflow.deployment_settings.deployment_method:
+        return  # jobs run in an environment of their own
+    if parts := rehearse.parts(PLAN, workflow.dag.needrun_jobs()):
+        command = ["python", "-m", "workflow_scripts.tools.rehearse", json.dumps(parts)]
+        done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        if done.returncode:
+            sys.stderr.write(f"{(done.stderr or done.stdout).strip().splitlines()[-1]}\n")
+            sys.exit(1)
