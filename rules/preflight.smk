@@ -65,8 +65,8 @@ def try_the_card():
 
 def try_the_judges():
     """Scorers and verifiers run last: what they lack on this machine is known now, not after the training. By jobs' own python."""
-    if workflow.deployment_settings.deployment_method:
-        return  # jobs run in an environment of their own
+    if workflow.touch or workflow.deployment_settings.deployment_method:
+        return  # no job runs, or in an environment of its own
     if parts := rehearse.parts(PLAN, workflow.dag.needrun_jobs()):
         command = ["python", "-m", "workflow_scripts.tools.rehearse", json.dumps(parts)]
         done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
