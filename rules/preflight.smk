@@ -3,8 +3,9 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
-from workflow_scripts.artifacts import manifests
+from workflow_scripts.artifacts import fingerprint, manifests, work
 from workflow_scripts.data import hub
 from workflow_scripts.plumbing import gpus
 from workflow_scripts.plumbing.environment import check_writable
@@ -21,9 +22,7 @@ def preflight():
     if workflow.is_main_process:
         say_what_is_replaced()
     try:
-        check_writable(
-            path for job in workflow.dag.needrun_jobs() for path in [*job.output, *job.log, *filter(None, [job.benchmark])]
-        )
+        check_writable(path for job in workflow.dag.needrun_jobs() for path in written_by(job))
         hub.check_jobs(workflow.dag.needrun_jobs())
     except InputError as error:
         sys.stderr.write(f"{error}\n")
@@ -31,6 +30,14 @@ def preflight():
     if workflow.is_main_process:
         try_the_card()
         try_the_judges()
+
+
+def written_by(job):
+    """What a job writes: its files, and the two locks that its step holds (steps/cli.py)."""
+    yield from [*job.output, *job.log, *filter(None, [job.benchmark])]
+    if "step" in job.params.keys():
+        for lock in (work.place(Path(job.output[0])), fingerprint.of_text(job.params.step)):
+            yield f"{PLAN.work}/locks/{lock}.lock"
 
 
 def say_what_is_replaced():
