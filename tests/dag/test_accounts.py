@@ -14,7 +14,7 @@ from tests.conftest import MICRO
 from workflow_scripts.artifacts.work import place
 
 OWNER, MEMBER, GROUP = 12345, 12346, 12347  # of a clone, of who runs in it, of both
-# What may differ between two people's shells, stands in no fingerprint, and so must decide nothing (docs/reproducibility.md).
+# What may differ between two people's shells, stands in no fingerprint, and so must decide nothing (docs/staleness.md).
 ELSEWHERE = {"TZ": "Asia/Tokyo", "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "PYTHONHASHSEED": "7"}
 
 
