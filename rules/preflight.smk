@@ -3,11 +3,13 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
-from workflow_scripts.artifacts import manifests
+from workflow_scripts.artifacts import fingerprint, manifests, work
 from workflow_scripts.data import hub
 from workflow_scripts.plumbing.environment import check_writable
 from workflow_scripts.plumbing.messages import InputError
+from workflow_scripts.tools import rehearse
 from workflow_scripts.tools.differences import differences
 
 
@@ -16,16 +18,23 @@ def preflight():
     if workflow.is_main_process:
         say_what_is_replaced()
     try:
-        check_writable(
-            path for job in workflow.dag.needrun_jobs() for path in [*job.output, *job.log, *filter(None, [job.benchmark])]
-        )
+        check_writable(path for job in workflow.dag.needrun_jobs() for path in written_by(job))
         hub.check_jobs(workflow.dag.needrun_jobs())
     except InputError as error:
         sys.stderr.write(f"{error}\n")
         sys.exit(1)
     if workflow.is_main_process:
         try_the_card()
+        try_the_judges()
         put_first()
+
+
+def written_by(job):
+    """What a job writes: its files, and the two locks that its step holds (steps/cli.py)."""
+    yield from [*job.output, *job.log, *filter(None, [job.benchmark])]
+    if "step" in job.params.keys():
+        for lock in (work.place(Path(job.output[0])), fingerprint.of_text(job.params.step)):
+            yield f"{PLAN.work}/locks/{lock}.lock"
 
 
 def say_what_is_replaced():
@@ -56,3 +65,15 @@ def try_the_card():
     if done.returncode:
         sys.stderr.write(f"{(done.stderr or done.stdout).strip().splitlines()[-1]}\n")
         sys.exit(1)
+
+
+def try_the_judges():
+    """Scorers and verifiers run last: what they lack on this machine is known now, not after the training. By jobs' own python."""
+    if workflow.touch or workflow.deployment_settings.deployment_method:
+        return  # no job runs, or in an environment of its own
+    if parts := rehearse.parts(PLAN, workflow.dag.needrun_jobs()):
+        command = ["python", "-m", "workflow_scripts.tools.rehearse", json.dumps(parts)]
+        done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        if done.returncode:
+            sys.stderr.write(f"{(done.stderr or done.stdout).strip().splitlines()[-1]}\n")
+            sys.exit(1)

@@ -238,9 +238,18 @@ def test_a_mistake_of_a_file_is_not_put_on_the_command_line(tmp_path):
         ("a: 1\nb:\n\tc: 1\n", r"bad.yaml: not valid YAML: .*line 3, column 1; YAML takes spaces, no tabs"),
         (
             "a:\u00a01\n",
-            r"bad.yaml: expected a mapping of keys on top, found str; a no-break space after a colon is none to YAML",
+            r"bad.yaml: expected a mapping of keys on top, found str; line 1 has a no-break space, which is no space to YAML",
         ),
-        ("a: 1\n".encode("utf-16"), r"bad.yaml: not UTF-8 text \(UTF-16, as some editors write\?\); save it as UTF-8"),
+        ("a: 1\nb:\u00a0cpu\nc: 1\n", r"bad.yaml: not valid YAML: .*line 3.*; line 2 has a no-break space"),
+        ("a: 1\nb:\n\u00a0\u00a0c: 1\n", r"bad.yaml: line 3: a no-break space, which is no space to YAML; type it anew"),
+        ("a:\t1\n", r"bad.yaml: not valid YAML: .*line 1, column 3; YAML takes spaces, no tabs"),
+        ("a: 1\n".encode("utf-16"), r"bad.yaml: line 1: not UTF-8 text but UTF-16, as some editors write; save it as UTF-8"),
+        ("a: 1\n".encode("utf-16-le"), r"bad.yaml: line 1: not UTF-8 text but UTF-16"),
+        ("a: 1\nb: für\n".encode("latin-1"), r"bad.yaml: line 2: not UTF-8 text \(the byte 0xfc\); save it as UTF-8"),
+        (
+            "# nothing yet\n",
+            r"bad.yaml: empty, or comments alone, which Snakemake takes for no config; write",
+        ),
         ("a: [1,\n", r"bad.yaml: not valid YAML: .*line 2"),
         ("- a\n", r"bad.yaml: expected a mapping of keys on top, found list"),
         (None, r"bad.yaml: cannot be read: No such file"),
@@ -252,6 +261,14 @@ def test_what_is_no_mapping_of_single_text_keys_is_refused(tmp_path, text, words
     with pytest.raises(InputError, match=words) as caught:
         read_yaml(tmp_path / "bad.yaml")
     assert "\n" not in str(caught.value)
+
+
+def test_a_target_that_was_read_as_a_config_is_told_apart_from_one(tmp_path):
+    """`--configfile F TARGET`: Snakemake takes every word that follows for a config file, and a score is JSON."""
+    score = tmp_path / "ifeval_dpo.json"
+    score.write_text('{"fingerprint": "ab", "step": {}, "prompt_level_strict_acc": 0.5}')
+    with pytest.raises(InputError, match=rf"{score}: is a result, no config; .* before it: snakemake {score} --conf"):
+        load(DEFAULT, score)
 
 
 def test_anchors_and_merge_keys_of_yaml_are_read(tmp_path):

@@ -11,9 +11,10 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import MICRO
+from workflow_scripts.artifacts.work import place
 
 OWNER, MEMBER, GROUP = 12345, 12346, 12347  # of a clone, of who runs in it, of both
-# What may differ between two people's shells, stands in no fingerprint, and so must decide nothing (docs/reproducibility.md).
+# What may differ between two people's shells, stands in no fingerprint, and so must decide nothing (docs/staleness.md).
 ELSEWHERE = {"TZ": "Asia/Tokyo", "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "PYTHONHASHSEED": "7"}
 
 
@@ -82,6 +83,12 @@ def test_a_colleague_of_the_group_makes_again_what_another_account_made_and_move
     assert "can't be written, since " in done.stderr and "belongs to the account 12345" in done.stderr
     assert not (clone.folder / "results/data/pairs.jsonl").exists()
     (clone.folder / "logs/dpo").chmod(0o775)
+    held = clone.folder / "results/.work/locks" / f"{place(Path(clone.folder / 'results/dpo/adapter/manifest.json'))}.lock"
+    held.touch(0o644)  # of the owner's umask 022, in a folder that both may write to
+    os.chown(held, OWNER, GROUP)
+    done = as_member(clone, *command)
+    assert done.returncode == 1 and f"{held.relative_to(clone.folder)}: can't be written, since " in done.stderr, done.stderr
+    held.chmod(0o664)
 
     done = as_member(clone, *command)
     assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import shutil
 import subprocess
 import time
 from pathlib import Path
@@ -291,3 +292,15 @@ def test_a_card_that_is_not_there_is_said_before_any_job(clone):
     done = clone.snakemake("results/ifeval_dpo.json", configs=clone.overlay("{device: cuda, precision: fp16}"), check=False)
     assert done.returncode == 1 and "device: cuda, but torch " in done.stderr and "finds no GPU here" in done.stderr
     assert "rule train_sft" not in done.stdout + done.stderr
+
+
+def test_a_scorer_that_cannot_judge_is_said_before_any_job(made):
+    """With rows of a slice that is there, and so is not judged anew: they would end the last step, after the training."""
+    row = {"id": "r:1", "key": 1, "prompt": "x", "instruction_id_list": ["no:such"], "kwargs": [{}]}
+    (made.folder / "results/data/ifeval.jsonl").write_text(json.dumps(row))
+    shutil.rmtree(made.folder / "results/dpo")
+    (made.folder / "results/ifeval_dpo.json").unlink()
+    done = made.snakemake("results/ifeval_dpo.json", check=False)
+    assert done.returncode == 1, done.stderr
+    assert "results/data/ifeval.jsonl: row r:1: lm-eval does not know the instruction 'no:such'" in done.stderr
+    assert "rule train_dpo" not in done.stdout + done.stderr

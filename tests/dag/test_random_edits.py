@@ -36,6 +36,8 @@ from pathlib import Path
 from workflow_scripts.artifacts.fingerprint import file_sha256, fingerprint
 
 args = sys.argv[1:]
+if args[1] == "workflow_scripts.tools.rehearse":
+    sys.exit()
 module, step, out = args[1], json.loads(args[args.index("--step") + 1]), Path(args[args.index("--out") + 1])
 inputs = [Path(name) for name in args[args.index("--inputs") + 1 : args.index("--out")]]
 given = {{(read := json.loads(path.read_text()))["fingerprint"]: path for path in inputs if path.name.endswith("manifest.json")}}

@@ -13,6 +13,7 @@ from workflow_scripts.models import chat
 GPT = {"from": "gpt", "value": "a"}
 ASKED = {"from": "human", "value": "q"}
 MARKED = "with an answer that is marked not to be trained on"
+PART = {"type": "text", "text": "is this"}
 BESIDE = "with a thought beside the answer"
 CUT = "with an answer that the model's chat template does not write whole"
 THOUGHT = "<think>first this, then that</think>yes it is"
@@ -77,11 +78,31 @@ def test_an_answer_whose_thought_stands_beside_it_is_not_trained_without_it(slic
         ("sft", chat_row("<image> what is it?", "a bridge") | {"images": ["bridge.jpg"]}),
         ("sft", {"conversations": [ASKED, GPT], "image": "bridge.jpg"}),
         ("preference", pair_row("what is it?") | {"videos": ["bridge.mp4"]}),
+        (
+            "sft",
+            {"messages": [turn("user", [PART, {"type": "image_url", "image_url": {"url": "b.jpg"}}]), turn("assistant", "a")]},
+        ),
+        ("preference", pair_row([turn("user", [PART, {"type": "image"}])])),
     ],
 )
 def test_a_question_about_a_picture_is_not_trained_without_it(slicer, kind, row):
     """hiyouga/LlamaFactory #6375: "This model does not support image input"."""
     assert dropped(slicer, row, kind) == {"with pictures or sound": 1}
+
+
+def test_a_content_in_parts_is_read_where_all_of_them_are_texts(slicer):
+    """modelscope/ms-swift #8326: "messages/content changed from string to object", in a file that has both."""
+    talk = [
+        turn("user", [PART, {"type": "text", "text": " a bridge?"}]),
+        turn("assistant", [{"type": "text", "text": "yes it is"}]),
+    ]
+    kept, manifest = slicer([{"messages": talk}, *good("sft", 4)])
+    assert kept[0]["messages"] == [turn("user", "is this a bridge?"), turn("assistant", "yes it is")] and not manifest["dropped"]
+
+
+def test_a_content_in_parts_of_another_form_is_an_error(slicer):
+    odd = {"messages": [turn("user", [PART, "and this"]), turn("assistant", "a")]}
+    assert "line 1: a message needs the strings role and content" in slicer.error([odd])
 
 
 def test_pictures_in_a_column_of_parquet_are_seen_and_not_read_as_text(slicer):

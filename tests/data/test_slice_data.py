@@ -101,7 +101,7 @@ FORMS = {
     b'{"message": []}': r"mine.jsonl: line 1: found the keys message, which is none of the formats for kind sft: messages ",
     b"{}": r"mine.jsonl: line 1: found the keys nothing, which is none of",
     b'{"messages": "hi"}': r"expected a list of messages, found str",
-    b'{"messages": []}': r"expected a list of messages",
+    b'{"messages": []}': r"expected a list of messages, found an empty one",
     b'{"messages": [{"role": "user"}]}': r"a message needs the strings role and content, found {\"role\": \"user\"}",
     b'{"messages": [{"role": "user", "content": null}]}': r"a message needs the strings role and content",
     b'{"messages": [{"role": "human", "content": "x"}]}': r"found the role 'human', expected system, user or assistant",

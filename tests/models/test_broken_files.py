@@ -35,6 +35,13 @@ def test_json_that_was_cut_off_is_named(model, name, keep):
         sources.from_folder(model, torch.float32)
 
 
+def test_a_config_that_was_cut_off_is_named_when_the_plan_is_made(model):
+    """The plan reads it for its estimates: a traceback there, and with `--quiet all` exit status 1 without a word."""
+    (model / "config.json").write_text((model / "config.json").read_text()[:300])
+    with pytest.raises(InputError, match=r"model/config.json: not valid JSON .*cut off, or is no such file; fetch it again"):
+        sources.folder_hashes(model)
+
+
 @pytest.mark.parametrize(
     "keep, says", [(-1000, r"[\d,]+ bytes, expected [\d,]+ by its header"), (100, "has no header"), (3, "no header")]
 )

@@ -36,13 +36,14 @@ QUIET = {
     "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false",
     "HF_HUB_DISABLE_TELEMETRY": "1", "HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "CUBLAS_WORKSPACE_CONFIG": ":4096:8",
 }  # fmt: skip
+BY_JOBS = ("workflow_scripts.steps.", "workflow_scripts.tools.rehearse")  # what runs by the `python` of the PATH
 PYTHON = "WARM_PYTHON"  # the variable that gives a tool the client in place of its own interpreter: it starts a Snakemake by that
 CLIENT = """#!{python} -SE
 import json, os, socket, sys
 command = ["python", *sys.argv[1:]]
 if command[1:3] == ["-m", "snakemake"]:
     command = ["snakemake", *command[3:]]
-elif command[1:2] != ["-m"] or not command[2].startswith("workflow_scripts.steps.") or os.environ.get("HF_ENDPOINT") != {hub!r}:
+elif command[1:2] != ["-m"] or not command[2].startswith({steps!r}) or os.environ.get("HF_ENDPOINT") != {hub!r}:
     os.execv({python!r}, [{python!r}, *sys.argv[1:]])
 with socket.socket(socket.AF_UNIX) as server:
     server.connect({address!r})
@@ -69,7 +70,7 @@ class Warm:
         client = Path(self.folder.name, "bin/python")
         if not client.exists():
             client.parent.mkdir()
-            client.write_text(CLIENT.format(python=sys.executable, address=self.address, hub=self.hub))
+            client.write_text(CLIENT.format(python=sys.executable, address=self.address, hub=self.hub, steps=BY_JOBS))
             client.chmod(0o755)
         return str(client.parent)
 

@@ -208,6 +208,19 @@ def test_dpo_kto_and_the_reward_model_leave_out_the_same_pairs_up_to_the_share_t
     assert made.data["objective"]["after"]["n"] == 8 - out[True]
 
 
+def test_the_manifest_of_sft_counts_the_conversations_that_are_cut(base, slices, tmp_path):
+    """hiyouga/LlamaFactory #3945, huggingface/trl #4698: what is cut teaches no end of an answer."""
+    tokenizer, rows = chat.tokenizer_of(manifests.read(base)), manifests.read(slices["sft_v2"])
+    lengths = {
+        held: sorted(len(tokenizer.apply_chat_template(row["messages"])["input_ids"]) for row in rows.rows(heldout=held))
+        for held in (False, True)
+    }
+    limit = lengths[False][-4]
+    made = small_steps.train(tmp_path, "sft_v2", base, slices["sft_v2"], max_length=limit, max_steps=1)
+    cut = {held: sum(length > limit for length in found) for held, found in lengths.items()}
+    assert 0 < cut[False] < 4 and made.data["cut"] == {"train": cut[False], "heldout": cut[True]}
+
+
 @pytest.mark.parametrize(("method", "prompts"), [("ppo_ifeval", 64), ("grpo", 8), ("rloo", 8)])
 def test_a_slice_with_fewer_rows_than_a_rollout_has_prompts_is_refused(base, tmp_path, method, prompts):
     """TRL drops what fills no rollout: it would train no step."""

@@ -84,6 +84,12 @@ class Written:
         methods = read_yaml(METHODS_FILE)
         self._sources = [(str(METHODS_FILE.relative_to(ROOT)), methods)]
         self._sources += [(str(name), read_yaml(name)) for name in files or []]
+        for name, data in self._sources:
+            if {"fingerprint", "step"} <= set(data):
+                raise InputError(
+                    f"{name}: is a result, no config; `--configfile` takes all words that follow it. Put the target before it: "
+                    f"snakemake {name} --configfile ..."
+                )
         if more := _beyond(user, merge_all([data for _, data in self._sources[1:]])):
             more = {key: _read_again(value) if isinstance(value, dict | list) else value for key, value in more.items()}
             self._sources.append(("--config", more))

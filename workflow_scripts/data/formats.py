@@ -82,7 +82,8 @@ def _beyond_text(given: dict, kind: str) -> str | None:
 
     if any(isinstance(who, str) and who in parts.MACHINES for who in speakers) or has(TOOLS, given, *turns):
         return "with tools"
-    if has(MEDIA, given, *turns):
+    shown = [part for one in turns if isinstance(one.get("content"), list) for part in one["content"] if isinstance(part, dict)]
+    if has(MEDIA, given, *turns) or any(part.get("type", "text") != "text" for part in shown):
         return "with pictures or sound"
     if has(THOUGHTS, *turns):
         return "with a thought beside the answer"

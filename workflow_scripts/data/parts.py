@@ -42,17 +42,25 @@ def turn(role: str, content: str) -> dict:
 def turns(messages: object, place: str) -> list[dict]:
     """Messages with role and content only. InputError if they are not a conversation."""
     if not isinstance(messages, list) or not messages:
-        raise InputError(f"{place}: expected a list of messages, found {type(messages).__name__}")
+        found = "an empty one" if messages == [] else type(messages).__name__
+        raise InputError(f"{place}: expected a list of messages, found {found}")
+    made = []
     for message in messages:
-        if (
-            not isinstance(message, dict)
-            or not isinstance(message.get("role"), str)
-            or not isinstance(message.get("content"), str)
-        ):
+        content = joined(message.get("content")) if isinstance(message, dict) else None
+        if not isinstance(content, str) or not isinstance(message.get("role"), str):
             raise InputError(f"{place}: a message needs the strings role and content, found {show(message)}")
         if message["role"] not in ROLES:
             raise InputError(f"{place}: found the role {message['role']!r}, expected system, user or assistant")
-    return [turn(message["role"], message["content"]) for message in messages]
+        made.append(turn(message["role"], content))
+    return made
+
+
+def joined(content: object) -> object:
+    """The text of a content that stands as parts, `[{type: text, text}, ...]`, as templates write it: one after the other."""
+    if not isinstance(content, list) or not content:
+        return content
+    found = [part["text"] for part in content if isinstance(part, dict) and part.get("type") == "text" and "text" in part]
+    return "".join(found) if len(found) == len(content) and all(isinstance(one, str) for one in found) else content
 
 
 def text_or_turns(row: dict, key: str, role: str, place: str) -> list[dict]:

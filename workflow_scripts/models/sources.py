@@ -51,6 +51,7 @@ def folder_files(folder: Path | str) -> list[Path]:
         with open(path, "rb") as file:
             if file.read(len(LFS)) == LFS:
                 raise InputError(f"{path}: a pointer of Git LFS, not the file itself; fetch it with `git lfs pull`")
+    check_whole(folder / "config.json")  # which the plan itself reads
     return files
 
 

@@ -41,7 +41,7 @@ def check_writable(files: Iterable[str]) -> None:
     linked: set[Path] = set()
     for file in map(Path, files):
         # An output is renamed over what is there, which asks for the folder alone; the others are written into what is there.
-        inside = file.suffix in (".log", ".pkl") and file.exists()
+        inside = file.suffix in (".log", ".lock", ".pkl") and file.exists()
         if file.parent not in linked:
             linked.add(file.parent)
             check_links(file.parent)

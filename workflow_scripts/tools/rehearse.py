@@ -1,0 +1,151 @@
+"""Try what will judge answers before anything is trained: each scorer on one answer, each verifier on one row, each task's examples.
+
+A scorer is the last step of a chain, and what it needs of the machine (the checkers' tables, languages, lm-eval's tasks) it looks
+for when it runs. So does a verifier, at the first rollout. Snakemake runs this before the first job of a run that trains or
+answers. Rows are those of the slices that are there; a slice that is made anew judges its rows itself (evaluation/rows.py).
+
+    python -m workflow_scripts.tools.rehearse '[{"judge": "ifeval", "of": "eval.ifeval", "strip_think": false, "rows": "results/data/ifeval.jsonl"}]'
+"""  # noqa: E501
+
+import json
+import sys
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from workflow_scripts.config.experiments import VERIFIERS, rewards
+from workflow_scripts.config.names import CHOICE, EVALUATED
+from workflow_scripts.data import formats, slicing
+from workflow_scripts.evaluation import gsm8k, ifeval, lm_tasks
+from workflow_scripts.evaluation import rows as judging
+from workflow_scripts.plan.plan import Plan
+from workflow_scripts.plumbing.jsonl import read_jsonl
+from workflow_scripts.plumbing.messages import InputError
+from workflow_scripts.rl import verifiers
+
+SCORES = {"ifeval": ifeval.score, "gsm8k": gsm8k.score}
+# One row for each, and an answer that is right. That of IFEval needs the checkers' tables of sentences and of languages.
+SENTENCES, LANGUAGE = "length_constraints:number_sentences", "language:response_language"
+TRIED: dict[str, tuple[dict, str]] = {
+    "ifeval": (
+        {
+            "instruction_id_list": [SENTENCES, LANGUAGE],
+            "kwargs": [{"num_sentences": 2, "relation": "at least"}, {"language": "en"}],
+        },
+        "The river is long and wide. The hill behind it is high and green.",
+    ),
+    "gsm8k": ({"final": "18"}, "He has 20 and gives away 2.\n#### 18"),
+}
+QUESTION = {"key": 1, "question": "Which one flies?", "choices": ["a", "b", "c", "d"], "answer": 0, "subject": "anatomy"}
+TARGETS = {"choices": ["a bird", "a stone"], "labels": [1, 0]}
+TRUTH = {"key": 1, "question": "What flies?", "mc1_targets": TARGETS, "mc2_targets": TARGETS}
+
+
+def parts(plan: Plan, jobs: Iterable[Any]) -> list[dict]:
+    """What these jobs judge answers with, each once, as `main` takes it; nothing if they neither train nor answer.
+
+    jobs: Snakemake's.
+    """
+    jobs = list(jobs)
+    evaluation, slices = plan.config.data["eval"], plan.config.data["data"]["slices"]
+    anew = {job.wildcards.slice for job in jobs if job.rule.name == "slice_data"}
+    if not any(job.rule.name.startswith(("train_", "generate", "make_base", "lm_eval")) for job in jobs):
+        return []
+
+    def rows(name: str) -> str:
+        return "" if name in anew or not Path(plan.slice_inputs(name)[1]).exists() else plan.slice_inputs(name)[1]
+
+    def source(name: str) -> dict:
+        return {"files": plan.source_files(name), **{key: slices[name].get(key) for key in ("rows", "seed", "format")}}
+
+    found: dict[str, dict] = {}
+    for job in jobs:
+        task = job.wildcards.get("task")
+        if job.rule.name == "score":
+            settings = {"strip_think": evaluation[task]["strip_think"]}
+            found[f"eval.{task}"] = {"judge": task, "rows": rows(plan.config.evaluations[task]), **settings}
+        elif job.rule.name == "lm_eval_task":
+            names = {"asked": evaluation[task]["prompts"], "solved": evaluation[task].get("fewshot")}
+            given = {key: {"made": rows(name), **source(name)} for key, name in names.items() if name}
+            found[f"eval.{task}"] = {"judge": task, "shots": evaluation[task].get("shots", 0), **given}
+        elif job.rule.name.startswith("train_"):
+            body = plan.experiment(job.wildcards.run)
+            for reward in rewards(body) if "reward" in body else ():
+                if reward in VERIFIERS:
+                    found[f"reward {reward} on {body['slice']}"] = {
+                        "judge": VERIFIERS[reward],
+                        "rows": rows(body["slice"]),
+                        "reward": True,
+                    }
+    return [{"of": of, **part} for of, part in found.items()]
+
+
+def one_of_each(rows: Iterable[dict]) -> Iterator[dict]:
+    """Of IFEval's rows, those that show an instruction, or arguments of another form, for the first time; else the first."""
+    seen: set[str] = set()
+    for row in rows:
+        pairs = zip(row.get("instruction_id_list", [""]), row.get("kwargs", [{}]), strict=False)
+        forms = {
+            f"{name} {sorted((key, type(value).__name__) for key, value in given.items()) if isinstance(given, dict) else given}"
+            for name, given in pairs
+        }
+        if not forms <= seen:
+            seen |= forms
+            yield row
+
+
+def answers(judge: str, of: str, rows: str, strip_think: bool = False, reward: bool = False) -> None:
+    """Judge the row that is tried, and those of a slice that is there, by the scorer of a task or by the verifier of a reward."""
+    canned, text = TRIED[judge]
+    there = list(one_of_each(read_jsonl(rows))) if rows else []
+    judging.check(EVALUATED[judge], ((f"{rows}: row {row['id']}", row) for row in there))
+    tried = [{"key": "tried", "prompt": "tried", **canned}, *there]
+    if not reward:
+        given = [{"key": row.get("key"), "prompt": row["prompt"], "response": text} for row in tried]
+        right = SCORES[judge](tried, given, strip_think, rows, rows)["per_prompt"][0]
+        found = right["correct"] if judge == "gsm8k" else all(right["follow_instruction_list_strict"])
+    elif judge == "gsm8k":
+        found = [verifiers.numeric(text, row["final"]) for row in tried][0]
+    else:
+        with ifeval.reference() as checkers:
+            found = [verifiers.ifeval_share(checkers, row, text) for row in tried][0] == 1
+    if not found:
+        raise InputError(f"{of}: an answer that is right was judged wrong on this machine: {text!r} by {canned!r}")
+
+
+def choices(judge: str, of: str, shots: int, asked: dict, solved: dict | None = None) -> None:
+    """Make lm-eval's tasks of what will be asked, and count the solved examples of each subject, where both are known by now."""
+    index = lm_tasks.manager()
+    questions, examples = questions_of(judge, asked), questions_of(judge, solved) if solved else []
+    if judge == "truthfulqa":
+        lm_tasks.truthfulqa(index, questions[:1] or [TRUTH])
+        return
+    if questions and (examples or not shots):
+        names = asked["made"] or ", ".join(asked["files"]), solved and (solved["made"] or ", ".join(solved["files"])) or ""
+        lm_tasks.check_subjects(questions, examples, shots, lm_tasks.groups(index), names)
+    first = (questions or [QUESTION])[0]
+    lm_tasks.mmlu(index, [first], [row for row in examples if row["subject"] == first["subject"]])
+
+
+def questions_of(task: str, given: dict) -> list[dict]:
+    """The rows of a slice that is there, or that its files will give; none where it comes from a hub."""
+    if given["made"]:
+        return read_jsonl(given["made"])
+    kind = EVALUATED[task]
+    picked = slicing.candidates(given["files"], given["rows"], given["seed"], kind) if given["files"] else []
+    return [{"key": one.id, **formats.convert(json.loads(one.text), kind, one.place, given["format"])[1]} for one in picked]
+
+
+def main() -> None:
+    for part in json.loads(sys.argv[1]):
+        try:
+            (choices if part["judge"] in CHOICE else answers)(**part)
+        except (InputError, formats.Unusable) as error:
+            sys.exit(str(error))
+        except Exception as error:  # of any library, for any reason that this machine has
+            said = " ".join(str(error).split())[:300]
+            sys.exit(f"{part['of']}: can't judge an answer on this machine ({type(error).__name__}: {said})")
+
+
+if __name__ == "__main__":
+    main()
