@@ -5,6 +5,7 @@ import os
 import shlex
 import sys
 from functools import cache
+from pathlib import Path
 
 from workflow_scripts.artifacts.fingerprint import ROOT
 from workflow_scripts.config import bases, names
@@ -39,6 +40,10 @@ OPTIONS = (
     f"--work {shlex.quote(PLAN.work)} --track {PLAN.config.data['track']}"
     f" --checkpoint-minutes {PLAN.config.data['checkpoint_minutes']} --slots {PLAN.config.data['generation']['slots']}"
 )
+# Several jobs at once say how far they are in a folder, whose lines are shown together (rules/progress.smk).
+BOARD = Path(PLAN.work) / "board"
+if workflow.is_main_process and workflow.local_exec and (workflow.resource_settings.cores or 1) > THREADS:
+    OPTIONS += f" --board {shlex.quote(str(BOARD))}"
 # Jobs of a scheduler have the GPUs that they were given.
 SHARE = {"always": True, "local": workflow.is_main_process and workflow.local_exec, "never": False}[PLAN.config.data["share_gpu"]]
 OFFERED = {}  # what GPUs this host has, once a real run begins: GPU -> MiB

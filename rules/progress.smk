@@ -1,6 +1,7 @@
 # What a person sees of a run: how far it is, and of a job that failed the line of its step, not the step's JSON twice.
 import signal
 import subprocess
+import threading
 import time
 from pathlib import Path
 
@@ -8,6 +9,7 @@ from snakemake.logging import DefaultFormatter, logger
 from snakemake.scheduling.job_scheduler import JobScheduler
 from snakemake.settings.enums import Quietness
 
+from workflow_scripts.plumbing import progress
 from workflow_scripts.tools.explain import duration, jobs_on_card, seconds_of, shortened
 
 
@@ -74,11 +76,28 @@ def run_and_say(self, jobs, executor=None):
     try:
         if not hasattr(self, "clock"):
             self.clock = Clock()
-        running = [job for one in self.running for job in getattr(one, "jobs", [one])]
-        says = f"{self.finished_jobs} of {len(workflow.dag)} steps done, {len(running)} running, about"
-        logger.info(f"{says} {duration(self.clock.left(running))} left", extra={"quietness": Quietness.PROGRESS})
+            threading.Thread(target=say_now_and_then, args=(self,), daemon=True).start()
+        say_how_far(self)
     except Exception as error:
         logger.debug(f"no estimate of the time left: {error!r}")
+
+
+def say_how_far(self):
+    """How many steps are done; of those that run, where several do, a line each."""
+    running = [job for one in list(self.running) for job in getattr(one, "jobs", [one])]
+    says = f"{self.finished_jobs} of {len(workflow.dag)} steps done, {len(running)} running, about"
+    lines = [f"{says} {duration(self.clock.left(running))} left", *(f"  {line}" for line in progress.on_board(BOARD))]
+    logger.info("\n".join(lines), extra={"quietness": Quietness.PROGRESS})
+
+
+def say_now_and_then(self):
+    while True:
+        time.sleep(60)
+        try:
+            if self.running and progress.on_board(BOARD):
+                say_how_far(self)
+        except Exception as error:
+            logger.debug(f"no lines of progress: {error!r}")
 
 
 def without_its_command(error):

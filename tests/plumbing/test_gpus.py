@@ -45,6 +45,7 @@ def main(job):
         (draft.folder / "data.txt").write_text(job.config["name"])
     cli._peak = lambda: job.config.get("takes", 0) * 2**20
 
+gpus.SECONDS = 0.2
 cli.run(main, "A step for tests.")
 """
 
@@ -95,7 +96,7 @@ class Host(PretendedGpus):
             time.sleep(0.02)
         raise AssertionError(f"{name} did not {what}: {self.notes()}")
 
-    def waits(self, name: str, seconds: float = 1.5) -> bool:
+    def waits(self, name: str, seconds: float = 0.8) -> bool:
         time.sleep(seconds)
         return not any(noted == name for _, noted, *_ in self.notes())
 
@@ -143,7 +144,7 @@ def test_who_came_first_goes_first_even_if_less_would_fit(host):
     host.start("large", 12_000)
     assert host.waits("large")
     host.start("small", 1000)
-    assert host.waits("small", 2.5)
+    assert host.waits("small", 1.0)
     host.release("a")
     host.until("end", "large")
     host.until("end", "small")
@@ -164,7 +165,7 @@ def test_who_waits_for_a_whole_card_lets_others_pass_for_a_while(host):
                 json.dump(waiting | {"since": waiting["since"] - gpus.PATIENCE}, file)
                 file.truncate()
     host.start("late", 1000)
-    assert host.waits("late", 2.5)
+    assert host.waits("late", 1.0)
     host.release("a")
     host.until("end", "whole")
     host.until("end", "late")

@@ -15,7 +15,7 @@ if module.startswith("workflow_scripts.steps."):
     sys.argv = ["step", *sys.orig_argv[sys.orig_argv.index(module) + 1:]]
     sys.path.insert(0, os.environ["PYTHONPATH"].split(":")[0])
     from workflow_scripts.artifacts import manifests
-    from workflow_scripts.plumbing import gpus
+    from workflow_scripts.plumbing import gpus, progress
     from workflow_scripts.steps import cli
     FILES = {"train": "adapter_model.safetensors", "make": "model.safetensors", "merge": "model.safetensors"}
 
@@ -30,7 +30,10 @@ if module.startswith("workflow_scripts.steps."):
         if gpus.held and gpus.held.bytes:
             with open(using, "w") as file:
                 file.write(f"{gpus.held.gpu} {gpus.held.bytes >> 20}")
+        bar = progress.Progress(2, f"{job.out.parts[1]} pretended")
+        bar.step(1)
         time.sleep(SECONDS)
+        bar.close()
         with manifests.complete(job, "pretended", job.parents()) as draft:
             verb = module.rpartition(".")[2].partition("_")[0]
             name = FILES.get(verb) or job.out.name.replace(".manifest.json", ".jsonl")

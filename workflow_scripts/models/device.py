@@ -31,9 +31,9 @@ def prepare(step: dict) -> None:
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     if step["device"] == "cuda":
         check_gpu(step["precision"], trains=step.get("step", "").startswith("train_"))
-        if gpus.held is not None and gpus.held.bytes is not None:  # who needs more than it asked for fails alone
-            share = max(gpus.held.bytes - gpus.CONTEXT, 0) / torch.cuda.get_device_properties(0).total_memory
-            torch.cuda.set_per_process_memory_fraction(min(share, 1.0))
+        if (bytes := gpus.limit()) is not None:  # who needs more than it asked for fails alone
+            whole = torch.cuda.get_device_properties(0).total_memory
+            torch.cuda.set_per_process_memory_fraction(min(bytes / whole, 1.0))
     seed = step.get("seed", 0)
     random.seed(seed)
     numpy.random.seed(seed)

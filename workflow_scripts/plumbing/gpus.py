@@ -15,11 +15,11 @@ import fcntl
 import itertools
 import json
 import os
-import secrets
 import socket
 import stat
 import threading
 import time
+import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -127,13 +127,13 @@ def _ledger() -> Iterator[None]:
 
 def _write(kind: str, claim: Claim) -> IO[str]:
     """A file of the ledger, locked before it has its name; for as long as it is open."""
-    part = LEDGER / f".{os.getpid()}-{secrets.token_hex(8)}"
+    part = LEDGER / f".{os.getpid()}-{uuid.uuid4().hex}"
     file = open(part, "x")
     os.fchmod(file.fileno(), 0o644)  # others count it, whatever the umask
     fcntl.flock(file, fcntl.LOCK_EX)
     json.dump(vars(claim), file)
     file.flush()
-    os.replace(part, LEDGER / f"{kind}-{time.time_ns():020d}-{secrets.token_hex(8)}")
+    os.replace(part, LEDGER / f"{kind}-{time.time_ns():020d}-{uuid.uuid4().hex}")
     return file
 
 
@@ -203,7 +203,7 @@ def take(say: Callable[[str], None], mebibytes: int = WHOLE) -> Held | None:
     global held
     if not (ids := cards.allowed()):
         return None
-    asks, waits, key, began = mebibytes * cards.MIB, None, secrets.token_hex(8), time.time()
+    asks, waits, key, began = mebibytes * cards.MIB, None, uuid.uuid4().hex, time.time()
     who = f"process {os.getpid()} on {socket.gethostname()} since {time.strftime('%Y-%m-%d %H:%M:%S')}"
     while True:
         with _ledger():
@@ -224,6 +224,11 @@ def take(say: Callable[[str], None], mebibytes: int = WHOLE) -> Held | None:
     os.environ["CUDA_VISIBLE_DEVICES"] = gpu
     threading.Thread(target=held.watch, daemon=True).start()
     return held
+
+
+def limit() -> int | None:
+    """Bytes that torch may allocate, beside the context; None on a card for itself."""
+    return max(held.bytes - CONTEXT, 0) if held is not None and held.bytes is not None else None
 
 
 def facts() -> dict:

@@ -38,6 +38,7 @@ def parser(doc: str) -> argparse.ArgumentParser:
     made.add_argument("--track", default="none", choices=["none", "tensorboard", "wandb"], help="live training curves")
     made.add_argument("--checkpoint-minutes", type=float, default=10.0, help="how often a training saves where it is")
     made.add_argument("--slots", type=int, default=384, help="answers that are written at once, at most: decides memory alone")
+    made.add_argument("--board", type=Path, help="folder for its line of progress, where several jobs run at once")
     made.add_argument("--limits", type=json.loads, default={}, help="of slices: who trains on them, and how long rows may be")
     return made
 
@@ -146,6 +147,8 @@ def run(main: Callable[[Job], None], doc: str | None, describe: Callable[[Path],
     """
     args = parser(doc or "").parse_args()
     output, real = _redirect(args.log)
+    if args.board is not None:
+        progress.set_board(args.board)
 
     def say(text: str) -> None:
         """One line for people on the terminal, and in the log where there is one."""
