@@ -97,7 +97,7 @@ def test_jobs_of_a_run_share_two_cards_and_no_card_holds_more_than_it_has(host):
     said = here.run(*TARGETS)
     (first, first_mib), (second, second_mib) = here.most(here.gpus[0]), here.most(here.gpus[1])
     assert first_mib <= 4000 and second_mib <= 2500
-    assert first >= 3 and second >= 2, "they did not share"
+    assert first >= 2 and second >= 1 and first + second >= 4, "they did not share"
     # How far each is that runs, beside how far all are.
     blocks = re.findall(r"(?m)^\d+ of \d+ steps done, (\d+) running.*((?:\n  .*)*)", said)
     assert any(int(running) >= 3 and block.count("pretended: 1/2") >= 2 for running, block in blocks), said
