@@ -19,7 +19,8 @@ class Clock:
     def __init__(self):
         jobs = set(workflow.dag.needrun_jobs())
         self.expected = {job: expected(job) for job in jobs}
-        self.work = {job: seconds / (jobs_on_card(manifest_of(job)) or at_once()) for job, seconds in self.expected.items()}
+        self.at_once = at_once()
+        self.work = {job: time / (jobs_on_card(manifest_of(job)) or self.at_once) for job, time in self.expected.items()}
         self.below = {}  # seconds of the longest chain of jobs that wait for one
         for level in reversed(list(workflow.dag.toposorted(jobs))):
             for job in level:
@@ -34,15 +35,23 @@ class Clock:
         of_running = {job: max(0, self.expected.get(job, 0) - now + self.begun[job]) for job in running}
         waiting = sum(self.work.values()) - sum(self.work.get(job, 0) for job in self.begun)
         chain = max((seconds + self.below.get(job, 0) for job, seconds in of_running.items()), default=0)
-        return max(chain, waiting + sum(of_running.values()) / at_once())
+        return max(chain, waiting + sum(of_running.values()) / self.at_once)
+
+
+@cache
+def clock():
+    return Clock()
 
 
 def put_first():
     """What others wait for goes first, by the time of the longest chain behind it; what nothing needs fills the gaps."""
-    below = Clock().below
-    ranks = {seconds: rank for rank, seconds in enumerate(sorted(set(below.values())))}
-    for job, seconds in below.items():
-        workflow.dag._priority[job] = max(workflow.dag._priority.get(job, 0), ranks[seconds])
+    try:
+        below = clock().below
+        ranks = {seconds: rank for rank, seconds in enumerate(sorted(set(below.values())))}
+        for job, seconds in below.items():
+            workflow.dag._priority[job] = max(workflow.dag._priority.get(job, 0), ranks[seconds])
+    except Exception as error:
+        logger.debug(f"no order by what waits: {error!r}")
 
 
 def manifest_of(job):
@@ -74,8 +83,8 @@ def run_and_say(self, jobs, executor=None):
     """Start jobs, and say how far the run is. What only decorates it fails nothing."""
     start_jobs(self, jobs, executor)
     try:
-        if not hasattr(self, "clock"):
-            self.clock = Clock()
+        if not hasattr(self, "told"):
+            self.told = True
             threading.Thread(target=say_now_and_then, args=(self,), daemon=True).start()
         say_how_far(self)
     except Exception as error:
@@ -86,7 +95,7 @@ def say_how_far(self):
     """How many steps are done; of those that run, where several do, a line each."""
     running = [job for one in list(self.running) for job in getattr(one, "jobs", [one])]
     says = f"{self.finished_jobs} of {len(workflow.dag)} steps done, {len(running)} running, about"
-    lines = [f"{says} {duration(self.clock.left(running))} left", *(f"  {line}" for line in progress.on_board(BOARD))]
+    lines = [f"{says} {duration(clock().left(running))} left", *(f"  {line}" for line in progress.on_board(BOARD))]
     logger.info("\n".join(lines), extra={"quietness": Quietness.PROGRESS})
 
 

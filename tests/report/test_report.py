@@ -170,6 +170,17 @@ def test_costs_are_gpu_hours_and_money_where_there_is_a_gpu_and_a_price(tmp_path
     assert re.findall(r"<td>(.*?)</td>", row) == ["3", "99 s", "75 s", "", "3.00", "0.05", "1.74 EUR"]
 
 
+@pytest.mark.slow
+def test_a_job_that_shared_its_card_is_counted_with_its_share(tmp_path):
+    """As above, but one training had two others beside it: 11 of its 33 s were its own."""
+    overlay = {"device": "cuda", "precision": "bf16", "report": {"price": 36.0, "currency": "EUR"}}
+    plan = report_world.make(tmp_path, report_world.write_config(tmp_path, overlay=overlay))
+    alter(tmp_path, "dpo/adapter/run.json", lambda run: run.update(gpu_seconds=11.0, gpu_jobs=3.0))
+    html = report_world.report(tmp_path, plan)
+    row = re.search(r"<tr><td>dpo</td>(.*?)</tr>", html[html.index('id="cost"') : html.index('id="graph"')], flags=re.S)[1]
+    assert re.findall(r"<td>(.*?)</td>", row) == ["3", "99 s", "75 s", "", "3.00", "0.04", "1.52 EUR"]
+
+
 def test_budgets_are_means_over_seeds_of_what_each_training_was_given(html):
     budgets = html[html.index('id="budget"') : html.index('id="cost"')]
     rows = dict(re.findall(r"<tr><td>(\w+)</td>(.*?)</tr>", budgets, flags=re.S))
