@@ -82,7 +82,7 @@ def signed(function):
     return function
 
 
-ON_GPU = "--gpu-mb {resources.gpu_mb}"
+ON_GPU = "--gpu-mb {resources.gpu_mb}" if GPU else ""
 
 
 def call(step, out, *more):
@@ -109,17 +109,17 @@ def asks(key, kind):
 
 
 def room(kind):
-    """MiB of a GPU that a rule asks for, with the reserve of `make fits`; all of one where jobs do not share it, or it has no more.
+    """A resource of a rule that takes a GPU: the MiB that it asks for; all of one where jobs do not share it, or it has no more.
 
     Not detected: where a run begins, what its host has bounds it (rules/turn.smk).
     """
 
     def ask(wildcards):
         whole = kind + wildcards.task if kind.endswith("_") else kind
-        asked = ESTIMATES.gpu_mb(whole, wildcards.run) if SHARE or not GPU else gpus.WHOLE
+        asked = ESTIMATES.gpu_mb(whole, wildcards.run) if SHARE else gpus.WHOLE
         return min(asked, max(OFFERED.values(), default=asked))
 
-    return signed(ask)
+    return {"gpu_mb": signed(ask)} if GPU else {}
 
 
 @signed

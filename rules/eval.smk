@@ -19,8 +19,8 @@ rule generate:
         ENV
     threads: THREADS
     resources:
+        **room("generate_"),
         gpu=GPU,
-        gpu_mb=room("generate_"),
         mem_mb=asks("mem_mb", "generate_"),
         runtime=asks("runtime", "generate_"),
         disk_mb=asks("disk_mb", "generate_"),
@@ -50,8 +50,8 @@ rule generate_shard:
         ENV
     threads: THREADS
     resources:
+        **room("generate_"),
         gpu=GPU,
-        gpu_mb=room("generate_"),
         mem_mb=asks("mem_mb", "generate_"),
         runtime=asks("runtime", "generate_"),
         disk_mb=asks("disk_mb", "generate_"),
@@ -136,8 +136,8 @@ rule judge_answers:
         ENV
     threads: THREADS
     resources:
+        **room("judge"),
         gpu=GPU,
-        gpu_mb=room("judge"),
         mem_mb=asks("mem_mb", "judge"),
         runtime=asks("runtime", "judge"),
         disk_mb=asks("disk_mb", "judge"),
@@ -165,8 +165,8 @@ rule lm_eval_task:
         ENV
     threads: THREADS
     resources:
+        **room("choice_"),
         gpu=GPU,
-        gpu_mb=room("choice_"),
         mem_mb=asks("mem_mb", "choice_"),
         runtime=asks("runtime", "choice_"),
         disk_mb=asks("disk_mb", "choice_"),
@@ -192,8 +192,8 @@ rule eval_rm:
         ENV
     threads: THREADS
     resources:
+        **room("eval_rm"),
         gpu=GPU,
-        gpu_mb=room("eval_rm"),
         mem_mb=asks("mem_mb", "eval_rm"),
         runtime=asks("runtime", "eval_rm"),
         disk_mb=asks("disk_mb", "eval_rm"),

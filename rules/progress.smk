@@ -18,9 +18,10 @@ class Clock:
 
     def __init__(self):
         jobs = set(workflow.dag.needrun_jobs())
-        self.expected = {job: expected(job) for job in jobs}
         self.at_once = at_once()
-        self.work = {job: time / (jobs_on_card(manifest_of(job)) or self.at_once) for job, time in self.expected.items()}
+        found = {job: expected(job) for job in jobs}
+        self.expected = {job: seconds for job, (seconds, _) in found.items()}
+        self.work = {job: seconds / (beside or self.at_once) for job, (seconds, beside) in found.items()}
         self.below = {}  # seconds of the longest chain of jobs that wait for one
         for level in reversed(list(workflow.dag.toposorted(jobs))):
             for job in level:
@@ -54,16 +55,14 @@ def put_first():
         logger.debug(f"no order by what waits: {error!r}")
 
 
-def manifest_of(job):
-    return Path(job.output.get("manifest", job.output[0] if job.output else ""))
-
-
 def expected(job):
-    """Seconds: of the last run of the same phase, as `make why` says, else of the estimate by which it asks for its time."""
-    if (known := seconds_of(manifest_of(job), str(job.benchmark or ""))) is not None:
-        return known
+    """Seconds: of the last run of the same phase, as `make why` says, else of the estimate by which it asks for its time. And how
+    many jobs shared its card then, where that is known."""
+    manifest = Path(job.output.get("manifest", job.output[0] if job.output else ""))
+    if (known := seconds_of(manifest, str(job.benchmark or ""))) is not None:
+        return known, jobs_on_card(manifest) if GPU else None
     requests = PLAN.config.data["requests"]
-    return max(5, (job.resources.get("runtime", 0) - requests["minutes"] - 0.5) * 60 / requests["time"])
+    return max(5, (job.resources.get("runtime", 0) - requests["minutes"] - 0.5) * 60 / requests["time"]), None
 
 
 def at_once():

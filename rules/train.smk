@@ -20,8 +20,8 @@ for method in sorted({body["method"] for body in PLAN.config.experiments.values(
             ENV
         threads: THREADS
         resources:
+            **room("train"),
             gpu=GPU,
-            gpu_mb=room("train"),
             mem_mb=asks("mem_mb", "train"),
             runtime=asks("runtime", "train"),
             disk_mb=asks("disk_mb", "train"),
