@@ -143,8 +143,9 @@ def seconds_of(manifest: Path, benchmark: str) -> float | None:
 
 def jobs_on_card(manifest: Path) -> float | None:
     """How many jobs shared the GPU with the phase last time, itself among them, on the average of its time."""
-    run = runs.read_json(manifest.with_name(manifest.name.replace("manifest.json", "run.json"))) or {}
-    return run.get("gpu_jobs") if manifest.name.endswith("manifest.json") else None
+    if not manifest.name.endswith("manifest.json"):
+        return None
+    return (runs.read_json(manifest.with_name(manifest.name.replace("manifest.json", "run.json"))) or {}).get("gpu_jobs")
 
 
 def explain(plan: Plan, targets: list[str], jobs: list[Job]) -> list[Finding]:
