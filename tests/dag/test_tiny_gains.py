@@ -5,10 +5,11 @@ config itself too: every method, from nothing, three seeds.
 """
 
 import json
+import shutil
 
 import pytest
 
-from tests.conftest import Clone, run_world
+from tests.conftest import WORLD, Clone, run_world
 from tests.support import gains
 from tests.support.gains import METHODS, MORE, suffix
 from tests.support.processors import SEED
@@ -101,6 +102,24 @@ def test_training_moved_its_own_objective(case, figure):
             continue
         before, after = objective(tiny, f"{run}{end}")
         figure(f"{run}: change of loss", after["loss"] - before["loss"], at_most=worst)
+
+
+@pytest.mark.parametrize("adapter", ["match", pytest.param("fp32", marks=pytest.mark.long)])
+def test_an_evaluation_in_bf16_finds_what_one_in_fp32_does(world, adapter, tmp_path, figure):
+    """The same adapters beside a base in bf16, rounded to it or not: nothing trains, and the gains are the same."""
+    names = ("base", f"sft_v2{suffix(SEED)}", f"dpo{suffix(SEED)}")
+    shutil.copytree(world.folder, tmp_path / "phaseline", symlinks=True)
+    rounded = Clone(tmp_path / "phaseline")
+    (rounded.folder / "bf16.yaml").write_text(f"eval: {{precision: bf16}}\ngeneration: {{adapter: {adapter}}}\n")
+    targets = [f"results/ifeval_{name}.json" for name in names]
+    assert rounded.plan(*targets, configs=[*WORLD, "bf16.yaml"]) == {"generate": 3, "score": 3}
+    rounded.snakemake(*targets, configs=[*WORLD, "bf16.yaml"])
+    before, after = ([scores(clone, name)[METRIC] for name in names] for clone in (world, rounded))
+    figure(f"sft_v2 less the base, {adapter}", after[1] - after[0], at_least=0.08)
+    figure(f"dpo less sft_v2, {adapter}", after[2] - after[1], at_least=0.15)
+    figure(f"bf16 against fp32, {adapter}", max(abs(a - b) for a, b in zip(after, before, strict=True)), at_most=0.04)
+    files = [f"results/{name}/ifeval_responses.jsonl" for name in names]
+    assert all((rounded.folder / file).read_bytes() != (world.folder / file).read_bytes() for file in files)  # it did round
 
 
 def test_no_evaluation_prompt_is_in_any_training_slice(tiny):
