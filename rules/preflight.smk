@@ -73,7 +73,11 @@ def try_the_judges():
         return  # no job runs, or in an environment of its own
     if parts := rehearse.parts(PLAN, workflow.dag.needrun_jobs()):
         command = ["python", "-m", "workflow_scripts.tools.rehearse", json.dumps(parts)]
-        done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        try:
+            done = subprocess.run(command, capture_output=True, text=True)
+        except FileNotFoundError:
+            sys.stderr.write("python: not found on the PATH, where jobs look for it; source .venv/bin/activate\n")
+            sys.exit(1)
         if done.returncode:
             sys.stderr.write(f"{(done.stderr or done.stdout).strip().splitlines()[-1]}\n")
             sys.exit(1)

@@ -51,6 +51,3 @@ class PretendedGpus:
         env = {**os.environ, "PATH": f"{self.folder / 'bin'}:{Path(sys.executable).parent}:{os.environ['PATH']}"}
         env.pop("CUDA_VISIBLE_DEVICES", None)
         return env
-
-    def use(self, process: int, gpu: str, mebibytes: int) -> None:
-        (self.folder / f"using/{process}").write_text(f"{gpu} {mebibytes}")

@@ -67,8 +67,6 @@ class Estimates:
     def _gpu_mb(self, kind: str, name: str) -> int:
         """MiB of a GPU that a step asks for beside others; a whole card's where nothing says of what shape its model is."""
         experiment = self.config.view(name)[0].partition(".")[0]
-        if self.device == "cpu":
-            return 0
         if self.memory is None or experiment in self.config.models and experiment != "base":
             return WHOLE
         return math.ceil(share(self.memory.of(kind, experiment).peak) / 2**20)

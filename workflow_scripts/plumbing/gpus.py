@@ -236,7 +236,7 @@ def facts() -> dict:
     if held is None:
         return {}
     held.count()
-    return {"gpu_seconds": round(held.card_seconds, 2), "gpu_jobs": round(held.seconds / held.card_seconds, 2)}
+    return {"gpu_seconds": round(held.card_seconds, 2), "gpu_jobs": round(held.seconds / max(held.card_seconds, 1e-9), 2)}
 
 
 def out_of_memory(error: BaseException | None) -> bool:
@@ -265,10 +265,13 @@ def learn(file: Path, mebibytes: int, peak: float | None) -> None:
     """Note what a step needs that was estimated at so many MiB. peak: bytes at its end; None if it did not reach that."""
     noted = _noted(file)
     found = WHOLE if peak is None else max(int(share(peak) / cards.MIB) + 1, noted if noted < WHOLE else 0)
-    if found <= mebibytes:
-        file.unlink(missing_ok=True)  # it was not the estimate
-    elif found != noted:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        part = file.with_name(f".{file.name}.{os.getpid()}")
-        part.write_text(json.dumps({"mebibytes": found, "estimated": mebibytes}) + "\n")
-        os.replace(part, file)
+    try:
+        if found <= mebibytes:
+            file.unlink(missing_ok=True)  # it was not the estimate
+        elif found != noted:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            part = file.with_name(f".{file.name}.{os.getpid()}")
+            part.write_text(json.dumps({"mebibytes": found, "estimated": mebibytes}) + "\n")
+            os.replace(part, file)
+    except OSError as error:  # the step itself is made
+        print(f"{file}: what the step needs of a GPU is not noted: {error.strerror}", flush=True)

@@ -25,7 +25,8 @@ def set_board(folder: Path) -> None:
     """Where this process writes its line instead of drawing a bar."""
     global _board
     _board = folder / str(os.getpid())
-    _board.parent.mkdir(parents=True, exist_ok=True)
+    with contextlib.suppress(OSError):  # it decorates: what can't be written is missing there
+        folder.mkdir(parents=True, exist_ok=True)
 
 
 def on_board(folder: Path) -> list[str]:
@@ -65,7 +66,8 @@ class Progress:
             self.bar.update(done - self.bar.n)
         left = (now - self.started) / max(done, 1) * (self.total - done)
         if _board is not None:
-            _board.write_text(f"{self.label}: {done}/{self.total}  {note}  eta {_clock(left)}")
+            with contextlib.suppress(OSError):
+                _board.write_text(f"{self.label}: {done}/{self.total}  {note}  eta {_clock(left)}")
         if not self.quiet and (done >= self.total or done <= 1 or now - self.last >= self.every_s):
             self.last = now
             print(f"{self.label}: {done}/{self.total}  {note}  eta {_clock(left)}", flush=True)
@@ -74,4 +76,5 @@ class Progress:
         if self.bar is not None:
             self.bar.close()
         if _board is not None:
-            _board.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                _board.unlink()
