@@ -109,7 +109,7 @@ def asks(key, kind):
 
 
 def room(kind):
-    """A resource of a rule that takes a GPU: the MiB that it asks for; all of one where jobs do not share it, or it has no more.
+    """The MiB of a GPU that a job asks for, as a resource; all of one where jobs do not share it, or it has no more.
 
     Not detected: where a run begins, what its host has bounds it (rules/turn.smk).
     """
