@@ -56,6 +56,11 @@ def configured(shape: str, tiny: bool, length: int, backend: str = "graphs"):
     rows = {"train": {"max_length": length, "max_steps": STEPS}}
     sampled = {"train": {"max_completion_length": length // 2, "max_steps": STEPS}, "require_reward_above_chance": False}
     more = {
+        "speed": {
+            "unpadded": False,
+            "dequantised": False,
+            "compiled": 0,
+        },  # as when the table was measured
         "generation": {"backend": backend, "rollouts": backend},
         "data": {"max_prompt_tokens": length - length // 2, "slices": {"prompts": {"max_prompt_tokens": length - length // 2}}},
         "methods": dict.fromkeys(("sft", "dpo", "kto", "rm"), rows) | dict.fromkeys(("ppo", "grpo", "rloo"), sampled),

@@ -66,3 +66,12 @@ def test_a_machine_without_a_gpu_says_so(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(InputError, match="finds no GPU here; set `device: cpu`"):
         device.prepare({"device": "cuda", "precision": "bf16", "threads": 1})
+
+
+def test_attention_by_cudnn_is_off_where_a_step_runs_on_a_gpu(monkeypatch):
+    """Its gradients were NaN in PPO (pytorch/pytorch#196678)."""
+    monkeypatch.setattr(device, "check_gpu", lambda *args, **kwargs: None)
+    monkeypatch.setattr(device.gpus, "limit", lambda: None)
+    torch.backends.cuda.enable_cudnn_sdp(True)
+    device.prepare({"device": "cuda", "precision": "bf16", "threads": torch.get_num_threads()})
+    assert not torch.backends.cuda.cudnn_sdp_enabled()

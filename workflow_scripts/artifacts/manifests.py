@@ -113,6 +113,7 @@ class Job:
     track: str = "none"
     checkpoint_minutes: float = 10.0
     slots: int = 384  # answers at once, at most
+    speed: dict = field(default_factory=dict)  # how a training computes (training/speed.py)
     limits: dict = field(default_factory=dict)  # slice -> who trains on it, with the longest row that it takes (Plan.limits)
     started: float = field(default_factory=time.time)
 

@@ -30,6 +30,9 @@ def prepare(step: dict) -> None:
     # The mode above also fills each new tensor with NaN. No step reads one before it is written; DPO took 55 s for 32 s.
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     if step["device"] == "cuda":
+        # Its gradients are NaN where a batch with a mask is 64, 192, 320 ... tokens wide (pytorch/pytorch#196678), and torch
+        # takes it first on Hopper. PPO met it on an H200. The other kernels compute the same.
+        torch.backends.cuda.enable_cudnn_sdp(False)
         check_gpu(step["precision"], trains=step.get("step", "").startswith("train_"))
         if (bytes := gpus.limit()) is not None:  # who needs more than it asked for fails alone
             whole = torch.cuda.get_device_properties(0).total_memory

@@ -91,8 +91,14 @@ class Memory:
         settings: dict[str, Any] = {"dropout": dropout, "copies": body["quantise"] == "none"} | more
         return Pass(self.shape, tuple(block["target_modules"]), block["r"], self.e, **settings)
 
-    def _base(self, body: dict, head: bool = True) -> float:
-        return weights(self.shape, self.e, body["quantise"] != "none", self.double, head)
+    def _base(self, body: dict, head: bool = True, trains: bool = False) -> float:
+        """Bytes of the base's weights; one that `trains` is dequantised first, where the config says so."""
+        in_4_bit = body["quantise"] != "none" and not (trains and self._dequantised)
+        return weights(self.shape, self.e, in_4_bit, self.double, head)
+
+    @property
+    def _dequantised(self) -> bool:
+        return self.config.data["device"] == "cuda" and self.config.data["speed"]["dequantised"]
 
     def prompt(self, body: dict) -> int:
         """Tokens of the longest prompt that the slice of an experiment lets through; `max_prompt_tokens` in the body: what if."""
@@ -108,7 +114,7 @@ class Memory:
         if method == "ppo":
             trainable += adapter + self.shape.hidden + 1
         low = self.e if self.e < 4 else 0  # autocast's copies of the adapter
-        fixed = self._base(body, head=method != "rm") + 16 * trainable + low * adapter
+        fixed = self._base(body, head=method != "rm", trains=True) + 16 * trainable + low * adapter
         phase = Phase("train", name, trainable=trainable)
         if "reward" in body:
             self._sampled(phase, body, fixed)
@@ -139,9 +145,9 @@ class Memory:
             phase.stages["value step"] = fixed + step(plain, size * row, row, checkpointing, 0)
         drawn = max(rollout, train["per_device_eval_batch_size"])
         if self.config.data["generation"]["rollouts"] == "graphs":
-            again = self.e * self.shape.linear if body["quantise"] != "none" else 0  # a 4-bit base, dequantised
+            again = body["quantise"] != "none" and not self._dequantised  # a 4-bit base is there a second time
             slots = min(drawn, self.config.data["generation"]["slots"])
-            fixed += again + in_slots(policy, slots, row, True, self._block(body)["r"])
+            fixed += again * self.e * self.shape.linear + in_slots(policy, slots, row, True, self._block(body)["r"])
             phase.stages |= {stage: peak + fixed - before for stage, peak in phase.stages.items()}
             phase.stages["rollout"] = fixed
         else:

@@ -38,6 +38,7 @@ def parser(doc: str) -> argparse.ArgumentParser:
     made.add_argument("--track", default="none", choices=["none", "tensorboard", "wandb"], help="live training curves")
     made.add_argument("--checkpoint-minutes", type=float, default=10.0, help="how often a training saves where it is")
     made.add_argument("--slots", type=int, default=384, help="answers that are written at once, at most: decides memory alone")
+    made.add_argument("--speed", type=json.loads, default={}, help="how a training computes on a GPU: the config's `speed`")
     made.add_argument("--board", type=Path, help="folder for its line of progress, where several jobs run at once")
     made.add_argument("--limits", type=json.loads, default={}, help="of slices: who trains on them, and how long rows may be")
     return made
@@ -164,7 +165,8 @@ def run(main: Callable[[Job], None], doc: str | None, describe: Callable[[Path],
         if args.log is not None:
             os.environ.setdefault("TENSORBOARD_LOGGING_DIR", str(args.log.parent / "tensorboard"))
         runinfo.check_packages(step)
-        job = Job(step, args.inputs, args.out, args.work, args.track, args.checkpoint_minutes, args.slots, args.limits)
+        how = args.track, args.checkpoint_minutes, args.slots, args.speed, args.limits
+        job = Job(step, args.inputs, args.out, args.work, *how)
         with work.exclusive(args.work, work.place(args.out), say), work.exclusive(args.work, fingerprint(step), say):
             if args.log is not None and not args.alone:
                 os.truncate(args.log, 0)  # the lines before are of an earlier run, or of who held the lock

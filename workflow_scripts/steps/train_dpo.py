@@ -28,7 +28,7 @@ def main(job: manifests.Job) -> None:
     from trl import DPOConfig, DPOTrainer
 
     from workflow_scripts.models import chat, device, loading, lora
-    from workflow_scripts.training import trainers
+    from workflow_scripts.training import speed, trainers
 
     config, step = job.config, job.step
     parents = job.parents()
@@ -37,6 +37,7 @@ def main(job: manifests.Job) -> None:
     tokenizer = chat.tokenizer_of(start)
     short, left = trainers.whole(tokenizer, rows, config)
     model = loading.load(start, job.work, step["device"], step["precision"], config.get("quant"))
+    speed.unpad(model, job)
 
     fields = ("id", "prompt", "chosen", "rejected")
     given = tuple(trainers.data_set([{key: row[key] for key in fields} for row in short[heldout]]) for heldout in (False, True))

@@ -29,7 +29,7 @@ def main(job: manifests.Job) -> None:
 
     from workflow_scripts.models import chat, device, loading, lora
     from workflow_scripts.rl import rewards, rollouts
-    from workflow_scripts.training import trainers
+    from workflow_scripts.training import speed, trainers
 
     config, step = job.config, job.step
     parents = job.parents()
@@ -40,6 +40,7 @@ def main(job: manifests.Job) -> None:
     chat.end_of_turn(tokenizer)
     functions = rewards.functions(job, parents)
     model = loading.load(start, job.work, step["device"], step["precision"], config.get("quant"))
+    speed.unpad(model, job)
     chat.sample_plainly(model)
 
     trainer = rollouts.GRPO(

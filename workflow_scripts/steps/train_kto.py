@@ -81,7 +81,7 @@ def main(job: manifests.Job) -> None:
     from trl import KTOConfig, KTOTrainer
 
     from workflow_scripts.models import chat, device, loading, lora
-    from workflow_scripts.training import trainers
+    from workflow_scripts.training import speed, trainers
 
     config, step = job.config, job.step
     parents = job.parents()
@@ -95,6 +95,7 @@ def main(job: manifests.Job) -> None:
     weights(ordered[True][0], config["class_weights"], f"{rows.path}, held-out rows")
     class_weights = weights(ordered[False][0], config["class_weights"], str(rows.path))
     model = loading.load(start, job.work, step["device"], step["precision"], config.get("quant"))
+    speed.unpad(model, job)
 
     given = tuple(trainers.data_set(ordered[heldout][0]) for heldout in (False, True))
     trainer = KTOTrainer(

@@ -35,7 +35,7 @@ def main(job: manifests.Job) -> None:
     from workflow_scripts.models import chat, device, loading, lora
     from workflow_scripts.rl import rewards
     from workflow_scripts.rl.ppo_trainer import PPOTrainer
-    from workflow_scripts.training import trainers
+    from workflow_scripts.training import speed, trainers
 
     config, step = job.config, job.step
     parents = job.parents()
@@ -46,6 +46,7 @@ def main(job: manifests.Job) -> None:
     chat.end_of_turn(tokenizer)
     functions = rewards.functions(job, parents, on_backbone=lambda name: trainer.reward_models[name])
     model = loading.load(start, job.work, step["device"], step["precision"], config.get("quant"))
+    speed.unpad(model, job)
     chat.sample_plainly(model)
     train = config["train"]
     args = GRPOConfig(

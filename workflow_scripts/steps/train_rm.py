@@ -23,7 +23,7 @@ def main(job: manifests.Job) -> None:
 
     from workflow_scripts.models import chat, device, loading, lora
     from workflow_scripts.rl import reward_model
-    from workflow_scripts.training import trainers
+    from workflow_scripts.training import speed, trainers
 
     config, step = job.config, job.step
     parents = job.parents()
@@ -36,6 +36,7 @@ def main(job: manifests.Job) -> None:
     fields = ("id", "prompt", "chosen", "rejected")
     given = tuple(trainers.data_set([{key: row[key] for key in fields} for row in short[heldout]]) for heldout in (False, True))
     model = loading.load(start, job.work, step["device"], step["precision"], config.get("quant"), reward=True)
+    speed.unpad(model, job)
 
     trainer = RewardTrainer(
         model=model,

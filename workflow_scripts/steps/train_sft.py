@@ -32,7 +32,7 @@ def main(job: manifests.Job) -> None:
     from trl import SFTConfig, SFTTrainer
 
     from workflow_scripts.models import chat, device, loading, lora
-    from workflow_scripts.training import trainers
+    from workflow_scripts.training import speed, trainers
 
     config, step = job.config, job.step
     parents = job.parents()
@@ -40,6 +40,7 @@ def main(job: manifests.Job) -> None:
     device.prepare(step)
     tokenizer = chat.tokenizer_of(start)
     model = loading.load(start, job.work, step["device"], step["precision"], config.get("quant"))
+    speed.unpad(model, job)
 
     given = tuple(trainers.rows_of(rows, heldout, fields=("messages",)) for heldout in (False, True))
     trainer = SFTTrainer(

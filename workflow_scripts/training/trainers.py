@@ -13,7 +13,7 @@ from workflow_scripts.data.fitting import fitting
 from workflow_scripts.models import chat, distance, lora
 from workflow_scripts.plumbing.messages import InputError
 from workflow_scripts.plumbing.progress import Progress
-from workflow_scripts.training import checkpoints, units
+from workflow_scripts.training import checkpoints, speed, units
 from workflow_scripts.training.change import Units, changes
 
 # Measurements of time: they go to run.json, not into a manifest or a curve that two equal runs share.
@@ -105,7 +105,9 @@ def settle(
     if mask:
         trainer.data_collator = chat.MaskCheck(trainer.data_collator, chat.end_of_turn(tokenizer), trainer.args.max_length)
     lora.settle(trainer, job.step["seed"])
-    return lora.check_trainer(trainer, job.config["lora"], job.config["optim"], dropout)
+    facts = lora.check_trainer(trainer, job.config["lora"], job.config["optim"], dropout)
+    trainer.speed = speed.settle(trainer, job)
+    return facts
 
 
 def check_rollout(trainer: Any, rows: Artifact) -> None:
@@ -241,6 +243,7 @@ def save(trainer: Any, draft: Draft, job: Job, start: Artifact, facts: dict) -> 
         "steps": trainer.state.global_step,
         "tokens": trainer.state.num_input_tokens_seen or getattr(trainer, "_total_train_tokens", None),
         "timing": timing,
+        "speed": trainer.speed,
         "trl_config": {k: v for k, v in trainer.args.to_dict().items() if k not in ("output_dir", "logging_dir")},
     }
     lora.check_optimizer_state(trainer)
