@@ -36,7 +36,7 @@ ROOT = Path(__file__).resolve().parents[1]
 WORK = {
     "train": "training.trainers:fit",
     "generate": "generation.generator:of",
-    "merge": "models.loading:save_merged",
+    "merge": "models.distance:survives",
     "make_base": "tiny.pretrain:build",
     "slice_data": "models.chat:control_tokens",
     "slice_data of an evaluation": "evaluation.ifeval:check_instructions",
