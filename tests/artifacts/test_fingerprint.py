@@ -256,6 +256,7 @@ PLUMBING_USED = {
     "fingerprint.file_sha256": "identity of a file",
     "runinfo.check_packages": "stops a step; what differs is written beside the results",
     "runinfo.collect": "run.json, which nothing reads",
+    "startup.ready": "says when garbage is looked for",
     "gpus.limit": "bounds what a step may allocate: it fails or it does not",
     "work.publish": "moves finished files",
     "work.exclusive": "waits",

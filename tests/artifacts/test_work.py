@@ -170,6 +170,18 @@ def test_deleted_outputs_come_back_from_the_finished_copy(tmp_path, step):
     assert not work.republish(job.work, fingerprint(step | {"seed": 2}), job.out)
 
 
+def test_a_file_is_read_once_for_its_sha256_and_again_where_it_was_altered(tmp_path, step, monkeypatch):
+    made, read = make(job_of(tmp_path, step)), []
+    monkeypatch.setattr(manifests, "file_sha256", lambda path: read.append(path) or file_sha256(path))
+    path = made.file("data.txt")
+    assert made.file("data.txt") == path and read == [path]
+    before = path.stat()
+    path.write_text("CONTENT")  # of the same size, and of the same time
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+    with pytest.raises(InputError, match="data.txt: altered since it was made"):
+        made.file("data.txt")
+
+
 def test_a_finished_copy_that_was_altered_is_not_put_in_place(tmp_path, step):
     job = job_of(tmp_path, step)
     make(job)

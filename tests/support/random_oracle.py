@@ -207,7 +207,8 @@ ROLLOUTS = ["train_ppo", "train_grpo", "train_rloo"]
 EVERY = [*SLICE, "make_base", *MODELS, *SCORE]
 # Plumbing; what plans; what only models from elsewhere need.
 NO_STEP = """steps/cli plumbing/cards plumbing/content_cache plumbing/gpus plumbing/progress plumbing/messages plumbing/signals
-artifacts/runinfo artifacts/work artifacts/fingerprint data/hub evaluation/rows config/__init__ config/config config/schema_errors
+plumbing/startup artifacts/runinfo artifacts/work artifacts/fingerprint data/hub evaluation/rows config/__init__ config/config
+config/schema_errors
 config/yaml_files config/bases config/comparison config/choices config/judged config/names config/sweep config/written
 config/schema config/experiments config/references config/slices plan/__init__ plan/plan plan/places plan/graph plan/steps
 plan/records plan/estimate plan/gpu_memory plan/passes plan/patterns plan/shape plumbing/environment models/sources
@@ -279,7 +280,7 @@ IFEVAL = ["score_ifeval", *ROLLOUTS]
 CHECKS = ("pytest", "ruff")  # in the other lock
 PACKAGES: dict[str, list[str]] = {
     **dict.fromkeys(("torch", "transformers", "tokenizers", "safetensors", "numpy", "Jinja2"), TORCH),
-    "datasets": ["make_base", *MODELS],  # device.py quietens it; the trainers take rows through it
+    "datasets": ["eval_rm", *TRAIN],  # training/trainers.py takes rows through it
     **dict.fromkeys(("peft", "accelerate", "bitsandbytes"), MODELS),
     "pandas": ["eval_rm", *TRAIN],
     "trl": TRAIN,

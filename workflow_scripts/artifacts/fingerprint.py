@@ -32,6 +32,7 @@ EXEMPT = frozenset(
     for name in (
         "steps.cli", "tools.card", "artifacts.fingerprint", "artifacts.runinfo", "artifacts.work", "data.hub",
         "evaluation.rows", "plumbing.cards", "plumbing.content_cache", "plumbing.gpus", "plumbing.messages", "plumbing.progress",
+        "plumbing.startup",
     )
 )  # fmt: skip
 

@@ -21,6 +21,17 @@ from workflow_scripts.plumbing.messages import InputError
 WEIGHTS = "model.safetensors"
 VOLATILE = ("run.json", "metrics.csv")
 
+_sums: dict[tuple[str, int, int, int, int], str] = {}  # a merge asks for its base three times, which may be gigabytes
+
+
+def _sha256(path: Path) -> str:
+    """Of a file as it is: read again only where its size, times or inode are others than in this process before."""
+    stat = path.stat()
+    key = (str(path.absolute()), stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino)
+    if key not in _sums:
+        _sums[key] = file_sha256(path)
+    return _sums[key]
+
 
 @dataclass(frozen=True)
 class Artifact:
@@ -53,7 +64,7 @@ class Artifact:
             raise InputError(f"{self.path}: lists no file {name}")
         if not path.is_file():
             raise InputError(f"{path}: missing, though {self.path.name} lists it; delete {self.path} and run snakemake again")
-        if file_sha256(path) != wanted:
+        if _sha256(path) != wanted:
             raise InputError(
                 f"{path}: altered since it was made (sha256 differs from {self.path}); delete it and run snakemake again"
             )

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from workflow_scripts.evaluation.scores import answer, check_rows, join, label, mean_stderr, optional
+from workflow_scripts.plumbing import startup
 from workflow_scripts.plumbing.messages import InputError
 
 _TOKENIZERS = Path(__file__).parent / "nltk_data/tokenizers"
@@ -52,6 +53,7 @@ def reference() -> Iterator[Any]:
         factory.seed, limits.DEFAULT_TIMEOUT, trust.ENFORCE, logger.disabled = 0, None, False, True
         from lm_eval.tasks.ifeval import utils
 
+        startup.ready()
         yield utils
     finally:
         state, nltk.data.path[:], factory.seed, limits.DEFAULT_TIMEOUT, trust.ENFORCE, logger.disabled = before

@@ -5,7 +5,7 @@ from importlib.util import find_spec
 
 import torch
 
-from workflow_scripts.plumbing import gpus
+from workflow_scripts.plumbing import gpus, startup
 from workflow_scripts.plumbing.messages import InputError
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -17,12 +17,11 @@ def prepare(step: dict) -> None:
 
     InputError if the step declares a device or a precision that is not here.
     """
-    import datasets
     import numpy
     from transformers.utils import logging
 
-    datasets.disable_progress_bars()  # the steps show their own progress, in lines that a log can hold
-    logging.disable_progress_bar()
+    startup.ready()
+    logging.disable_progress_bar()  # as steps/cli.py asks of datasets: the steps show their own progress
     torch.set_num_threads(step["threads"])
     # Equal runs give equal bytes on a CPU. On a GPU that mode made decoding 2.6 times slower (100 ms a step for 38, H100, 135 M
     # parameters, batch 256), and a GPU's bytes differ between cards anyway: there, equal runs agree up to the kernels' noise.

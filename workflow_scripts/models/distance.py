@@ -17,8 +17,6 @@ from contextlib import contextmanager
 from typing import Any, Protocol
 
 import torch
-from peft.tuners.lora import LoraLayer
-from safetensors.torch import load_file
 
 from workflow_scripts.artifacts.manifests import Artifact
 from workflow_scripts.data import slicing
@@ -44,6 +42,8 @@ def fixed_rows(tokenizer: Any, rows: Artifact) -> list[list[int]]:
 @contextmanager
 def scaled(model: Any, factor: float) -> Iterator[None]:
     """The adapters of `model` at a multiple of their strength."""
+    from peft.tuners.lora import LoraLayer  # here, since a model without an adapter needs no peft
+
     layers = [module for module in model.modules() if isinstance(module, LoraLayer)]
     before = [dict(layer.scaling) for layer in layers]
     for layer, scaling in zip(layers, before, strict=True):
@@ -78,6 +78,8 @@ class Peft:
             return self.model(**batch).logits[0].float()
 
     def updates(self) -> Iterator[tuple[str, torch.Tensor, torch.Tensor, float]]:
+        from peft.tuners.lora import LoraLayer
+
         for name, module in self.model.named_modules():
             if isinstance(module, LoraLayer) and "default" in module.lora_A:
                 pair = (getattr(module, side)["default"].weight.detach().float() for side in ("lora_A", "lora_B"))
@@ -127,6 +129,8 @@ def of_training(model: Any, tokenizer: Any, rows: Artifact) -> dict[str, Any]:
 
 def kept(path: Path, adapter: Artifact) -> float:
     """Of the adapter in the file, the share that is on the path, by projection."""
+    from safetensors.torch import load_file
+
     file = load_file(adapter.file("adapter_model.safetensors"))
     there = wanted = 0.0
     for name, a, b, scale in path.updates():

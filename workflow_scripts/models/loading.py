@@ -1,5 +1,6 @@
 """A model of an artifact, as it is, in 4-bit or with a head for rewards; and the merge of an adapter into it."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -87,17 +88,21 @@ def keep_trainable_on_cpu(model: Any) -> None:
             module.support_avx512bf16_for_cpu = False
 
 
-def save_merged(start: Artifact, adapter: Artifact, work: Path, device: str, folder: Path) -> dict:
+def save_merged(
+    start: Artifact, adapter: Artifact, work: Path, device: str, folder: Path, before: Callable[[Any], None] = lambda model: None
+) -> dict:
     """Write the model of `start` with the adapter fused in, and the tokenizer, to `folder`. Deterministic on the CPU.
 
     The sum is taken in fp32. It is kept in the dtype of `start` where that keeps `distance.KEPT` of the update, else in fp32.
-    Returns the facts for the manifest: the dtype, and what each would keep. InputError for a reward model.
+    before: is given the fp32 model with the adapter beside it. Returns the facts for the manifest: the dtype, and what each would
+    keep. InputError for a reward model.
     """
     import json
 
     if f"base_model.model.{lora.HEAD}.weight" in lora.adapter_names(adapter):
         raise InputError(f"{adapter.folder}: a reward model's adapter; it scores answers and writes none")
     model = lora.attach(load(start, work, device, "fp32"), start, adapter)
+    before(model)
     name = json.loads(start.file("config.json").read_text()).get("dtype", "float32")
     facts = {name: distance.survives(model, getattr(torch, name))}
     if facts[name]["kept"] < distance.KEPT:

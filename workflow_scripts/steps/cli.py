@@ -21,7 +21,7 @@ from typing import NoReturn
 from workflow_scripts.artifacts import runinfo, work
 from workflow_scripts.artifacts.fingerprint import fingerprint
 from workflow_scripts.artifacts.manifests import Job
-from workflow_scripts.plumbing import gpus, progress
+from workflow_scripts.plumbing import gpus, progress, startup
 from workflow_scripts.plumbing.messages import InputError, Interrupted
 
 
@@ -90,6 +90,7 @@ def _environment(threads: int, online: bool) -> list[str]:
     quiet = {
         "TOKENIZERS_PARALLELISM": "false",
         "HF_HUB_DISABLE_TELEMETRY": "1",
+        "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",  # the steps show their own progress, in lines that a log can hold
     }
     if not online:
         quiet |= {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
@@ -147,6 +148,7 @@ def run(main: Callable[[Job], None], doc: str | None, describe: Callable[[Path],
     wrong there is said, and fails nothing.
     """
     args = parser(doc or "").parse_args()
+    startup.begin()
     output, real = _redirect(args.log)
     if args.board is not None:
         progress.set_board(args.board)

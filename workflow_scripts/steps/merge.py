@@ -36,13 +36,18 @@ def main(job: manifests.Job) -> None:
             return model.eval()(tokens).logits.float()
 
     with manifests.complete(job, "merged", parents) as draft:
-        facts = loading.save_merged(start, adapter, job.work, "cpu", draft.folder)
+        others = {}
+
+        def look(model) -> None:
+            others["full_precision"] = logits(model)
+
+        facts = loading.save_merged(start, adapter, job.work, "cpu", draft.folder, before=look)
         from transformers import AutoModelForCausalLM
 
         merged = logits(AutoModelForCausalLM.from_pretrained(draft.folder, dtype=torch.float32, local_files_only=True))
+        others["nf4"] = logits(lora.attach(loading.load(start, job.work, "cpu", "fp32", job.config["quant"]), start, adapter))
         distance = {}
-        for name, quant in (("full_precision", None), ("nf4", job.config["quant"])):
-            other = logits(lora.attach(loading.load(start, job.work, "cpu", "fp32", quant), start, adapter))
+        for name, other in others.items():
             gap = (merged - other).abs()
             distance[f"logits_from_{name}_base_and_adapter"] = {
                 "max_abs": round(gap.max().item(), 5),

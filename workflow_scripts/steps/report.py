@@ -8,12 +8,14 @@ comparison.html, which needs neither a network nor other files, and comparison.c
 """
 
 from workflow_scripts.artifacts import manifests
+from workflow_scripts.plumbing import startup
 from workflow_scripts.steps import cli
 
 
 def main(job: manifests.Job) -> None:
     from workflow_scripts.report import collect, judge, page
 
+    startup.ready()
     world = collect.read(job)
     families, controls = judge.families(world), judge.controls(world)
     html = page.render(world, families, controls)

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from workflow_scripts.artifacts import manifests
 from workflow_scripts.evaluation import gsm8k
+from workflow_scripts.plumbing import startup
 from workflow_scripts.steps import scoring
 
 METRICS = ("exact_match", "strict_match")
@@ -23,6 +24,7 @@ def main(prompts: Path, responses: Path, output: Path, strip_think: bool) -> dic
 
 
 def main_step(job: manifests.Job) -> None:
+    startup.ready()
     scoring.in_pipeline(gsm8k.score, table, job)
 
 

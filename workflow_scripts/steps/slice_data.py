@@ -22,6 +22,7 @@ from workflow_scripts.data import formats, slicing
 from workflow_scripts.data.fitting import fitting
 from workflow_scripts.data.words import blank, whole
 from workflow_scripts.evaluation import rows as judging
+from workflow_scripts.plumbing import startup
 from workflow_scripts.plumbing.messages import InputError
 from workflow_scripts.steps import cli
 
@@ -60,6 +61,7 @@ def main(job: manifests.Job) -> None:
         evaluated = [row for role, one in parents.items() if role.endswith("_prompts") for row in one.rows()]
         check = slicing.Decontaminator([slicing.avoided(row, rule["rule"], rule["ngram"]) for row in evaluated], **rule)
         tokenizer = chat.tokenizer_of(parents["base"])
+        startup.ready()
         for role, one in parents.items():  # an evaluation that the base can't be asked would end after every training
             if role.endswith("_prompts"):
                 asked = [(row["key"], slicing.prompt_turns(row)) for row in one.rows() if "question" not in row]
@@ -145,9 +147,9 @@ def read_hub(source: dict, rows: int, seed: int) -> tuple[str, list[Source]]:
     revision, split = source.get("revision"), source["split"]
     name = f"{source['hub']}@{revision or 'its newest revision'}, split {split}"
     try:
-        stream = import_module("datasets").load_dataset(
-            source["hub"], name=source.get("config"), split=split, revision=revision, streaming=True
-        )
+        datasets = import_module("datasets")
+        startup.ready()
+        stream = datasets.load_dataset(source["hub"], name=source.get("config"), split=split, revision=revision, streaming=True)
         buffer = source["shuffle_buffer"]
         found = list((stream.shuffle(seed=seed, buffer_size=buffer) if buffer > 1 else stream).take(rows))
     except Exception as error:  # a dozen classes of four libraries, for no network, no such data set, no right to it
