@@ -40,7 +40,7 @@ def snakemake(folder: Path, *args: str, **more: str) -> subprocess.CompletedProc
 
 def test_the_study_has_the_numbers_of_its_design(study):
     experiments = study.config.experiments
-    others = {"kto", "rm", "ppo", "grpo", "rloo", "grpo_rm", "rloo_rm"}
+    others = {"kto", "rm", "ppo", "grpo", "rloo", "grpo_if", "rloo_if", "grpo_rm", "rloo_rm"}
     assert set(experiments) == {"sft_v1", "sft_v2", "dpo", "dpo_ipo", "dpo_hinge", "dpo_4bit", "dpo_flipped"} | others
     common = {"num_train_epochs": 1, "warmup_steps": 0.03, "lr_scheduler_type": "cosine", "gradient_checkpointing": True}
     for name, body in experiments.items():
@@ -110,7 +110,7 @@ def test_everything_of_a_hub_is_pinned(path):
     found = pin.places(path.read_text())
     assert {place.id for place in found} >= {"Qwen/Qwen2.5-0.5B"}
     assert all(place.pinned for place in found)
-    assert len(found) == (9 if path == STUDY else 1)
+    assert len(found) == (11 if path == STUDY else 1)
     assert "allow_unpinned" not in path.read_text()
 
 

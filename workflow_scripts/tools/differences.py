@@ -139,6 +139,7 @@ def _external(config: Config, kind: str, name: str, old: dict, new: dict) -> lis
     for (key, *_), _before, after in changed(old, new):
         if key == "candidate_rows" and after != UNSET:
             source = config.data["data"]["slices"][name]["source"]
+            source = source["composed"]["questions"] if "composed" in source else source
             files = source.get("paths") or [source["path"]]
             lines.append(f"external content: candidate rows of {', '.join(files)} changed")
         elif key == "content" and after != UNSET:
