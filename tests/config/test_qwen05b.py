@@ -41,6 +41,7 @@ def snakemake(folder: Path, *args: str, **more: str) -> subprocess.CompletedProc
 def test_the_study_has_the_numbers_of_its_design(study):
     experiments = study.config.experiments
     others = {"kto", "rm", "ppo", "grpo", "rloo", "grpo_if", "rloo_if", "grpo_rm", "rloo_rm"}
+    others |= {"grpo_random", "grpo_shuffled"}
     assert set(experiments) == {"sft_v1", "sft_v2", "dpo", "dpo_ipo", "dpo_hinge", "dpo_4bit", "dpo_flipped"} | others
     common = {"num_train_epochs": 1, "warmup_steps": 0.03, "lr_scheduler_type": "cosine", "gradient_checkpointing": True}
     for name, body in experiments.items():

@@ -251,7 +251,7 @@ CODE: dict[str, list[str]] = {
     "evaluation/nltk_data/tokenizers/punkt_tab/english/abbrev_types.txt": ["score_ifeval", *ROLLOUTS],
     "rl/__init__.py": ["eval_rm", "train_rm", *ROLLOUTS],
     "evaluation/numerals.py": ["score_gsm8k", *ROLLOUTS],
-    **dict.fromkeys(("rl/verifiers.py", "rl/rewards.py"), ROLLOUTS),
+    **dict.fromkeys(("rl/verifiers.py", "rl/rewards.py", "rl/placebos.py"), ROLLOUTS),
     **dict.fromkeys(("rl/ppo_trainer.py", "rl/advantages.py"), ["train_ppo"]),
     "rl/reward_model.py": ["eval_rm", "train_rm", *ROLLOUTS],
     **dict.fromkeys(

@@ -204,7 +204,7 @@ class Steps:
     def _report(self, name: str) -> dict:
         data = self.config.data
         experiments = {
-            name: {key: body[key] for key in ("method", "start_from", "slice", "quantise", "reward") if key in body}
+            name: {key: body[key] for key in ("method", "start_from", "slice", "quantise", "reward", "placebo") if key in body}
             for name, body in self.config.experiments.items()
         }
         for view in comparison.views(self.config):
