@@ -87,6 +87,8 @@ def place(config: Config, kind: str, name: str, path: list[str]) -> str:
     if kind in ("train", "merge", "eval_rm"):
         if top == "optim":
             return "optim (follows device)"
+        if top == "placebo":
+            path = ["reward"]
         if kind == "eval_rm" and top in EVAL_RM:
             path = ["train", EVAL_RM[top]]
         return dotted(config.place(config.run(name)[0], path))
