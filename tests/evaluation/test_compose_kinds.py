@@ -1,10 +1,12 @@
 """Of each kind of IFEval's instructions, an answer by hand that follows it and one that does not, by the checkers that reward."""
 
+import json
+
 import pytest
 
 from tests.evaluation.test_compose import KINDS
 from workflow_scripts.evaluation import ifeval
-from workflow_scripts.rl import verifiers
+from workflow_scripts.rl import rewards, verifiers
 
 ASKED = "Why do rivers freeze?"
 ENGLISH = "The river freezes in winter because the air above it is very cold for many weeks."
@@ -57,3 +59,12 @@ def test_an_answer_that_follows_is_rewarded_and_one_that_does_not_is_not(name):
     with ifeval.reference() as checkers:
         assert verifiers.ifeval_share(checkers, row, follows) == 1.0
         assert verifiers.ifeval_share(checkers, row, breaks) == 0.0
+
+
+def test_the_reward_of_a_row_is_the_share_of_its_instructions_that_an_answer_follows():
+    names = ["punctuation:no_comma", "detectable_format:title", "keywords:existence"]
+    row = {"key": "x:1", "prompt": ASKED, "instruction_id_list": names, "kwargs": [CASES[name][0] for name in names]}
+    answers = ["<<Cold>>\nWind.", "<<Cold>>", "Cold", "Oh, no"]
+    completions = [[{"role": "assistant", "content": text}] for text in answers]
+    found = rewards.followed([ASKED] * 4, completions, row=[json.dumps(row)] * 4)
+    assert found == pytest.approx([1.0, 2 / 3, 1 / 3, 0.0])

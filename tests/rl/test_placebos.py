@@ -18,6 +18,7 @@ from workflow_scripts.config.yaml_files import read_yaml
 from workflow_scripts.plan.plan import Plan
 from workflow_scripts.plumbing.messages import InputError, Interrupted
 from workflow_scripts.rl import placebos
+from workflow_scripts.tools import differences
 
 
 def ask(reward, ids, step=0, texts=None):
@@ -146,6 +147,11 @@ def test_a_placebo_trains_on_the_rows_of_its_kind_and_a_coin_needs_no_reward_mod
     # its slice may be any with prompts, as no row has to be judged
     assert Plan(config_with({"coin": {"extends": "grpo", "reward": "random", "slice": "sums"}})).step("train", "coin")
     assert all(f"ifeval {name}" in plan.step("report", "")["parents"] for name in GOOD)
+
+
+def test_make_why_names_the_key_that_the_user_wrote():
+    config = config_with(GOOD)
+    assert differences.place(config, "train", "dealt", ["placebo"]) == "experiments.dealt.reward"
 
 
 def test_a_placebo_is_of_the_rank_of_its_sweep():
