@@ -159,9 +159,9 @@ def base_inputs(wildcards):
 @signed
 def slice_inputs(wildcards):
     files = PLAN.source_files(wildcards.slice)
+    for prompts in PLAN.avoided(wildcards.slice).values():
+        files += PLAN.slice_inputs(prompts)
     if PLAN.config.trains_on(wildcards.slice):
-        for prompts in PLAN.config.evaluations.values():
-            files += PLAN.slice_inputs(prompts)
         files += PLAN.base_inputs()
     return edges(files)
 

@@ -130,8 +130,10 @@ MISTAKES = {
     "data: {slices: {sft: {heldout: 0}}}": ("data.slices.sft.heldout", "found 0, expected at least 1 and below rows"),
     "data: {slices: {sft: {rows: 9, heldout: 9}}}": ("data.slices.sft.heldout", r"found 9, expected .* below rows \(9\)"),
     "data: {slices: {ifeval: {heldout: 3}}}": ("data.slices.ifeval.heldout", "leave the key out"),
-    f"data: {{slices: {{x: {{{FILE_SLICE}, source: {{pth: a}}}}}}}}": ("data.slices.x.source.pth", "known here: config, hub"),
-    f"data: {{slices: {{x: {{{FILE_SLICE}, source: a.jsonl}}}}}}": ("data.slices.x.source", "of the keys config, hub, path"),
+    f"data: {{slices: {{x: {{{FILE_SLICE}, source: {{pth: a}}}}}}}}": (
+        "data.slices.x.source.pth", "known here: composed, config, hub"),
+    f"data: {{slices: {{x: {{{FILE_SLICE}, source: a.jsonl}}}}}}": (
+        "data.slices.x.source", "of the keys composed, config, hub, path"),
     f"data: {{slices: {{x: {{{FILE_SLICE}, source: {{path: 5}}}}}}}}": ("data.slices.x.source.path", "found 5, expected"),
     "data: {slices: {sft: {source: {path: a.jsonl}}}}": ("data.slices.sft.source", "keys path, tiny, expected exactly one of"),
     # formats, groups, several files, a hub

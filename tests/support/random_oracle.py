@@ -243,6 +243,7 @@ CODE: dict[str, list[str]] = {
     ),
     "data/__init__.py": [*SLICE, "make_base", *MODELS, "score_gsm8k"],
     "data/slicing.py": [*SLICE, *MODELS],
+    **dict.fromkeys(("data/questions.py", "evaluation/compose.py"), []),  # of composed slices, which this config has not
     "data/fitting.py": [*SLICE, "eval_rm", *TRAIN],
     **dict.fromkeys(("data/formats.py", "data/parts.py", "data/words.py"), [*SLICE, *MODELS, "score_gsm8k"]),
     "evaluation/__init__.py": [*SLICE, *SCORE, *ROLLOUTS],
@@ -254,7 +255,7 @@ CODE: dict[str, list[str]] = {
     "evaluation/nltk_data/tokenizers/punkt_tab/english/abbrev_types.txt": ["score_ifeval", *ROLLOUTS],
     "rl/__init__.py": ["eval_rm", "train_rm", *ROLLOUTS],
     "evaluation/numerals.py": ["score_gsm8k", *ROLLOUTS],
-    **dict.fromkeys(("rl/verifiers.py", "rl/rewards.py"), ROLLOUTS),
+    **dict.fromkeys(("rl/verifiers.py", "rl/rewards.py", "rl/placebos.py"), ROLLOUTS),
     **dict.fromkeys(("rl/ppo_trainer.py", "rl/advantages.py"), ["train_ppo"]),
     "rl/reward_model.py": ["eval_rm", "train_rm", *ROLLOUTS],
     **dict.fromkeys(
@@ -273,7 +274,15 @@ CODE: dict[str, list[str]] = {
 }
 # Modules that run when Snakemake plans: there a statement may be added, and nothing changed.
 PLANNING = set(NO_STEP) - {"models/templates"}
-PLANNING |= {"data/slicing", "data/formats", "data/parts", "data/words", "artifacts/manifests", "plumbing/jsonl"}
+PLANNING |= {
+    "data/slicing",
+    "data/questions",
+    "data/formats",
+    "data/parts",
+    "data/words",
+    "artifacts/manifests",
+    "plumbing/jsonl",
+}
 
 TORCH = [*SLICE, "make_base", *MODELS]
 IFEVAL = ["score_ifeval", *ROLLOUTS]

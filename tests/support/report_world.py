@@ -60,7 +60,8 @@ def make(folder: Path, config: Path, accuracy: dict[str, float] | None = None, s
                 _score(plan, task, run, passes)
             if run not in plan.config.models and not plan.config.view(run)[1]:
                 body = plan.config.experiments[experiment]
-                _adapter(plan, run, rng, body["method"], experiment != "dpo_ipo", "flip_labels" in body)
+                own = {key: body[key] for key in ("flip_labels", "placebo") if key in body}
+                _adapter(plan, run, rng, body["method"], experiment != "dpo_ipo", own)
         for run in comparison.reward_models(plan.config):
             _adapter(plan, run, rng, "rm")
             _write(Path(f"{plan.results}/{run}/rm_eval.json"), {"fingerprint": plan.fingerprint("eval_rm", run), "files": {}})
@@ -117,11 +118,13 @@ def _score(plan: Plan, task: str, run: str, passes: numpy.ndarray) -> None:
     _write(file.with_name(f"{task}_responses.run.json"), {"seconds": 12.5, "peak_memory_bytes": 6e8})
 
 
-def _adapter(plan: Plan, run: str, rng: numpy.random.Generator, method: str, trains: bool = True, flipped: bool = False) -> None:
+def _adapter(
+    plan: Plan, run: str, rng: numpy.random.Generator, method: str, trains: bool = True, own: dict | None = None
+) -> None:
     folder = Path(f"{plan.results}/{run}/adapter")
     values = {"sft": ["loss"], "ppo": ["reward"], "grpo": ["reward"], "rloo": ["reward"]}.get(method, ["accuracy", "margin"])
     moved = {value: (-0.2 if value == "loss" else 0.4) * (1 if trains else 0.01) for value in values}
-    if flipped:
+    if "flip_labels" in (own or {}):
         moved["margin"] *= -1
     objective = {
         "before": dict.fromkeys(values, 0.5),
@@ -131,9 +134,7 @@ def _adapter(plan: Plan, run: str, rng: numpy.random.Generator, method: str, tra
     manifest = {"fingerprint": plan.fingerprint("train", run), "files": {}, "objective": objective}
     rank = plan.config.lora(run.partition(".")[0])["r"]
     manifest["constant"] = {"trainable_parameters": 9_728 * rank}  # inputs and outputs of all matrices of the tiny model
-    _write(
-        folder / "manifest.json", manifest | {"step": {"config": {"method": method} | ({"flip_labels": True} if flipped else {})}}
-    )
+    _write(folder / "manifest.json", manifest | {"step": {"config": {"method": method} | (own or {})}})
     facts = {"seconds": 33.0, "rows": 300, "steps": 19, "tokens": 12_000 + 300 * plan.config.run(run)[1]}
     _write(folder / "run.json", facts | {"peak_memory_bytes": 9e8, "gpu_peak_memory_bytes": 3 * 2**30})
     steps = numpy.arange(1, 61)

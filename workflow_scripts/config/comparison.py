@@ -11,13 +11,21 @@ def views(config: Config) -> list[str]:
     report = config.data["report"]
     named = [name for family in report["families"].values() for name in [*family.get("runs", []), *family.get("pairs", [])]]
     named += [family["reference"] for family in report["families"].values() if "reference" in family]
-    named += [name for control in report["controls"].values() for name in (control["run"], control.get("against")) if name]
+    named += [name for _, *pair in controls(config) for name in pair]
     return list(dict.fromkeys(name for name in named if name in config.judged and config.view(name)[1]))
 
 
 def answering(config: Config) -> list[str]:
     """What has answers: the models that are not trained here, and every experiment that is no reward model."""
     return [*config.models, *(name for name, body in config.experiments.items() if body["method"] != "rm")]
+
+
+def controls(config: Config) -> list[tuple[str, str, str]]:
+    """(control, run, what it is compared with) of what `report.controls` declares; the null control is compared with itself."""
+    declared = config.data["report"]["controls"]
+    found = [(name, one["run"], one.get("against", one["run"])) for name, one in declared.items() if name != "placebo"]
+    placebo = declared.get("placebo", {"runs": []})
+    return found + [("placebo", run, placebo["against"]) for run in placebo["runs"]]
 
 
 def check(config: Config) -> None:
@@ -54,9 +62,10 @@ def check(config: Config) -> None:
             )
         against = [family["reference"]] if "reference" in family else []
         _check_capacity(config, path, [*combinations(family.get("pairs", []), 2), *product(family.get("runs", []), against)])
-    for name, control in report["controls"].items():
-        named(["controls", name], control["run"], *([control["against"]] if "against" in control else []))
-        _check_capacity(config, ["controls", name], [(control["run"], control.get("against", control["run"]))])
+    for control, run, other in controls(config):
+        named(["controls", control], run, other)
+        _check_capacity(config, ["controls", control], [(run, other)])
+    _check_placebos(config)
     null, seeds = report["controls"].get("null"), config.data["seeds"]
     if null and config.view(null["run"])[0] in config.models:
         problem = f"found {null['run']!r}, which is not trained here and has no seeds; name an experiment"
@@ -64,6 +73,20 @@ def check(config: Config) -> None:
     if null and {seed + null["seeds_from"] for seed in seeds} & set(seeds):
         problem = f"{null['seeds_from']} added to seeds {seeds} gives some of them again; take a larger number"
         raise config.fail(["report", "controls", "null", "seeds_from"], problem)
+
+
+def _check_placebos(config: Config) -> None:
+    placebo, path = config.data["report"]["controls"].get("placebo"), ["report", "controls", "placebo"]
+    if placebo is None:
+        return
+    tasks = [task for task in config.evaluations if task != JUDGED]
+    if placebo["task"] not in tasks:
+        problem = f"found {placebo['task']!r}, expected what `eval:` has: {', '.join(tasks)}"
+        raise config.fail([*path, "task"], problem)
+    for run in placebo["runs"]:
+        if "placebo" not in config.experiments.get(config.view(run)[0], {}):
+            problem = f"found {run!r}, which is no placebo; name experiments with `reward: random` or `reward: {{shuffled: ...}}`"
+            raise config.fail([*path, "runs"], problem)
 
 
 def _check_capacity(config: Config, path: list[str], pairs: list[tuple[str, str]]) -> None:

@@ -6,6 +6,8 @@ from workflow_scripts.config.written import Written, merge
 
 # Method -> kinds of the slices that it trains on. Methods with a reward take what their rewards need (`slice_kinds`).
 SLICE_KINDS = {"sft": ("sft",), "dpo": ("preference",), "kto": ("preference", "unpaired"), "rm": ("preference",)}
+# Rewards that say nothing of an answer (rl/placebos.py): `placebo` of a resolved experiment.
+RANDOM, SHUFFLED = "random", "shuffled"
 # Rewards that are functions -> the evaluation that judges as they do. Each needs the fields of the slice kind of its name.
 VERIFIERS = {"ifeval": "ifeval", "numeric": "gsm8k"}
 
@@ -17,8 +19,10 @@ def lay(base: dict, over: dict) -> dict:
 
 
 def rewards(body: dict) -> dict[str, float]:
-    """Reward -> weight of a resolved experiment: `reward: numeric` is a weight of 1; none for a method without a reward."""
+    """Reward -> weight of a resolved experiment: `reward: numeric` is a weight of 1. None without a reward, or for a coin."""
     reward = body.get("reward", {})
+    if body.get("placebo") == RANDOM:
+        return {}
     return {reward: 1.0} if isinstance(reward, str) else dict(sorted(reward.items()))
 
 
@@ -43,7 +47,17 @@ def _resolve(config: Written, name: str) -> dict:
     body.pop("extends", None)
     if "method" not in body:
         raise config.fail(["experiments", name, "method"], "missing; name a method, or an experiment with `extends:`")
-    return lay(config.data["methods"][body["method"]], body)
+    return _with_placebo(lay(config.data["methods"][body["method"]], body))
+
+
+def _with_placebo(body: dict) -> dict:
+    """A reward that is shuffled stands under its own name, with `placebo` beside it, so that it is read as any other."""
+    reward = body.get("reward")
+    if reward == RANDOM:
+        return body | {"placebo": RANDOM}
+    if isinstance(reward, dict) and [*reward] == [SHUFFLED]:
+        return body | {"placebo": SHUFFLED, "reward": reward[SHUFFLED]}
+    return body
 
 
 def follow(config: Written, name: str, key: str, parent_of: Callable[[str], str | None]) -> list[str]:

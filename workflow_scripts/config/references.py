@@ -1,7 +1,7 @@
 """What one part of the config says of another: models, slices, starts and rewards that are named must be there, and fit."""
 
 from workflow_scripts.config import bases, choices, judged, slices
-from workflow_scripts.config.experiments import VERIFIERS, follow, rewards, slice_kinds
+from workflow_scripts.config.experiments import RANDOM, SHUFFLED, VERIFIERS, follow, rewards, slice_kinds
 from workflow_scripts.config.names import EVALUATED
 from workflow_scripts.config.written import Written
 
@@ -56,11 +56,17 @@ def _check_reward(config: Written, experiments: dict[str, dict], name: str) -> N
         raise config.fail(place, problem)
     if "reward" in body:
         _check_rollouts(config, name, body["train"])
+    if "placebo" in body:
+        path = ["ppo", "missing_eos_penalty"] if body["method"] == "ppo" else ["missing_eos_penalty"]
+        if found := (body["ppo"] if body["method"] == "ppo" else body)["missing_eos_penalty"]:
+            problem = f"found {found} with a placebo ({body['placebo']}): a penalty says something of the answer; set it to 0"
+            raise config.fail(config.place(name, path), problem)
     for reward in rewards(body):
         if reward in VERIFIERS:
             continue
         models = ", ".join(one for one, other in experiments.items() if other["method"] == "rm")
         known = f"expected {', '.join(VERIFIERS)} or a reward model's experiment: {models or 'there is none yet'}"
+        known += f" ({RANDOM} and {SHUFFLED} stand alone)" if reward in (RANDOM, SHUFFLED) else ""
         if reward not in experiments:
             raise config.fail(place, f"found {reward!r}, {known}")
         if (method := experiments[reward]["method"]) != "rm":

@@ -66,7 +66,7 @@ def check_experiments(config: Written, experiments: dict[str, dict]) -> None:
     schemas = {name: {"$defs": SCHEMA["$defs"], "$ref": f"#/$defs/method_{name}"} for name in config.data["methods"]}
     errors = []
     for name, body in experiments.items():
-        own = {key: value for key, value in body.items() if key not in ("method", "sweep")}
+        own = {key: value for key, value in body.items() if key not in ("method", "sweep", "placebo")}
         for path, problem in _violations(schemas[body["method"]], own):
             problem = problem.replace("unknown key;", f"unknown key for method {body['method']};")
             place = config.place(name, path)

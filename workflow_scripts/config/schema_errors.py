@@ -22,7 +22,7 @@ def explain(error: ValidationError, schema: dict) -> list[tuple[list, str]]:
         # one error for each missing key, all with the same text here: doubled lines are dropped by the caller
         return [([*path, key], "missing, and it has no default") for key in sorted(set(rule["required"]) - set(value))]
     if "propertyNames" in error.absolute_schema_path:
-        names = "lower-case letters, digits and _, at most 41, and none of base, data, report, ifeval, numeric"
+        names = "lower-case letters, digits and _, at most 41, and none of base, data, report, ifeval, numeric, random, shuffled"
         return [([*path, value], f"not a name to use here: {names}")]
     found = _found(value)
     if error.validator == "type" and isinstance(value, str) and _is_number(value) and "string" not in str(rule["type"]):

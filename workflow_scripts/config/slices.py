@@ -37,6 +37,14 @@ def check(config: Written, name: str, body: dict) -> None:
 def _check_rows(config: Written, path: list, body: dict) -> None:
     """What a slice's rows are asked for: format, groups, files of different names, a revision."""
     kind, source = body["kind"], body["source"]
+    below = ["source"]
+    if composed := source.get("composed"):
+        if kind != "ifeval":
+            raise config.fail([*path, "kind"], f"found {kind}, expected ifeval: that is what questions with instructions are")
+        if composed["read"] < body["rows"]:
+            problem = f"found {composed['read']}, expected at least rows ({body['rows']}): a row gives one prompt at most"
+            raise config.fail([*path, "source", "composed", "read"], problem)
+        source, below = composed["questions"], ["source", "composed", "questions"]
     for key in ("format", "group_by"):
         if key in body and (kind == "ifeval" or "tiny" in source):
             raise config.fail([*path, key], "not for rows of kind ifeval or of the tiny world; leave it out")
@@ -49,7 +57,7 @@ def _check_rows(config: Written, path: list, body: dict) -> None:
     names = [file.rsplit("/", 1)[-1] for file in source.get("paths", [])]
     if twice := [name for name in names if names.count(name) > 1]:
         problem = f"two files are called {twice[0]}, and row ids could not tell them apart; rename one"
-        raise config.fail([*path, "source", "paths"], problem)
+        raise config.fail([*path, *below, "paths"], problem)
     if "hub" in source and "revision" not in source and not config.data.get("allow_unpinned"):
         problem = "missing; name the full commit (40 hexadecimal digits), or set allow_unpinned: true and let the rows be "
-        raise config.fail([*path, "source", "revision"], problem + "whatever the hub holds that day")
+        raise config.fail([*path, *below, "revision"], problem + "whatever the hub holds that day")

@@ -22,6 +22,7 @@ def needed(step: dict) -> tuple[str, str, str, str | None] | None:
     config, source = step["config"], step["config"].get("source")
     if source == "hub":
         return "hub", "model", config["hub"]["id"], config["hub"].get("revision")
+    source = source["composed"]["questions"] if isinstance(source, dict) and "composed" in source else source
     if isinstance(source, dict) and "hub" in source:
         body: Any = source["hub"] if isinstance(source["hub"], dict) else {**source, "id": source["hub"]}
         return "data.slices", "dataset", str(body.get("id") or body.get("name")), body.get("revision")

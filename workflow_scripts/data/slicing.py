@@ -261,3 +261,10 @@ class Decontaminator:
                 for i in self.index.get(gram, ()):
                     hits[i] = hits.get(i, 0) + 1
         return any(count >= self.share * len(self.grams[i]) for i, count in hits.items())
+
+    def covered(self, text: str) -> bool:
+        """The other way round: the evaluation prompts together hold `share` of this text's n-grams, or one has it whole."""
+        if any(" ".join(text.lower().split()) in prompt for prompt in self.whole):
+            return True
+        grams = _ngrams(text, min(self.n, len(words(text)))) if self.rule == "ngram" else set()
+        return bool(grams) and sum(gram in self.index for gram in grams) >= self.share * len(grams)

@@ -139,7 +139,7 @@ class Estimates:
     def _slice(self, name: str) -> dict[str, float]:
         body = self.config.data["data"]["slices"][name]
         rows, trains = body["rows"], self.config.trains_on(name)
-        kind = "slice" if trains or "hub" in body["source"] else "prompts"
+        kind = "slice" if trains or "composed" in body["source"] or "hub" in self.plan.rows_source(name) else "prompts"
         return {
             "memory_mb": self._libraries(kind) + 0.01 * rows,
             "seconds": (6 if trains and self.device == "cuda" else 1) + 0.001 * rows,

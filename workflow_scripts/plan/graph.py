@@ -36,11 +36,32 @@ class Graph(Places):
         """Every run of the config: each experiment with each seed."""
         return [run_name(name, seed) for name in self.config.experiments for seed in self.config.data["seeds"]]
 
+    def rows_source(self, name: str) -> dict:
+        """Where a slice's rows come from; of a composed one, its questions."""
+        source = self.config.data["data"]["slices"][name]["source"]
+        return source["composed"]["questions"] if "composed" in source else source
+
+    def avoided(self, name: str) -> dict[str, str]:
+        """Role -> slice, of the evaluations whose prompts no row of this slice may cover.
+
+        Slices that are trained on keep away from what is evaluated. Composed prompts, which are trained on or chosen on, keep
+        away from every slice that is there to evaluate on, so that prompts for development, too, are none of IFEval's; from
+        each other they are apart by their questions.
+        """
+        slices = self.config.data["data"]["slices"]
+        composed = [one for one in slices if "composed" in slices[one]["source"]]
+        evaluated = {f"{task}_prompts": prompts for task, prompts in self.config.evaluations.items()}
+        if name not in composed:
+            return evaluated if self.config.trains_on(name) else {}
+        evaluated = {role: prompts for role, prompts in evaluated.items() if prompts not in composed}
+        others = [one for one in slices if not self.config.trains_on(one) and one not in [*composed, *evaluated.values()]]
+        return evaluated | {f"slice_{one}_prompts": one for one in others}
+
     # -- files that a step reads ----------------------------------------------------------------------------------------
 
     def source_files(self, name: str) -> list[str]:
         """The files that a slice is cut from; none for a slice from a hub or from the tiny world."""
-        source = self.config.data["data"]["slices"][name]["source"]
+        source = self.rows_source(name)
         return source.get("paths") or ([source["path"]] if "path" in source else [])
 
     def base_needs(self, name: str) -> list[str]:

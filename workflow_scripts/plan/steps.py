@@ -13,12 +13,13 @@ from workflow_scripts.artifacts import fingerprint
 from workflow_scripts.config import bases, choices, comparison, judged
 from workflow_scripts.config.experiments import VERIFIERS, rewards
 from workflow_scripts.config.names import CHOICE, JUDGED
-from workflow_scripts.data import slicing
+from workflow_scripts.data import questions, slicing
 from workflow_scripts.models import sources
 from workflow_scripts.plan.graph import Graph
 from workflow_scripts.plumbing.messages import InputError
 
 STEPS = "workflow_scripts.steps."
+COMPOSE = "workflow_scripts.evaluation.compose"
 
 
 class Steps:
@@ -58,29 +59,41 @@ class Steps:
         data = self.config.data["data"]
         body = data["slices"][name]
         config: dict = dict(body)
-        parents, more = {}, {}
+        parents = {role: self.fingerprint("slice", prompts) for role, prompts in self.graph.avoided(name).items()}
         if self.config.trains_on(name):  # evaluation prompts are taken as they are: nothing is dropped or held out
             config |= {key: body.get(key, data[key]) for key in ("max_drop", "max_prompt_tokens", "decontaminate")}
-            parents = {f"{task}_prompts": self.fingerprint("slice", prompts) for task, prompts in self.config.evaluations.items()}
             parents["base"] = self.fingerprint("base", "base")
-        source = body["source"]
+        more: dict[str, Any] = {}
+        read = source = self.graph.rows_source(name)
         if files := self.graph.source_files(name):
             bare = [file.rsplit("/", 1)[-1] for file in files]
-            config["source"] = {"file": bare[0]} if "path" in source else {"files": bare}
-            try:
-                rows = slicing.candidates_hash(
-                    files, body["rows"], body["seed"], body["kind"], body.get("group_by"), f"{self.graph.work}/content_cache.json"
-                )
-            except InputError as error:
-                key = "path" if "path" in source else "paths"
-                raise self.config.fail(["data", "slices", name, "source", key], str(error)) from None
-            more["external"] = {"candidate_rows": rows}
+            read = {"file": bare[0]} if "path" in source else {"files": bare}
+            more["external"] = {"candidate_rows": self._candidate_rows(name, files)}
         elif "hub" in source:
             more["external"] = {key: source.get(key) for key in ("hub", "revision", "split")}
+        config["source"] = read
+        if composed := body["source"].get("composed"):
+            config |= {"source": {"composed": composed | {"questions": read}}, "decontaminate": data["decontaminate"]}
         step = self._step("slice_data", config, parents, tiny=self.graph.is_tiny_slice(name), **more)
-        if "hub" in source:  # `datasets` shuffles the stream; imported there alone, so not in the step's import closure
+        if composed:  # lm-eval draws instructions there alone, so its module is not in the step's import closure
+            step["code"] = step["code"] | self._code(COMPOSE, False)
+            step["packages"] = step["packages"] | self._packages(COMPOSE, False)
+        if "hub" in source:  # `datasets` shuffles the stream; the same
             step["packages"] = step["packages"] | {"datasets": fingerprint.locked()["datasets"]}
         return step
+
+    def _candidate_rows(self, name: str, files: list[str]) -> str:
+        """The hash of the rows that seed and limit pick. InputError, with the key, where they can't be read or do not suffice."""
+        body, cache = self.config.data["data"]["slices"][name], f"{self.graph.work}/content_cache.json"
+        composed = body["source"].get("composed")
+        try:
+            if composed:
+                return questions.candidates_hash(files, composed, body["rows"], body["seed"], cache)
+            return slicing.candidates_hash(files, body["rows"], body["seed"], body["kind"], body.get("group_by"), cache)
+        except InputError as error:
+            key = "path" if "path" in self.graph.rows_source(name) else "paths"
+            place = ["source", "composed", "questions", key] if composed else ["source", key]
+            raise self.config.fail(["data", "slices", name, *place], str(error)) from None
 
     def _base(self, name: str) -> dict:
         base = self.config.models[name]
@@ -191,7 +204,7 @@ class Steps:
     def _report(self, name: str) -> dict:
         data = self.config.data
         experiments = {
-            name: {key: body[key] for key in ("method", "start_from", "slice", "quantise", "reward") if key in body}
+            name: {key: body[key] for key in ("method", "start_from", "slice", "quantise", "reward", "placebo") if key in body}
             for name, body in self.config.experiments.items()
         }
         for view in comparison.views(self.config):

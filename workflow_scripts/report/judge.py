@@ -6,7 +6,7 @@ import numpy
 
 from workflow_scripts.config.names import view_of
 from workflow_scripts.report.collect import World
-from workflow_scripts.stats.family import Comparison, Family, again, compare
+from workflow_scripts.stats.family import BETTER, WORSE, Comparison, Family, again, compare
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ def source(experiments: dict, name: str) -> str:
     body = experiments[name]
     rewards = [body["reward"]] if isinstance(body.get("reward"), str) else [*body.get("reward", [])]
     found = [experiments[one]["slice"] if one in experiments else f"{one} on {body['slice']}" for one in rewards]
-    return " and ".join(found or [body["slice"]])
+    return " and ".join(found or [body["slice"]]) + (", shuffled" if body.get("placebo") == "shuffled" else "")
 
 
 def mixed(world: World, family: dict) -> str:
@@ -97,20 +97,38 @@ def families(world: World) -> list[Judged]:
 
 
 def controls(world: World) -> list[Control]:
-    """The declared controls on IFEval. p is not adjusted: a control is in no family.
+    """The declared controls, on IFEval but for placebos, which name their task. p is not adjusted: a control is in no family.
 
     The null control has a variance of its own (`stats.family.again`): the SFT model may vary more between seeds than what is made
     from it. The others are judged as a comparison of the first family is, whose seed variance moderates theirs.
     """
     declared, alpha = world.config["report"]["controls"], world.config["report"]["alpha"]
-    first = next(family for family in world.config["report"]["families"] if family["task"] == "ifeval")
-    pairs = contrasts(first)
+    pairs = first_of(world, "ifeval")
     found = []
     for name in ("null", "negative", "positive"):
         if name in declared:
             make = null if name == "null" else directed
             found.append(make(world, name, declared[name], pairs, alpha))
+    placebo = declared.get("placebo", {"runs": []})
+    for run in placebo["runs"]:
+        task = placebo["task"]
+        found.append(directed(world, f"placebo {run}", placebo | {"run": run}, first_of(world, task), alpha, task))
     return found
+
+
+def first_of(world: World, task: str) -> list[tuple[str, str]]:
+    """The comparisons of the first family of a task."""
+    return next((contrasts(family) for family in world.config["report"]["families"] if family["task"] == task), [])
+
+
+def is_placebo(world: World, name: str) -> bool:
+    return "placebo" in world.config["experiments"].get(name, {})
+
+
+def hollow(world: World, comparison: Comparison) -> bool:
+    """Whether a placebo is better, in either place of a comparison, than what is none."""
+    after, before = (is_placebo(world, name) for name in (comparison.after, comparison.before))
+    return after != before and comparison.verdict == (BETTER if after else WORSE)
 
 
 def null(world: World, name: str, control: dict, pairs: list[tuple[str, str]], alpha: float) -> Control:
@@ -123,12 +141,16 @@ def null(world: World, name: str, control: dict, pairs: list[tuple[str, str]], a
     return Control(name, what, comparison.p >= limit, comparison)
 
 
-def directed(world: World, name: str, control: dict, pairs: list[tuple[str, str]], alpha: float) -> Control:
+def directed(world: World, name: str, control: dict, pairs: list[tuple[str, str]], alpha: float, task: str = "ifeval") -> Control:
     after, before = control["run"], control["against"]
     known = [pair for pair in pairs if set(pair) != {after, before}]
-    comparison = compare(arms(world, "ifeval", [*known, (after, before)]), [*known, (after, before)], alpha).comparisons[-1]
+    comparison = compare(arms(world, task, [*known, (after, before)]), [*known, (after, before)], alpha).comparisons[-1]
     better = comparison.low > 0  # with several seeds just where p is below alpha
     how = f"the whole {1 - alpha:.0%} interval above 0" + (", over prompts: one seed" if len(world.seeds) == 1 else "")
+    if name.startswith("placebo"):
+        reward = "a coin" if world.config["experiments"][after]["placebo"] == "random" else "that of other answers"
+        what = f"{after}, whose reward is {reward}, must not be better than {before} on {task} (not {how})"
+        return Control(name, what, not better, comparison)
     if name == "negative":
         return Control(name, f"{after} must not be better than {before} (not {how})", not better, comparison)
     return Control(name, f"{after} must be better than {before} ({how})", better, comparison)

@@ -15,7 +15,8 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from workflow_scripts.config.names import CHOICE
 from workflow_scripts.report import capacity, figures, sections, winning
 from workflow_scripts.report.collect import LABEL, World
-from workflow_scripts.report.judge import Control, Judged, mixed, turned
+from workflow_scripts.report.judge import Control, Judged, hollow, mixed, turned
+from workflow_scripts.report.trained import PLACEBO
 
 TEMPLATES = Path(__file__).parents[1] / "report/templates"  # so named that a change of them makes the report stale
 
@@ -35,11 +36,17 @@ def render(world: World, families: list[Judged], controls: list[Control]) -> str
         one_seed=len(world.seeds) == 1,
         level=level(world.config["report"]["alpha"]),
         families=[
-            shown(family) | {"mixed": mixed(world, declared)}
+            shown(world, family) | {"mixed": mixed(world, declared)}
             for family, declared in zip(families, world.config["report"]["families"], strict=True)
         ],
         turned=turned(families),
         controls=controls,
+        hollow=[
+            f"{one.after} against {one.before}: {one.words} ({family.name})"
+            for family in families
+            for one in family.result.comparisons
+            if hollow(world, one)
+        ],
         failed=[control for control in controls if control.passed is False],
         training=sections.training(world),
         scores=sections.scores(world),
@@ -54,11 +61,12 @@ def render(world: World, families: list[Judged], controls: list[Control]) -> str
         tree=sections.tree(world),
         viewer=sections.viewer(world),
         label=LABEL,
+        placebo=PLACEBO,
         choice=[LABEL[task].split(",")[0] for task in world.config["tasks"] if task in CHOICE],
     )
 
 
-def shown(family: Judged) -> dict:
+def shown(world: World, family: Judged) -> dict:
     """What the template says of a family: its rows in points, and its forest plot."""
     rows = []
     for one in family.result.comparisons:
@@ -68,7 +76,8 @@ def shown(family: Judged) -> dict:
                 "after": one.after,
                 "before": one.before,
                 "verdict": one.verdict,
-                "words": one.words,
+                "words": one.words + (" (a placebo)" if hollow(world, one) else ""),
+                "shade": "worse" if hollow(world, one) else one.verdict,
                 "p": one.p_family,
                 "unpooled": f"{points(one.low_unpooled)} to {points(one.high_unpooled)}",
                 "mcnemar": [f"{m.only_after} : {m.only_before}, p {p_text(m.p)}" for m in one.mcnemar],
@@ -84,7 +93,11 @@ def shown(family: Judged) -> dict:
         "role": role(family),
         "result": family.result,
         "rows": rows,
-        "forest": figures.forest(rows, level(family.result.alpha), f"{family.title}: differences with intervals"),
+        "forest": figures.forest(
+            [row | {"verdict": row["shade"]} for row in rows],
+            level(family.result.alpha),
+            f"{family.title}: differences with intervals",
+        ),
     }
 
 

@@ -22,6 +22,7 @@ OBJECTIVES: dict[str, dict[str, str]] = {
 FLIPPED = {"margin": DOWN}
 # What an interval on both sides of 0 says is less than "did not train": a change may be there, and too small for so few rows.
 TRAINED, NOT_SEEN, WRONG_WAY, UNKNOWN = "trained", "no change that its held-out rows show", "moved the wrong way", "not known"
+PLACEBO = "a placebo: nothing has to move"
 OTHER_WAY, SAME_WAY = "moved the other way, as it should", "moved the good way, in spite of its flipped labels"
 
 
@@ -63,6 +64,8 @@ def trained(manifest: dict[str, Any]) -> dict[str, Any]:
         verdict = (SAME_WAY if flipped else WRONG_WAY) if any(value["wrong"] for value in values) else NOT_SEEN
     else:
         verdict = UNKNOWN if told is None else OTHER_WAY if flipped else TRAINED
+    if "placebo" in config:
+        told, verdict = None, PLACEBO
     return {"method": method, "values": values, "trained": told, "verdict": verdict}
 
 

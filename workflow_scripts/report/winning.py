@@ -31,7 +31,9 @@ def wins(world: World) -> dict | None:
         )
     # Policies that were trained against the judge, or against a reward model of its experiment with another seed.
     trained = [
-        name for name, body in world.config["experiments"].items() if declared["reward"] in rewards(body) and "view" not in body
+        name
+        for name, body in world.config["experiments"].items()
+        if declared["reward"] in rewards(body) and not {"view", "placebo"} & set(body)
     ]
     return declared | {"rows": rows, "n": world.scores[JUDGED, against[0]]["n_prompts"], "trained": trained}
 

@@ -2,10 +2,11 @@
 
 A reward is named in the config: `numeric` (1 if the final answer is the row's number, else 0), `ifeval` (the share of a
 prompt's instructions that the answer follows, by lm-eval's own checkers), or the experiment of a reward model. A mixture is
-their weighted sum; `missing_eos_penalty` takes from it where an answer was cut off (as PPO's own key of that name does). The
-verifiers need fields that only slices of their kind have, which is checked before training. They judge what the evaluation
-judges: without its thought where `eval.<task>.strip_think` says so, and a thought that was cut off is no answer for either. Both
-read the text in one way (`models/chat.py:said`); TRL's own leaves out the marks where they are special tokens.
+their weighted sum; `missing_eos_penalty` takes from it where an answer was cut off (as PPO's own key of that name does). A
+placebo is a coin in their place, or one of them shuffled (`rl/placebos.py`). The verifiers need fields that only slices of
+their kind have, which is checked before training. They judge what the evaluation judges: without its thought where
+`eval.<task>.strip_think` says so, and a thought that was cut off is no answer for either. Both read the text in one way
+(`models/chat.py:said`); TRL's own leaves out the marks where they are special tokens.
 """
 
 import json
@@ -18,13 +19,12 @@ from workflow_scripts.evaluation import ifeval
 from workflow_scripts.evaluation.scores import answer
 from workflow_scripts.models import chat
 from workflow_scripts.plumbing.messages import InputError
-from workflow_scripts.rl import reward_model, verifiers
+from workflow_scripts.rl import placebos, reward_model, verifiers
+from workflow_scripts.rl.placebos import Reward
 from workflow_scripts.training import trainers
 
 UNENDED = "missing_eos"
 FIELDS = {"numeric": ("final",), "ifeval": ("instruction_id_list", "kwargs")}
-
-Reward = Callable[..., list[float | None]]  # (prompts, completions, **columns of the rows) -> one number for each completion
 
 
 def rows_of(rows: Artifact, heldout: bool, rewards: dict[str, float]) -> Any:
@@ -89,6 +89,10 @@ def functions(job: Job, parents: dict[str, Artifact], on_backbone: Callable[[str
                 made[name] = without_thought(made[name], chat.tokenizer_of(parents["start"]))
         else:
             made[name] = learned(job, name, parents[f"start of {name}"], parents[f"reward {name}"], on_backbone)
+    if placebo := job.config.get("placebo"):
+        seed = job.step["seed"]
+        made = {name: placebos.shuffled(function, seed) for name, function in made.items()}
+        made = {"random": placebos.coins(seed)} if placebo == "random" else made
     if job.config.get(UNENDED + "_penalty"):
         made[UNENDED] = unended(parents["start"])
     for name, function in made.items():
@@ -98,7 +102,8 @@ def functions(job: Job, parents: dict[str, Artifact], on_backbone: Callable[[str
 
 def weights(config: dict, functions: dict[str, Reward]) -> list[float]:
     """Of the functions of a step, in their order."""
-    return [config[UNENDED + "_penalty"] if name == UNENDED else config["reward"][name] for name in functions]
+    known = config["reward"] | {"random": 1.0, UNENDED: config.get(UNENDED + "_penalty")}
+    return [known[name] for name in functions]
 
 
 def unended(start: Artifact) -> Reward:

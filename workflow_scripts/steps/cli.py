@@ -68,6 +68,7 @@ def read_step(text: str) -> dict:
 def _needs_hub(step: dict) -> bool:
     """True if the step takes its model or its rows from a hub."""
     source = step["config"].get("source")
+    source = source["composed"]["questions"] if isinstance(source, dict) and "composed" in source else source
     return source == "hub" or (isinstance(source, dict) and "hub" in source)
 
 

@@ -1,10 +1,10 @@
 """Cut a slice of rows from a source: checked, cleaned, decontaminated against the evaluation prompts, and pinned.
 
 In: files (JSONL, JSON, Parquet; the formats of data/formats.py), a hub data set by revision, or a generator of the tiny
-world. Out: JSONL in the canonical form of the slice's kind (or IFEval's own prompt rows), each row with its `id` in the source,
-the key that `group_by` names and, for training kinds, `heldout`. Rows that can't be used are dropped, by reason and count;
-above `data.max_drop` the slice fails. Malformed rows are errors with file and line. Held-out rows share no prompt, and no
-value of `group_by`, with the others.
+world; of files or a hub also questions, to which instructions are added (evaluation/compose.py). Out: JSONL in the canonical form
+of the slice's kind (or IFEval's own prompt rows), each row with its `id` in the source, the key that `group_by` names and, for
+training kinds, `heldout`. Rows that can't be used are dropped, by reason and count; above `data.max_drop` the slice fails.
+Malformed rows are errors with file and line. Held-out rows share no prompt, and no value of `group_by`, with the others.
 
     python -m workflow_scripts.steps.slice_data --step results/data/pairs.manifest.json --out trial/pairs.manifest.json \\
         --inputs results/data/ifeval.manifest.json results/base/manifest.json
@@ -14,6 +14,7 @@ import hashlib
 import json
 import os
 from collections import Counter
+from importlib import import_module
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -46,8 +47,15 @@ def main(job: manifests.Job) -> None:
     facts: dict = {}
     evaluation = "heldout" not in config  # its rows are taken whole: nothing is dropped, cut or held out
     places = {one.id: one.place for one in candidates}
-    if kind == "ifeval":
-        rows, dropped = prompts(candidates, source), Counter[str]()
+    if rule := config.get("decontaminate"):
+        evaluated = [row for role, one in parents.items() if role.endswith("_prompts") for row in one.rows()]
+        check = slicing.Decontaminator([slicing.avoided(row, rule["rule"], rule["ngram"]) for row in evaluated], **rule)
+    dropped: Counter[str] = Counter()
+    if "composed" in config["source"]:
+        compose = import_module("workflow_scripts.evaluation.compose")  # and so lm-eval counts for these slices alone (see Steps)
+        rows, facts["composed"] = compose.rows(candidates, config, check, source)
+    elif kind == "ifeval":
+        rows = prompts(candidates, source)
     else:
         if group_by:
             check_groups(candidates, group_by)
@@ -57,9 +65,6 @@ def main(job: manifests.Job) -> None:
     if not evaluation:
         from workflow_scripts.models import chat
 
-        rule = config["decontaminate"]
-        evaluated = [row for role, one in parents.items() if role.endswith("_prompts") for row in one.rows()]
-        check = slicing.Decontaminator([slicing.avoided(row, rule["rule"], rule["ngram"]) for row in evaluated], **rule)
         tokenizer = chat.tokenizer_of(parents["base"])
         startup.ready()
         for role, one in parents.items():  # an evaluation that the base can't be asked would end after every training
@@ -68,12 +73,13 @@ def main(job: manifests.Job) -> None:
                 chat.check_prompts(tokenizer, asked, one.path)
         rows, more = filter_rows(rows, check, tokenizer, config["max_prompt_tokens"])
         dropped += more
-    share = sum(dropped.values()) / len(candidates)
+    usable = facts["composed"]["prompts"] if "composed" in facts else len(candidates)
+    share = sum(dropped.values()) / usable
     reasons = ", ".join(f"{count} {reason}" for reason, count in sorted(dropped.items()))
     if dropped and share > (limit := config.get("max_drop", 0.0)):
         where = "data.max_drop = " if "max_drop" in config else "for evaluation prompts, which are taken whole, "
         raise InputError(
-            f"{source}: {sum(dropped.values())} of {len(candidates)} rows ({share:.1%}) can't be used: {reasons}. The limit is "
+            f"{source}: {sum(dropped.values())} of {usable} rows ({share:.1%}) can't be used: {reasons}. The limit is "
             f"{where}{limit:.1%}; clean the source, or raise the limit"
         )
     if not evaluation:
@@ -83,8 +89,9 @@ def main(job: manifests.Job) -> None:
     fewer = f"; {config['rows']} were asked for" if len(candidates) < config["rows"] else ""
     out = f", {sum(row['heldout'] for row in rows)} of them held out" if not evaluation else ""
     dropped_text = f", dropped {reasons}" if reasons else ""
-    print(f"{job.out.stem}: kept {len(rows)} of {len(candidates)} rows{out}{dropped_text}{fewer}", flush=True)
-    if "hub" in config["source"] and "revision" not in config["source"]:
+    print(f"{job.out.stem}: kept {len(rows)} of {usable} rows{out}{dropped_text}{fewer}", flush=True)
+    read = rows_source(config)[0]
+    if "hub" in read and "revision" not in read:
         facts["unpinned"] = True
     with manifests.complete(job, "slice", parents) as draft:
         text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
@@ -101,9 +108,15 @@ def main(job: manifests.Job) -> None:
         }
 
 
+def rows_source(config: dict) -> tuple[dict, int]:
+    """Where the rows come from, and how many are read; of a composed slice, those of its questions."""
+    composed = config["source"].get("composed")
+    return (composed["questions"], composed["read"]) if composed else (config["source"], config["rows"])
+
+
 def read_candidates(job: manifests.Job, parents: dict[str, manifests.Artifact]) -> tuple[str, list[Source]]:
     """(name of the source for messages, rows that seed and row limit pick)."""
-    config, source = job.config, job.config["source"]
+    config, (source, limit) = job.config, rows_source(job.config)
     if "tiny" in source:
         from workflow_scripts.tiny import world
 
@@ -120,7 +133,7 @@ def read_candidates(job: manifests.Job, parents: dict[str, manifests.Artifact]) 
         name = f"the tiny world's {split} split"
         return name, [Source(name, f"{split}/{i}", f"{name}: row {split}/{i}", row) for i, row in enumerate(rows)]
     if "hub" in source:
-        return read_hub(source, config["rows"], config["seed"])
+        return read_hub(source, limit, config["seed"])
     made = {parent.folder / file for parent in parents.values() for file in parent.data["files"]}
     files = []
     for name in source["files"] if "files" in source else [source["file"]]:
@@ -128,7 +141,7 @@ def read_candidates(job: manifests.Job, parents: dict[str, manifests.Artifact]) 
         if len(found) != 1:
             raise InputError(f"{job.out}: expected the source file {name} among the inputs, found {len(found)}")
         files += found
-    picked = slicing.candidates(files, config["rows"], config["seed"], config["kind"], config.get("group_by"))
+    picked = slicing.candidates(files, limit, config["seed"], config["kind"], config.get("group_by"))
     all_files = ", ".join(files)
     if slicing.rows_hash(picked) != job.step["external"]["candidate_rows"]:
         raise InputError(f"{all_files}: changed since this step was planned; run snakemake again")
@@ -142,12 +155,10 @@ def read_hub(source: dict, rows: int, seed: int) -> tuple[str, list[Source]]:
     rows keep its order. A row's id is its place in the order that comes out. InputError, with the remedies, where the data set
     can't be had.
     """
-    from importlib import import_module  # and so `datasets` counts only for slices with a hub source (see Plan)
-
     revision, split = source.get("revision"), source["split"]
     name = f"{source['hub']}@{revision or 'its newest revision'}, split {split}"
     try:
-        datasets = import_module("datasets")
+        datasets = import_module("datasets")  # and so it counts only for slices with a hub source (see Steps)
         startup.ready()
         stream = datasets.load_dataset(source["hub"], name=source.get("config"), split=split, revision=revision, streaming=True)
         buffer = source["shuffle_buffer"]

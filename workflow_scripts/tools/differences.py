@@ -87,6 +87,8 @@ def place(config: Config, kind: str, name: str, path: list[str]) -> str:
     if kind in ("train", "merge", "eval_rm"):
         if top == "optim":
             return "optim (follows device)"
+        if top == "placebo":
+            path = ["reward"]
         if kind == "eval_rm" and top in EVAL_RM:
             path = ["train", EVAL_RM[top]]
         return dotted(config.place(config.run(name)[0], path))
@@ -139,6 +141,7 @@ def _external(config: Config, kind: str, name: str, old: dict, new: dict) -> lis
     for (key, *_), _before, after in changed(old, new):
         if key == "candidate_rows" and after != UNSET:
             source = config.data["data"]["slices"][name]["source"]
+            source = source["composed"]["questions"] if "composed" in source else source
             files = source.get("paths") or [source["path"]]
             lines.append(f"external content: candidate rows of {', '.join(files)} changed")
         elif key == "content" and after != UNSET:

@@ -59,8 +59,8 @@ def parents(plan: Plan, phase: Phase) -> dict[str, Phase]:
         return scores | {f"rm {run}": Phase("eval_rm", run) for run in comparison.reward_models(plan.config)}
     prompts = {name: Phase("slice", slice_name) for name, slice_name in plan.config.evaluations.items()}
     if kind == "slice":
-        decontaminated = plan.config.trains_on(run)
-        return {f"{name}_prompts": one for name, one in prompts.items()} | {"base": BASE} if decontaminated else {}
+        avoided = {role: Phase("slice", name) for role, name in plan.avoided(run).items()}
+        return avoided | ({"base": BASE} if plan.config.trains_on(run) else {})
     if kind == "base":
         return {"prompts": Phase("slice", plan.prompts_slice)} if plan.base_needs(run) else {}
     if verb == "score" and task not in CHOICE:
