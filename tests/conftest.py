@@ -9,6 +9,7 @@ import re
 import shutil
 import subprocess
 import sys
+from importlib import metadata
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,7 @@ from tests.support.right_way import RightWay
 from tests.support.shared import Shared
 
 os.environ["OMP_NUM_THREADS"] = "1"  # two processes of tests share two cores
+metadata.version = functools.cache(metadata.version)  # each step asks for those of all packages: a fifth of a small training
 gc.disable()  # while the libraries are loaded, which makes millions of objects and next to no garbage
 ROOT = Path(__file__).resolve().parents[1]
 MICRO = ["config/config.yaml", "tests/support/config/micro.yaml"]
