@@ -2,12 +2,14 @@
 
 import contextlib
 import functools
+import gc
 import json
 import os
 import re
 import shutil
 import subprocess
 import sys
+from importlib import metadata
 from pathlib import Path
 
 import pytest
@@ -17,6 +19,8 @@ from tests.support.right_way import RightWay
 from tests.support.shared import Shared
 
 os.environ["OMP_NUM_THREADS"] = "1"  # two processes of tests share two cores
+metadata.version = functools.cache(metadata.version)  # each step asks for those of all packages: a fifth of a small training
+gc.disable()  # while the libraries are loaded, which makes millions of objects and next to no garbage
 ROOT = Path(__file__).resolve().parents[1]
 MICRO = ["config/config.yaml", "tests/support/config/micro.yaml"]
 WORLD = ["config/config.yaml", "tests/support/config/world.yaml"]
@@ -242,6 +246,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if rank(item) < len(SLOW) or SNAKEMAKE & set(getattr(item, "fixturenames", ())):
             item.add_marker(pytest.mark.slow)
+
+
+def pytest_collection_finish() -> None:
+    gc.freeze()  # what is loaded now stays: no later look for garbage goes through it
+    gc.enable()
 
 
 @pytest.fixture

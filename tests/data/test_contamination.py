@@ -39,6 +39,7 @@ WRAPPED = {
     2383: "Translate the following text to German, and then do what it asks for in English. {} Thank you very much in advance!",
 }
 REWORDED_DROPPED = 0  # of 5, as measured
+QUICK = ("data/sft/oasst_en_conversations.jsonl", "data/preference/oasst_en_ranked_pairs.jsonl")  # in `make test-quick`
 
 # What the rule drops of each shipped file, all rows, nothing planted: (rows, dropped), as measured.
 SHIPPED = {
@@ -99,7 +100,7 @@ def cut(slicer, file: str, kind: str, more: list[dict]) -> manifests.Artifact:
     return manifests.read(job.out)
 
 
-@pytest.mark.parametrize("file", SHIPPED)
+@pytest.mark.parametrize("file", [pytest.param(file, marks=[] if file in QUICK else [pytest.mark.slow]) for file in SHIPPED])
 def test_planted_prompts_are_found_as_they_are_and_wrapped_and_the_figure_for_reworded_ones_is_known(file, slicer, capsys):
     kind = file.split("/")[1]
     places = planted()

@@ -246,6 +246,7 @@ def test_evaluation_prompts_that_could_not_be_scored_are_errors(slicer, rows, wo
     assert words in slicer.error(rows, "ifeval")
 
 
+@pytest.mark.slow
 def test_the_shipped_ifeval_prompts_pass(slicer):
     path = Path(__file__).resolve().parents[2] / "data/ifeval/input_data.jsonl"
     rows, _ = slicer(path.read_bytes(), "ifeval")

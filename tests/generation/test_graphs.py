@@ -1,5 +1,7 @@
 """The backend `graphs` answers as `generate` does, and whatever is answered beside an answer changes nothing in it."""
 
+import functools
+
 import pytest
 import torch
 
@@ -29,18 +31,38 @@ def architecture(request):
 
 
 @pytest.fixture(scope="module", params=["base", "adapter"])
-def model(request, architecture):
-    return model_of(architecture, request.param == "adapter")
+def adapter(request):
+    return request.param == "adapter"
 
 
 @pytest.fixture(scope="module")
-def theirs(model, prompts):
-    return [greedy(model, prompt) for prompt in prompts]
+def model(architecture, adapter):
+    return model_of(architecture, adapter)
+
+
+@pytest.fixture(scope="module")
+def of_generate(prompts):
+    """What `generate` answers with such a model."""
+
+    def answered(architecture, adapter):
+        model = model_of(architecture, adapter)
+        return [greedy(model, prompt) for prompt in prompts]
+
+    return functools.cache(answered)
+
+
+@pytest.fixture(scope="module")
+def theirs(of_generate, architecture, adapter):
+    return of_generate(architecture, adapter)
 
 
 def wrong(model, prompts, theirs, slots=11) -> int:
     """How many answers are others than those of `generate`."""
-    made = answers(Graphs(model, slots, 100), prompts)
+    return wrong_with(Graphs(model, slots, 100), model, prompts, theirs)
+
+
+def wrong_with(engine, model, prompts, theirs) -> int:
+    made = answers(engine, prompts)
     return sum(parted(model, prompts[i], made[i, 0].tokens, one) for i, one in enumerate(theirs))
 
 
@@ -88,19 +110,12 @@ def forgetful(right):
     return gathered
 
 
-@pytest.fixture(scope="module")
-def of_qwen2(prompts):
-    """What `generate` answers with the model that faults are planted in."""
-    model = model_of("Qwen2", True)
-    return [greedy(model, prompt) for prompt in prompts]
-
-
 @pytest.mark.parametrize("fault", FAULTS)
-def test_a_planted_fault_is_seen(fault, prompts, of_qwen2, monkeypatch):
-    model = model_of("Qwen2", True)
+def test_a_planted_fault_is_seen(fault, prompts, of_generate, monkeypatch):
+    model, theirs = model_of("Qwen2", True), of_generate("Qwen2", True)
     FAULTS[fault](monkeypatch)
     monkeypatch.setattr(of_graphs, "CPU_ROWS", 4)  # so that answers move
-    assert wrong(model, prompts, of_qwen2) > 0
+    assert wrong(model, prompts, theirs) > 0
 
 
 @pytest.mark.parametrize("asked", [GREEDY, Asked(ENDS, NEW, temperature=1.0, samples=2, logprobs=True, seed=3)])
@@ -117,14 +132,10 @@ def test_another_adapter_is_a_copy_into_the_same_buffers(prompts):
     engine = Graphs(model, 11, 100)
     for _, module, *_ in engine.decoder._places():
         module.lora_B["default"].weight.data *= -2
-    assert wrong_with(engine, model, prompts) > 3  # the old one is still in the buffers
+    theirs = [greedy(model, prompt) for prompt in prompts]
+    assert wrong_with(engine, model, prompts, theirs) > 3  # the old one is still in the buffers
     engine.load()
-    assert wrong_with(engine, model, prompts) == 0
-
-
-def wrong_with(engine, model, prompts) -> int:
-    made = answers(engine, prompts)
-    return sum(parted(model, prompt, made[i, 0].tokens, greedy(model, prompt)) for i, prompt in enumerate(prompts))
+    assert wrong_with(engine, model, prompts, theirs) == 0
 
 
 def test_an_adapter_does_on_this_path_what_it_does_on_pefts(architecture, prompts):

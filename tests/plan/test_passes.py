@@ -1,5 +1,6 @@
 """A layer keeps for its backward pass what is estimated, byte for byte."""
 
+import functools
 import itertools
 
 import pytest
@@ -32,15 +33,21 @@ def kept(model, padded: bool, autocast: bool) -> int:
     return sum(storage.nbytes() for storage in found.values())
 
 
+@pytest.fixture(scope="module")
+def built(tmp_path_factory):
+    """build(layers, nf4, dropout), each made once: a forward pass leaves it as it was."""
+    return functools.cache(lambda *how: build(tmp_path_factory.mktemp("model"), *how))
+
+
 @pytest.mark.parametrize("padded", [True, False], ids=["padded", "full"])
 @pytest.mark.parametrize("autocast", [True, False], ids=["autocast", "plain"])
 @pytest.mark.parametrize("nf4", [True, False], ids=["nf4", "bf16"])
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
-def test_a_layer_keeps_what_autograd_keeps_byte_for_byte(tmp_path, monkeypatch, nf4, autocast, padded, dropout):
+def test_a_layer_keeps_what_autograd_keeps_byte_for_byte(built, monkeypatch, nf4, autocast, padded, dropout):
     # peft asks whether autocast is on for CUDA, whatever the device: here it is to hear that of the CPU.
     real = torch.is_autocast_enabled
     monkeypatch.setattr(torch, "is_autocast_enabled", lambda device="cpu": real(device))
-    sizes = [kept(build(tmp_path / str(layers), layers, nf4, dropout), padded, autocast) for layers in (2, 3)]
+    sizes = [kept(built(layers, nf4, dropout), padded, autocast) for layers in (2, 3)]
     how = Pass(small_shape(3), SEVEN, R, 2, dropout > 0, copies=not (nf4 and autocast), autocast=autocast, masked=padded)
     # On a CPU dropout keeps its mask in the dtype of its input, where CUDA keeps a byte.
     expected = how.kept(128, 64, mask_byte=2 if nf4 and autocast else 4)

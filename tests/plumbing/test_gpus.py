@@ -125,6 +125,7 @@ def test_jobs_share_a_card_as_far_as_it_has_room_and_the_emptiest_goes_first(hos
     assert "since" in errors and ": 8.8 GiB" in errors
 
 
+@pytest.mark.slow
 def test_who_does_not_say_how_much_gets_a_card_for_itself(host):
     assert host.hold("a")[1] != host.hold("b", 1000)[1]
     host.start("c")
@@ -137,6 +138,7 @@ def test_who_does_not_say_how_much_gets_a_card_for_itself(host):
     host.until("end", "e")
 
 
+@pytest.mark.slow
 def test_who_came_first_goes_first_even_if_less_would_fit(host):
     """Else a stream of small jobs would keep a large one waiting for ever."""
     host.hold("a", 9000)
@@ -150,6 +152,7 @@ def test_who_came_first_goes_first_even_if_less_would_fit(host):
     host.until("end", "small")
 
 
+@pytest.mark.slow
 def test_who_waits_for_a_whole_card_lets_others_pass_for_a_while(host):
     """Else the longest job on the card would keep all the others waiting with it; and not for ever."""
     host.env["CUDA_VISIBLE_DEVICES"] = host.gpus[0]
@@ -171,6 +174,7 @@ def test_who_waits_for_a_whole_card_lets_others_pass_for_a_while(host):
     host.until("end", "late")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM])
 def test_a_killed_step_leaves_its_room_free(host, how):
     first, gpu = host.hold("a")
@@ -181,6 +185,7 @@ def test_a_killed_step_leaves_its_room_free(host, how):
     assert host.until("end", "c") == gpu
 
 
+@pytest.mark.slow
 def test_who_is_killed_while_it_waits_keeps_nobody_waiting(host):
     host.hold("a", 12_000)
     host.hold("b", 12_000)
@@ -192,6 +197,7 @@ def test_who_is_killed_while_it_waits_keeps_nobody_waiting(host):
     host.until("end", "small")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("named", [True, False])
 def test_what_others_use_is_not_given_away(host, named):
     """Whether the driver says which process uses what, or does not, as in a container."""
@@ -212,6 +218,7 @@ def test_what_others_use_is_not_given_away(host, named):
         assert host.until("end", "b") == first
 
 
+@pytest.mark.slow
 def test_a_desktop_on_the_card_does_not_keep_a_job_that_needs_nearly_all_of_it_waiting(host):
     for card in host.cards.values():
         card["foreign"] = 900
@@ -220,6 +227,7 @@ def test_a_desktop_on_the_card_does_not_keep_a_job_that_needs_nearly_all_of_it_w
     host.until("end", "a")
 
 
+@pytest.mark.slow
 def test_a_step_that_needs_more_than_it_asked_for_fails_alone_and_is_done_again_with_a_card_for_itself(host):
     neighbours = {name: host.hold(name, 4000, takes=3000)[1] for name in ("a", "b")}
     process = host.start("c", 2000, takes=5000, seconds=0.1)
@@ -242,6 +250,7 @@ def test_a_step_that_needs_more_than_it_asked_for_fails_alone_and_is_done_again_
     assert "not enough" not in process.communicate(timeout=60)[1] and process.returncode == 0
 
 
+@pytest.mark.slow
 def test_a_step_that_has_a_card_for_itself_and_lacks_memory_says_what_to_do(host):
     process = host.start("a", takes=10**10)
     errors = process.communicate(timeout=60)[1]
@@ -252,6 +261,7 @@ def test_a_step_that_has_a_card_for_itself_and_lacks_memory_says_what_to_do(host
     )
 
 
+@pytest.mark.slow
 def test_seconds_that_jobs_share_a_card_are_shared(host):
     shared, own = host.gpus
     host.cards[own]["foreign"] = 15_000
@@ -277,6 +287,7 @@ def test_a_step_that_computes_on_the_cpu_takes_none(host):
     assert host.until("end", "a") == "None"
 
 
+@pytest.mark.slow
 def test_time_spent_waiting_is_not_the_steps(host):
     host.env["CUDA_VISIBLE_DEVICES"] = "1"
     assert host.hold("a")[1] == host.gpus[1]
@@ -311,6 +322,7 @@ def test_the_gpus_that_a_process_may_take(monkeypatch, named, expected):
     assert cards.allowed() == expected
 
 
+@pytest.mark.slow
 def test_a_card_of_which_the_driver_says_no_size_is_not_shared(host):
     (host.folder / "bin/nvidia-smi").write_text(f"#!/bin/sh\necho '{host.gpus[0]}, [N/A], [N/A], [N/A]'\n")
     host.hold("a", 1000)

@@ -31,8 +31,18 @@ class Site:
         (self.clone.folder / "cuda.yaml").write_text("device: cuda\nprecision: bf16\n")
         scheduler.install(folder / "bin")
 
-    def environment(self, plugin: str | None = None, **more: str) -> dict[str, str]:
-        path = [str(self.clone.folder), self.packages, *([str(self.clone.folder / plugin)] if plugin else [])]
+    def plugins(self, executor: str) -> Path:
+        """The packages without the plugins of other executors: each Snakemake loads all that it finds, with their clients."""
+        folder = self.folder / "plugins" / executor
+        if not folder.exists():
+            folder.mkdir(parents=True)
+            for path in Path(self.packages).glob("*"):
+                if not path.name.startswith("snakemake_executor_plugin_") or f"_plugin_{executor}" in path.name:
+                    (folder / path.name).symlink_to(path)
+        return folder
+
+    def environment(self, executor: str = "none", plugin: str | None = None, **more: str) -> dict[str, str]:
+        path = [str(self.clone.folder), str(self.plugins(executor)), *([str(self.clone.folder / plugin)] if plugin else [])]
         commands = f"{self.folder / 'bin'}:{Path(sys.executable).parent}:{os.environ['PATH']}"
         return {**os.environ, "PYTHONPATH": ":".join(path), "PATH": commands, **more}
 

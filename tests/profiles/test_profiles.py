@@ -64,7 +64,7 @@ def default_table(site) -> str:
 @pytest.mark.parametrize("name", PROFILES)
 def test_a_profile_loads_and_plans_what_the_default_one_plans(site, name, default_table):
     profile = yaml.safe_load((ROOT / "profiles" / name / "profile.yaml").read_text())
-    env = site.environment(PLUGINS.get(name))
+    env = site.environment(name.replace("-", "_"), PLUGINS.get(name))
     executor = profile.get("executor", "local").replace("-", "_")
     found = subprocess.run(
         [sys.executable, "-c", f"import snakemake_executor_plugin_{executor}"], env=env, capture_output=True, text=True
@@ -91,7 +91,7 @@ def test_every_profile_reruns_by_parameters_alone_and_keeps_our_lock(site, name)
 
 
 def test_slurm_gets_gpus_memory_cores_and_time_and_signals_the_job_step(site):
-    env = site.environment(**site.queue())
+    env = site.environment("slurm", **site.queue())
     sent = submitted(site.jobs(*TARGETS, "--workflow-profile", "profiles/slurm", env=env))
     calls = site.calls("sbatch")
     assert len(calls) == len(sent)
@@ -108,13 +108,12 @@ def test_slurm_gets_gpus_memory_cores_and_time_and_signals_the_job_step(site):
 
 
 def test_pbs_gets_gpus_memory_cores_and_time(site):
-    env = site.environment(**site.queue())
+    env = site.environment("cluster_generic", **site.queue())
     sent = submitted(site.jobs(*TARGETS, "--workflow-profile", "profiles/cluster-generic", env=env))
     calls = site.calls("qsub")
     assert len(calls) == len(sent)
     for job, call in zip(sent, calls, strict=True):
-        asked = [call[i + 1] for i, word in enumerate(call) if word == "-l"]
-        wants = job["resources"]
+        wants, asked = job["resources"], [call[i + 1] for i, word in enumerate(call) if word == "-l"]
         select = f"select=1:ncpus={job['threads']}:ngpus={wants['gpu']}:mem={wants['mem_mb']}mb"
         assert asked == [select, f"walltime={wants['runtime'] * 60}"]
         assert call[call.index("-N") + 1] == job["rule"] and "-V" in call
@@ -127,7 +126,8 @@ def test_the_commented_lines_for_sge_ask_for_the_same(site):
     profile = yaml.safe_load(text) | yaml.safe_load(submit.replace("\n# ", "\n")) | yaml.safe_load(status)
     (site.clone.folder / "profiles/sge").mkdir()
     (site.clone.folder / "profiles/sge/profile.yaml").write_text(yaml.safe_dump(profile))
-    sent = submitted(site.jobs(*TARGETS, "--workflow-profile", "profiles/sge", env=site.environment(**site.queue())))
+    env = site.environment("cluster_generic", **site.queue())
+    sent = submitted(site.jobs(*TARGETS, "--workflow-profile", "profiles/sge", env=env))
     for job, call in zip(sent, site.calls("qsub"), strict=True):
         wants = job["resources"]
         (asked,) = (call[i + 1] for i, word in enumerate(call) if word == "-l")
@@ -137,7 +137,7 @@ def test_the_commented_lines_for_sge_ask_for_the_same(site):
 
 def test_a_pbs_job_that_is_killed_is_seen_and_tried_again(tmp_path, plugins):
     site = Site(tmp_path, plugins)
-    env = site.environment(**site.queue(RUN_JOBS="1", QUEUE_ENDS="KILL"))
+    env = site.environment("cluster_generic", **site.queue(RUN_JOBS="1", QUEUE_ENDS="KILL"))
     quick = ["--max-status-checks-per-second", "10", "--seconds-between-status-checks", "1", "--latency-wait", "5"]
     base = "results/base/manifest.json"
     done = site.snakemake(base, "--workflow-profile", "profiles/cluster-generic", *quick, "--configfile", *MICRO, env=env)
@@ -186,7 +186,7 @@ def test_the_status_of_a_job_in_the_words_of_its_scheduler(tmp_path, kind, answe
 
 def kubernetes(site: Site, server: servers.Kubernetes) -> dict[str, str]:
     (site.folder / "kubeconfig").write_text(server.config())
-    return site.environment(PLUGINS["kubernetes"], KUBECONFIG=str(site.folder / "kubeconfig"), HF_TOKEN="of a user")
+    return site.environment("kubernetes", PLUGINS["kubernetes"], KUBECONFIG=str(site.folder / "kubeconfig"), HF_TOKEN="of a user")
 
 
 def test_kubernetes_gets_gpus_memory_cores_disk_and_time(site):
@@ -295,7 +295,7 @@ def test_kubernetes_is_refused_off_the_volume_and_without_ours_everywhere(site):
 
 
 def test_lsf_gets_gpus_memory_cores_and_time(site):
-    env = site.environment(**site.queue())
+    env = site.environment("lsf", **site.queue())
     sent = submitted(site.jobs(*TARGETS, "--workflow-profile", site.snippet("lsf"), env=env))
     calls = site.calls("bsub")
     assert len(calls) == len(sent)
@@ -311,8 +311,8 @@ def test_lsf_gets_gpus_memory_cores_and_time(site):
 
 def test_aws_batch_gets_gpus_memory_cores_and_time(site):
     server, profile = servers.Batch(), ["--workflow-profile", "profiles/aws-batch"]
-    keys = {name: "none" for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY")}
-    env = site.environment(PLUGINS["aws-batch"], AWS_ENDPOINT_URL=server.url, AWS_EC2_METADATA_DISABLED="true", **keys)
+    more = {"AWS_ACCESS_KEY_ID": "none", "AWS_SECRET_ACCESS_KEY": "none", "AWS_EC2_METADATA_DISABLED": "true"}
+    env = site.environment("aws_batch", PLUGINS["aws-batch"], AWS_ENDPOINT_URL=server.url, **more)
     try:
         refused = site.snakemake(TARGETS[0], *profile, "--configfile", *CUDA, env=env)
         assert f"expected ID:PATH of the file system with {site.clone.folder}" in refused.stderr

@@ -189,6 +189,7 @@ def test_budgets_are_means_over_seeds_of_what_each_training_was_given(html):
     assert "base" not in rows and "rm" in rows and "<th>seconds</th>" in budgets
 
 
+@pytest.mark.slow
 def test_one_seed_is_said_loudly(tmp_path):
     html = report_world.report(tmp_path, report_world.make(tmp_path, report_world.write_config(tmp_path, seeds=1)))
     assert 'class="box alarm"><strong>One seed: no verdicts.</strong>' in html and "null: not judged" in html

@@ -88,8 +88,23 @@ CONF
 
 # The plugin's job step drops SLURM_CONF, with every other SLURM_ variable, before it calls srun.
 printf '#!/bin/sh\nSLURM_CONF=%s/etc/slurm.conf exec %s "$@"\n' "$dir" "$(command -v srun)" >"$dir/bin/srun"
-# What looks at the queue leaves a mark when it has seen it.
-printf '#!/bin/sh\n%s "$@"; code=$?; touch %s/looked; exit $code\n' "$(command -v squeue)" "$dir" >"$dir/bin/squeue"
+# What looks at the queue leaves a mark when it has seen it. With PATIENT_LOOKS a look ends when one more job has ended, at the
+# latest after 40 s: Snakemake's executor, which asks by state, then learns of it at once and not at its next look.
+cat >"$dir/bin/squeue" <<LOOK
+#!/bin/sh
+told=\$(cat $dir/told 2>/dev/null || echo 0)
+for _ in \$(seq 80); do
+    said=\$($(command -v squeue) "\$@")
+    code=\$?
+    ended=\$(echo "\$said" | grep -cE '[|](CANCELLED|COMPLETED|FAILED|TIMEOUT|NODE_FAIL|PREEMPTED)')
+    [ -n "\$PATIENT_LOOKS" ] && [ \$code = 0 ] && [ "\$ended" -le "\$told" ] || break
+    sleep 0.5
+done
+[ -z "\$PATIENT_LOOKS" ] || echo "\$ended" >$dir/told
+[ -z "\$said" ] || echo "\$said"
+touch $dir/looked
+exit \$code
+LOOK
 chmod +x "$dir/bin/srun" "$dir/bin/squeue"
 export SLURM_CONF=$dir/etc/slurm.conf SLURM_DIR=$dir PATH=$dir/bin:$PATH
 

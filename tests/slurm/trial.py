@@ -20,7 +20,7 @@ from pathlib import Path
 
 import psutil
 
-from tests.conftest import make_clone
+from tests.conftest import make_clone, warm_steps
 from tests.slurm import records
 from tests.support import kills
 
@@ -28,6 +28,7 @@ TARGET, SHORT = "results/ifeval_dpo.json", "results/sft_v2/merged/manifest.json"
 PREPARED = ["results/base/manifest.json", "results/data/sft.manifest.json"]
 CONFIGS = ["config/config.yaml", "tests/support/config/micro.yaml", "tests/slurm/trial.yaml"]
 PROFILES = ["--workflow-profile", "profiles/slurm", "--profile", "tests/slurm/site"]
+LOOKS = ["--slurm-init-seconds-before-status-checks", "1", "--seconds-between-status-checks", "1"]  # each waits: cluster.sh
 CHECKS = {
     "cancelled": "scancel: the retry asks for more and goes on from the checkpoint that SIGTERM brought about",
     "time limit": "near its time limit: the profile's signal reaches the training, and the retry goes on",
@@ -46,15 +47,18 @@ class Chain(kills.Runs):
     """A clone whose Snakemake submits to Slurm."""
 
     target = TARGET
+    patient = False  # looks at the queue end when a job does; an interrupt would find Snakemake looking, always
 
     def environment(self) -> dict[str, str]:
         """With the cluster's commands, and the executor's plugin."""
         found = super().environment()
         found["PYTHONPATH"] += f":{os.environ['PYTHONPATH']}"
+        found |= {"PATIENT_LOOKS": "1"} if self.patient else {}
         return found | {"PATH": f"{os.environ['SLURM_DIR']}/bin:{found['PATH']}"}
 
     def submit(self, *options: str) -> subprocess.Popen:
-        self.running = self.begin("snakemake", self.target, *PROFILES, "--configfile", *CONFIGS, *options)
+        looks = LOOKS if self.patient else []
+        self.running = self.begin("snakemake", self.target, *PROFILES, *looks, "--configfile", *CONFIGS, *options)
         return self.running
 
 
@@ -167,7 +171,7 @@ class Trial:
         if short:
             self.local.finish(*PREPARED, configs=CONFIGS)
         self.chain = Chain(self.local.copy(folder / "chain").folder)
-        self.chain.target = SHORT if short else TARGET
+        self.chain.target, self.chain.patient = SHORT if short else TARGET, short
         self.said = ""
 
     @contextlib.contextmanager
@@ -299,8 +303,8 @@ class Trial:
 
     def run(self) -> None:
         first = again = None
-        self.undisturbed = self.local.start(self.chain.target, configs=CONFIGS)
-        psutil.Process(self.undisturbed.pid).nice(10)
+        psutil.Process(warm_steps().process.pid).nice(10)
+        self.undisturbed = self.local.start(self.chain.target, configs=CONFIGS, warmed=True)
         try:
             first = self.chain.submit()
             self.disturb_sft()

@@ -15,11 +15,12 @@ from workflow_scripts.artifacts import manifests
 from workflow_scripts.tiny import world
 
 # A reward model's head is drawn: by luck it orders many pairs before it is trained, and its gain has to be told from that.
-HELDOUT = {"sft": 100, "pairs": 200, "instructions": 100}
+# DPO starts from no difference at all: half of the pairs show as much of it.
+HELDOUT = {"sft": 100, "pairs": 200, "few_pairs": 100, "instructions": 100}
 ROLLOUTS = ("ppo_ifeval", "grpo", "rloo")
 SETTINGS: dict[str, dict[str, Any]] = {
     "sft_v2": {"learning_rate": 3.0e-3, "per_device_eval_batch_size": 5},
-    "dpo": {"learning_rate": 1.0e-3, "per_device_eval_batch_size": 5},
+    "dpo": {"learning_rate": 2.0e-3, "per_device_eval_batch_size": 5},
     "kto": {"learning_rate": 2.0e-3, "per_device_eval_batch_size": 5},
     "rm": {"learning_rate": 3.0e-3, "per_device_eval_batch_size": 5, "num_train_epochs": 2},
     "ppo_ifeval": {"learning_rate": 2.0e-3, "max_steps": 40, "max_completion_length": 36},
@@ -47,9 +48,10 @@ def instructions(n: int) -> list[dict]:
 ROWS = {
     "sft": lambda: world.sft_rows(400 + HELDOUT["sft"], seed=1, follow=0.9, numeric=0.1),
     "pairs": lambda: world.preference_rows(400 + HELDOUT["pairs"], seed=1),
+    "few_pairs": lambda: world.preference_rows(200 + HELDOUT["few_pairs"], seed=1),
     "instructions": lambda: instructions(80 + HELDOUT["instructions"]),
 }
-KIND = {"sft_v2": "sft", "dpo": "pairs", "kto": "pairs", "rm": "pairs"} | dict.fromkeys(ROLLOUTS, "instructions")
+KIND = {"sft_v2": "sft", "dpo": "few_pairs", "kto": "pairs", "rm": "pairs"} | dict.fromkeys(ROLLOUTS, "instructions")
 
 
 class RightWay:

@@ -6,7 +6,10 @@ its own would. Who kills the client kills the fork, but a moment later: tests of
 """
 
 import atexit
+import functools
+import gc
 import importlib
+import importlib.metadata
 import json
 import os
 import runpy
@@ -23,8 +26,8 @@ from pathlib import Path
 # What such a command imports; what is not here, it imports itself.
 SNAKEMAKE = (
     "snakemake.cli", "snakemake.api", "snakemake.workflow", "snakemake.dag", "snakemake.persistence.file", "snakemake.report",
-    "snakemake.scheduling.greedy", "snakemake.report.html_reporter", "jinja2", "jsonschema", "yaml", "numpy", "scipy",
-    "requests", "yte",
+    "snakemake.scheduling.greedy", "snakemake.storage", "snakemake.report.html_reporter", "jinja2", "jsonschema", "yaml", "numpy",
+    "scipy", "requests", "yte",
 )  # fmt: skip
 STEPS = (
     "torch", "datasets", "peft", "bitsandbytes", "transformers.models.qwen2.modeling_qwen2", "transformers.trainer",
@@ -163,10 +166,16 @@ def serve(client: socket.socket) -> None:
 
 
 def load(*libraries: str) -> None:
+    gc.disable()  # loading leaves next to no garbage
     for name in libraries:
         importlib.import_module(name)
     if "snakemake.cli" in libraries:
         sys.modules["snakemake.cli"].get_argument_parser()  # finds the plugins that are installed, once
+    importlib.metadata.version = functools.cache(importlib.metadata.version)  # each step asks for those of all packages
+    for one in importlib.metadata.distributions():
+        importlib.metadata.version(one.name)
+    gc.freeze()  # no fork looks through it, or copies the pages on which a look would leave its marks
+    gc.enable()
 
 
 def main(address: str, *libraries: str) -> None:
@@ -181,8 +190,9 @@ def main(address: str, *libraries: str) -> None:
             if server not in ready:
                 return  # who started this has ended
             client, _ = server.accept()
-            load(*libraries)
-            libraries = ()
+            if libraries:
+                load(*libraries)
+                libraries = ()
             if not os.fork():
                 server.close()
                 serve(client)

@@ -10,7 +10,7 @@ import torch
 
 from tests.models.test_chat import END_OUTSIDE
 from tests.support import small_steps
-from tests.support.right_way import HELDOUT, ROLLOUTS, ROWS, sample
+from tests.support.right_way import HELDOUT, KIND, ROLLOUTS, ROWS, sample
 from workflow_scripts.models import chat, lora
 from workflow_scripts.plumbing.messages import InputError
 from workflow_scripts.rl import rewards
@@ -30,9 +30,9 @@ def swapped(row):
     return row | {"chosen": row["rejected"], "rejected": row["chosen"]}
 
 
-@pytest.fixture(scope="module")
-def flipped_pairs(folder):
-    rows, kept = ROWS["pairs"](), HELDOUT["pairs"]
+def flipped_pairs(method, folder):
+    """The pairs of the right way, but for the held-out ones with their sides swapped."""
+    rows, kept = ROWS[KIND[method]](), HELDOUT[KIND[method]]
     return small_steps.write_slice(folder / "data", "flipped", [*map(swapped, rows[:-kept]), *rows[-kept:]], kept)
 
 
@@ -41,9 +41,9 @@ def flipped_pairs(folder):
 
 @pytest.mark.trained
 @pytest.mark.parametrize("method", sample("dpo", "kto", "rm"))
-def test_flipped_labels_move_the_objective_the_other_way(right_way, flipped_pairs, method, tmp_path, figure):
+def test_flipped_labels_move_the_objective_the_other_way(right_way, method, tmp_path, figure):
     right = right_way(method).data["objective"]
-    flipped = right_way.train(tmp_path, method, flipped_pairs).data["objective"]
+    flipped = right_way.train(tmp_path, method, flipped_pairs(method, tmp_path)).data["objective"]
     assert right["before"] == flipped["before"]
     start = right["before"]["loss"]
     assert start == pytest.approx({"dpo": math.log(2), "kto": 0.5, "rm": math.log(2)}[method], abs=0.03)
