@@ -17,6 +17,7 @@ from workflow_scripts.artifacts import manifests
 from workflow_scripts.artifacts.manifests import Job
 from workflow_scripts.config.names import METRIC, answered, run_name
 from workflow_scripts.plumbing.messages import InputError
+from workflow_scripts.stats.selection import passed as verdict
 
 LABEL = {
     "ifeval": "IFEval, prompt-level strict accuracy",
@@ -66,12 +67,6 @@ class World:
 
     def verdicts(self, task: str, run: str) -> list[bool]:
         return [verdict(row) for row in self.scores[task, run]["per_prompt"]]
-
-
-def verdict(row: dict) -> bool:
-    """Whether a prompt's answer passes: all its instructions, strictly (IFEval); `correct` (everything else)."""
-    found = row.get("follow_instruction_list_strict", row.get("correct"))
-    return all(found) if isinstance(found, list) else bool(found)
 
 
 def read(job: Job) -> World:

@@ -53,11 +53,13 @@ def main(job: manifests.Job) -> None:
         rows, dropped, facts["formats"] = clean(candidates, kind, config.get("format"), group_by)
         rows = [row | {"key": row["id"]} for row in rows] if evaluation else rows
     judging.check(kind, ((places[row["id"]], row) for row in rows))
+    evaluated = [row for role, one in parents.items() if role.endswith("_prompts") for row in one.rows()]
+    if evaluation and "decontaminate" in config:
+        check_apart(rows, evaluated, config["decontaminate"], source)
     if not evaluation:
         from workflow_scripts.models import chat
 
         rule = config["decontaminate"]
-        evaluated = [row for role, one in parents.items() if role.endswith("_prompts") for row in one.rows()]
         check = slicing.Decontaminator([slicing.avoided(row, rule["rule"], rule["ngram"]) for row in evaluated], **rule)
         tokenizer = chat.tokenizer_of(parents["base"])
         for role, one in parents.items():  # an evaluation that the base can't be asked would end after every training
@@ -237,6 +239,15 @@ def check_groups(candidates: list[Source], key: str) -> None:
             raise InputError(f"{side[False].place}: has no {key}, which group_by names and other rows of this file have")
     if not any(True in side for side in sides.values()):
         raise InputError(f"{candidates[0].place}: has no {key}, which group_by names, and neither has any other row")
+
+
+def check_apart(rows: list[dict], evaluated: list[dict], rule: dict, source: str) -> None:
+    """InputError where development prompts, by which trials are chosen, are among those that the result is judged by."""
+    if found := slicing.together(rows, evaluated, **rule):
+        raise InputError(
+            f"{source}: {len(found)} of {len(rows)} development prompts share a prompt with an evaluation, by data.decontaminate "
+            f"({rule['rule']}), such as row {found[0]['id']}; what is chosen there can't be judged there: take other prompts"
+        )
 
 
 def check_prompt(row: dict, place: str) -> None:
