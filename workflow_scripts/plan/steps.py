@@ -268,8 +268,19 @@ class Steps:
         """What the report is told of `tune:`: who was chosen from what, by what, and whether the evaluation's curve is shown."""
         tune = self.config.data["tune"]
         experiments = {
-            name: {"of": body.of, "trials": body.trials, "objective": body.objective, "declared": body.declared}
+            name: {"of": body.of, "trials": list(body.trials.items()), "objective": body.objective, "declared": body.declared}
             for name, body in self.config.tuned.items()
         }
-        told = {"experiments": experiments, "per_seed": tune["per_seed"], "curve": tune.get("curve", False)}
+        objectives = {
+            trial: OBJECTIVES[self.config.experiments[trial]["method"]][0]
+            for body in self.config.tuned.values()
+            for trial in body.trials
+            if body.objective
+        }
+        told = {
+            "experiments": experiments,
+            "per_seed": tune["per_seed"],
+            "curve": tune.get("curve", False),
+            "objectives": objectives,
+        }
         return told | self.config.development

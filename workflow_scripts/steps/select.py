@@ -10,7 +10,7 @@ The highest mean wins; of equal ones the first of the grid. Nothing of the evalu
 
 import shutil
 from dataclasses import asdict
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from workflow_scripts.artifacts import manifests
 from workflow_scripts.artifacts.manifests import Artifact
@@ -18,6 +18,9 @@ from workflow_scripts.config.names import METRIC
 from workflow_scripts.plumbing.messages import InputError
 from workflow_scripts.steps import cli
 from workflow_scripts.tools import card
+
+if TYPE_CHECKING:
+    from workflow_scripts.stats.selection import Score
 
 OWN = (
     "format",
@@ -39,36 +42,31 @@ def main(job: manifests.Job) -> None:
         scores = [selection.of_prompts(one) for one in runs]
     else:
         what, runs = by["objective"][0], None
-        scores = [
-            selection.of_changes([change(parents[f"adapter {run}"], *by["objective"]) for run in one["judged"]]) for one in trials
-        ]
-    first, lead = selection.best(scores)[0], selection.lead(scores, runs)
-    told = [
-        {"name": trial["name"], "run": trial["run"], "point": trial["point"], **asdict(score)}
-        for trial, score in zip(trials, scores, strict=True)
-    ]
-    over = trials[lead.second]["name"]
-    won = asdict(lead) | {"over": over}
-    del won["second"]
-    chosen = parents[f"adapter {trials[first]['run']}"]
-    certain = "more than by chance" if lead.told else "which can't be told from chance"
-    print(
-        f"{job.run}: {trials[first]['run']}, by {what} {scores[first].mean:.4f}: {lead.difference:+.4f} over {over}, {certain}",
-        flush=True,
-    )
+        changes = [[change(parents[f"adapter {run}"], *by["objective"]) for run in one["judged"]] for one in trials]
+        scores = [selection.of_changes(one) for one in changes]
+    found = selected(trials, what, scores, runs)
+    chosen, won = parents[f"adapter {found['run']}"], found["won"]
+    certain = "more than by chance" if won["told"] else "which chance may have made"
+    print(f"{job.run}: {found['run']} by {what}, {won['difference']:+.4f} over {won['over']}, {certain}", flush=True)
     with manifests.complete(job, "adapter", parents) as draft:
         for name in chosen.data["files"]:
             shutil.copyfile(chosen.file(name), draft.folder / name)
         if (curves := chosen.folder / "metrics.csv").exists():
             shutil.copyfile(curves, draft.folder / curves.name)
         draft.manifest |= {key: value for key, value in chosen.data.items() if key not in OWN}
-        draft.manifest["selection"] = {
-            "by": what,
-            "trials": told,
-            "chosen": trials[first]["name"],
-            "run": trials[first]["run"],
-            "won": won,
-        }
+        draft.manifest["selection"] = found
+
+
+def selected(trials: list[dict], what: str, scores: "list[Score]", runs: list[list[list[float]]] | None) -> dict:
+    """For the manifest: every trial with its score, the choice, and by how much it won."""
+    from workflow_scripts.stats import selection
+
+    first, lead = selection.best(scores)[0], asdict(selection.lead(scores, runs))
+    told = [
+        {key: trial[key] for key in ("name", "run", "point")} | asdict(score) for trial, score in zip(trials, scores, strict=True)
+    ]
+    won = {"over": trials[lead.pop("second")]["name"], **lead}
+    return {"by": what, "trials": told, "chosen": trials[first]["name"], "run": trials[first]["run"], "won": won}
 
 
 def parents_of(job: manifests.Job) -> dict[str, Artifact]:
