@@ -9,13 +9,14 @@ from scipy import stats
 
 from tests.conftest import Clone
 from tests.support import laid_out, small_steps
+from tests.support.slicer import QUESTION, Slicer
 from workflow_scripts.artifacts import manifests
 from workflow_scripts.artifacts.manifests import Job
 from workflow_scripts.plumbing.messages import InputError
-from workflow_scripts.steps import select
+from workflow_scripts.steps import select, slice_data
 from workflow_scripts.steps.slice_data import check_apart
 
-NAMES = ["dpo_t1", "dpo", "dpo_t3"]
+NO_COMMA = "punctuation:no_comma"
 
 
 def adapter(folder: Path, run: str, change: dict | None = None) -> Path:
@@ -199,6 +200,22 @@ def test_half_of_a_prompt_s_8_grams_is_refused_whichever_of_both_is_the_longer()
         RULES[0],
         "mine",
     )
+
+
+@pytest.mark.parametrize(("prompts", "refused"), [([QUESTION.upper(), "another"], True), (["one", "another"], False)])
+def test_the_slice_itself_is_refused_before_anything_is_written(tmp_path, prompts, refused):
+    """By the step, as the plan hands it over: the rule in its config, the evaluation's prompts among its parents."""
+    slicer = Slicer(tmp_path)
+    rows = [{"key": i, "prompt": prompt, "instruction_id_list": [NO_COMMA], "kwargs": [{}]} for i, prompt in enumerate(prompts)]
+    one = slicer.job(rows, "ifeval", decontaminate=RULES[1])
+    one.step["parents"] = {"ifeval_prompts": f"{'ifeval_prompts':0>32}"}
+    one.inputs += [slicer.parents["ifeval_prompts"], slicer.results / "data/ifeval.jsonl"]
+    if refused:
+        with pytest.raises(InputError, match="1 of 2 development prompts share a prompt with an evaluation"):
+            slice_data.main(one)
+    else:
+        slice_data.main(one)
+    assert one.out.exists() is not refused and (slicer.results / "data/made.jsonl").exists() is not refused
 
 
 # -- through the rules ------------------------------------------------------------------------------------------------
