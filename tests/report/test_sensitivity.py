@@ -62,6 +62,15 @@ def test_each_point_has_a_row_with_its_interval_and_the_choice_of_the_seeds(made
     assert float(cells[2][2]) == pytest.approx(sum(100 * row["correct"] for one in verdicts for row in one) / 600, abs=0.05)
 
 
+def test_the_picture_names_the_points_in_full_and_rings_the_choice(made):
+    """0.00015, which was cut to 0.00 as coordinates are; one ring for each experiment with the number of seeds."""
+    svg = re.search(r"<svg.*?</svg>", section(made[2], "sensitivity", "kinds"), flags=re.S)[0]
+    texts = [text.strip() for text in re.findall(r"<text[^>]*>([^<]*)</text>", svg)]
+    assert texts.count("0.00015") == 2 and texts.count("0.005") == 2 and texts.count("learning_rate") == 2
+    assert texts.count("3") == 2 and "dpo_tuned, by prompt_level_strict_acc" in texts
+    assert not re.search(r"\d\.\d{3}", re.sub(r">[^<]*<", "><", svg)), "coordinates of more than hundredths"
+
+
 def test_an_edge_of_the_grid_is_said_and_a_maximum_inside_is_not(made):
     said = re.findall(r"<p><strong>(\w+)</strong>: (the best [^<]*)\.</p>", made[2])
     assert said == [

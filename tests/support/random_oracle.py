@@ -211,8 +211,8 @@ plan/steps plan/records plan/estimate plan/gpu_memory plan/passes plan/patterns 
 models/templates""".split()
 # The report, which is no target here, and multiple choice and tuning, which this config has not
 REPORT = """steps/select stats/selection report/__init__ report/capacity report/collect report/figures report/judge report/page
-report/sections report/trained report/winning steps/report evaluation/lm_tasks steps/lm_eval_task steps/judge_answers
-stats/__init__ stats/accuracy stats/components stats/family stats/moderated stats/power""".split()
+report/sections report/sensitivity report/trained report/winning steps/report evaluation/lm_tasks steps/lm_eval_task
+steps/judge_answers stats/__init__ stats/accuracy stats/components stats/family stats/moderated stats/power""".split()
 PAGE = [f"report/templates/report.{ending}" for ending in ("html.jinja", "css", "js")]
 # File of the package -> the steps that can run it.
 CODE: dict[str, list[str]] = {

@@ -41,7 +41,8 @@ def svg(figure: Figure, title: str) -> str:
     text = re.sub(r'(<svg[^>]*?) width="[^"]*"', r"\1", text, count=1)
     text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.S)
     text = text.replace(INK, "currentColor")
-    text = re.sub(r"(\d+\.\d\d)\d+", r"\1", text)  # hundredths of a point are enough
+    # Hundredths of a point are enough; what is written, between tags, stays.
+    text = re.sub(r"(>[^<]*<)|(\d+\.\d\d)\d+", lambda found: found[1] or found[2], text)
     label = title.replace("&", "&amp;").replace("<", "&lt;").replace('"', "&quot;")
     return text.replace(
         "<svg", f'<svg role="img" aria-label="{label}" style="width:100%;max-width:{figure.get_figwidth():.1f}in"', 1
@@ -143,7 +144,11 @@ def sensitivity(panels: dict[str, dict], title: str) -> str:
         if any(row["evaluation"] is not None for _, row in known):
             judged = [(x, row["evaluation"]) for x, row in known if row["evaluation"] is not None]
             axes.plot(*zip(*judged, strict=True), "--", color=NEUTRAL, linewidth=1.0)
-        axes.set_xticks(range(len(panel["rows"])), [row["text"].replace(", ", "\n") for row in panel["rows"]], fontsize=7)
+        keys = {row["text"].rpartition(" ")[0] for row in panel["rows"]}
+        alone = len(keys) == 1 and ", " not in panel["rows"][0]["text"]  # one key: named once
+        ticks = [row["text"].rpartition(" ")[2] if alone else row["text"].replace(", ", "\n") for row in panel["rows"]]
+        axes.set_xticks(range(len(ticks)), ticks, fontsize=7)
+        axes.set_xlabel(keys.pop() if alone else "", fontsize=8)
         axes.set_title(f"{name}, by {panel['by']}" if panel["by"] else name, fontsize=9, loc="left")
         axes.set_ylabel("change" if panel["objective"] else "%", fontsize=8)
         axes.grid(axis="y", color=INK, alpha=0.1, linewidth=0.6)
