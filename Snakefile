@@ -21,6 +21,7 @@ include: "rules/preflight.smk"
 include: "rules/data.smk"
 include: "rules/base.smk"
 include: "rules/train.smk"
+include: "rules/select.smk"
 include: "rules/merge.smk"
 include: "rules/eval.smk"
 
@@ -33,7 +34,7 @@ if "report" in PLAN.config.data:
 rule all:
     default_target: True
     input:
-        [PLAN.results_of(run) for run in [*PLAN.config.models, *PLAN.runs()]],
+        [PLAN.results_of(run) for run in [*PLAN.config.models, *PLAN.shown()]],
     localrule: True
 
 

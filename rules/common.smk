@@ -54,10 +54,10 @@ ENV = f"../envs/{'cuda' if DEVICE == 'cuda' else 'cpu'}.yaml"
 SEED = r"(\.seed([2-9]|[1-9][0-9]+))?"
 
 
-def runs_of(*methods):
-    """A wildcard constraint: the runs of these methods."""
+def runs_of(*methods, chosen=True):
+    """A wildcard constraint: the runs of these methods. chosen: with those whose adapter is chosen among trials."""
     names = [name for name, body in PLAN.config.experiments.items() if body["method"] in methods]
-    return any_of(names) + SEED
+    return any_of([name for name in names if chosen or name not in PLAN.config.tuned]) + SEED
 
 
 MODELS = any_of(PLAN.config.models)
@@ -67,8 +67,8 @@ TRAINED = runs_of(*(set(PLAN.config.data["methods"]) - {"rm"}))
 OF_MODELS = [name for name in PLAN.config.judged if PLAN.config.view(name)[0] in PLAN.config.models]
 ANSWERING = f"{any_of(OF_MODELS)}|{any_of(set(PLAN.config.judged) - set(OF_MODELS)) + SEED}"
 # Tasks that are answered in text; those whose answers are then scored; and those of multiple choice, which one step does.
-ANSWERED = names.answered(PLAN.config.evaluations)
-SCORED = any_of([task for task in ANSWERED if task != names.JUDGED])
+ANSWERED = names.answered(PLAN.config.asked)
+SCORED = any_of([task for task in ANSWERED if task not in (names.JUDGED, names.DEVELOPMENT)])
 CHOICE = any_of([task for task in PLAN.config.evaluations if task in names.CHOICE])
 # What has its answers judged by a reward model.
 JUDGED = ANSWERING if names.JUDGED in PLAN.config.evaluations else any_of([])
@@ -169,6 +169,12 @@ def slice_inputs(wildcards):
 @signed
 def train_inputs(wildcards):
     return edges(PLAN.train_inputs(wildcards.run))
+
+
+@signed
+def select_inputs(wildcards):
+    """Score files are not `ancient()`, as in `report_inputs`."""
+    return edges(PLAN.train_inputs(wildcards.run)) + PLAN.score_files(wildcards.run)
 
 
 @signed

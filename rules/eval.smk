@@ -120,6 +120,34 @@ rule score:
         call("score_{wildcards.task}", "scores")
 
 
+# Of development prompts, by which trials are chosen: scored as the task that they stand for.
+rule score_development:
+    input:
+        answers=signed(lambda wildcards: edges(PLAN.answers_inputs(names.DEVELOPMENT, wildcards.run))),
+        prompts=signed(lambda wildcards: edges(PLAN.prompts_inputs(names.DEVELOPMENT))),
+    output:
+        scores="<results>/dev_{run}.json",
+    log:
+        "<logs>/{run}/score_dev.log",
+    benchmark:
+        "<benchmarks>/{run}/score_dev.tsv"
+    wildcard_constraints:
+        run=ANSWERING if PLAN.config.development else any_of([]),
+    localrule: True
+    conda:
+        ENV
+    threads: 1
+    resources:
+        gpu=0,
+        mem_mb=asks("mem_mb", "score_dev"),
+        runtime=asks("runtime", "score_dev"),
+        disk_mb=asks("disk_mb", "score_dev"),
+    params:
+        step=signed(lambda wildcards: PLAN.score(names.DEVELOPMENT, wildcards.run)),
+    shell:
+        call(f"score_{PLAN.config.development.get('task', 'ifeval')}", "scores")
+
+
 # Rewards of answers by one reward model: for win rates, which are no verdicts.
 rule judge_answers:
     input:

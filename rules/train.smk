@@ -15,7 +15,7 @@ for method in sorted({body["method"] for body in PLAN.config.experiments.values(
         benchmark:
             "<benchmarks>/{run}/train.tsv"
         wildcard_constraints:
-            run=runs_of(method),
+            run=runs_of(method, chosen=False),
         conda:
             ENV
         threads: THREADS

@@ -91,7 +91,7 @@ def test_places_and_rules_are_those_of_the_rules(planned_by_snakemake):
     ours = {}
     for key in keys:
         place = place_of(plan.results, *key)
-        ours[place.manifest] = (records.rule_of(plan.step(*key)), list(place.outputs))
+        ours[place.manifest] = (records.rule_of(key[0], plan.step(*key)), list(place.outputs))
     assert ours == planned_by_snakemake and len(ours) > 60
 
 

@@ -24,7 +24,8 @@ def lay_out(clone: Clone, plan: Plan, *keys: tuple[str, str]) -> None:
     """Artifacts as the config plans them, and all that they are made from, with made-up files; and Snakemake's records."""
     known = [("slice", name) for name in plan.config.data["data"]["slices"]] + [("base", "base")]
     known += [(kind, run) for run in plan.runs() for kind in ("train", "merge")]
-    known += [(f"generate_{task}", run) for run in ["base", *plan.runs()] for task in plan.config.evaluations]
+    known += [(f"generate_{task}", run) for run in ["base", *plan.runs()] for task in plan.config.asked]
+    known += [(f"score_{task}", run) for run in ["base", *plan.runs()] for task in plan.config.asked]
     by_mark = {plan.fingerprint(*key): key for key in known}
     new: list[records.Place] = []
 

@@ -210,13 +210,13 @@ NO_STEP = """steps/cli plumbing/cards plumbing/content_cache plumbing/gpus plumb
 plumbing/startup artifacts/runinfo artifacts/work artifacts/fingerprint data/hub evaluation/rows config/__init__ config/config
 config/schema_errors
 config/yaml_files config/bases config/comparison config/choices config/judged config/names config/sweep config/written
-config/schema config/experiments config/references config/slices plan/__init__ plan/plan plan/places plan/graph plan/steps
-plan/records plan/estimate plan/gpu_memory plan/passes plan/patterns plan/shape plumbing/environment models/sources
+config/tuning config/schema config/experiments config/references config/slices plan/__init__ plan/plan plan/places plan/graph
+plan/steps plan/records plan/estimate plan/gpu_memory plan/passes plan/patterns plan/shape plumbing/environment models/sources
 models/templates""".split()
-# The report, which is no target here, and multiple choice, which this config has not
-REPORT = """report/__init__ report/capacity report/collect report/figures report/judge report/page report/sections report/trained
-report/winning steps/report evaluation/lm_tasks steps/lm_eval_task steps/judge_answers stats/__init__ stats/accuracy
-stats/components stats/family stats/moderated stats/power""".split()
+# The report, which is no target here, and multiple choice and tuning, which this config has not
+REPORT = """steps/select stats/selection report/__init__ report/capacity report/collect report/figures report/judge report/page
+report/sections report/sensitivity report/trained report/winning steps/report evaluation/lm_tasks steps/lm_eval_task
+steps/judge_answers stats/__init__ stats/accuracy stats/components stats/family stats/moderated stats/power""".split()
 PAGE = [f"report/templates/report.{ending}" for ending in ("html.jinja", "css", "js")]
 # File of the package -> the steps that can run it.
 CODE: dict[str, list[str]] = {
@@ -301,7 +301,7 @@ PACKAGES: dict[str, list[str]] = {
 # Files of the repository that no step reads.
 UNUSED = ["README.md", "CHANGELOG.md", "docs/methods.md", "docs/staleness.md", "Makefile", "pyproject.toml", "tests/conftest.py"]
 UNUSED += ["config/schema.yaml", "config/qwen05b.yaml", "config/smollm2.yaml", "profiles/default/profile.yaml", "envs/cpu.yaml"]
-RULES = "base common data eval merge preflight progress snakemake_itself train turn".split()
+RULES = "base common data eval merge preflight progress select snakemake_itself train turn".split()
 UNUSED += ["LICENSE", "Snakefile", *(f"rules/{name}.smk" for name in RULES)]
 
 

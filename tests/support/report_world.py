@@ -15,7 +15,8 @@ from workflow_scripts.config import config as configs
 from workflow_scripts.config.names import CHOICE
 from workflow_scripts.config.written import merge
 from workflow_scripts.plan.plan import Plan
-from workflow_scripts.steps import cli
+from workflow_scripts.stats import selection
+from workflow_scripts.steps import cli, select
 
 KINDS = ["punctuation:no_comma", "change_case:english_lowercase", "startend:quotation"]
 ACCURACY = {
@@ -62,6 +63,13 @@ def make(folder: Path, config: Path, accuracy: dict[str, float] | None = None, s
                 body = plan.config.experiments[experiment]
                 own = {key: body[key] for key in ("flip_labels", "placebo") if key in body}
                 _adapter(plan, run, rng, body["method"], experiment != "dpo_ipo", own)
+        for task, run in plan.trial_scores():
+            share = numpy.clip(known.get(run.partition(".")[0], 0.5) + rng.normal(0, seed_sd), 0.01, 0.99)
+            _score(plan, task, run, rng.random(prompts) < share)
+        for run in [run for run in plan.runs() if plan.tuned(run) is not None or plan.config.run(run)[0] in plan.config.trials]:
+            _adapter(plan, run, rng, plan.experiment(run)["method"])
+        for run in [run for run in plan.runs() if plan.development_scores(run)]:
+            _choose(plan, run)
         for run in comparison.reward_models(plan.config):
             _adapter(plan, run, rng, "rm")
             _write(Path(f"{plan.results}/{run}/rm_eval.json"), {"fingerprint": plan.fingerprint("eval_rm", run), "files": {}})
@@ -141,6 +149,23 @@ def _adapter(
     curve = 0.7 - 0.005 * steps + rng.normal(0, 0.01, 60)
     lines = [f"{step},{loss:.4f},{0.4:.2f}" for step, loss in zip(steps, curve, strict=True)]
     (folder / "metrics.csv").write_text("step,loss,grad_norm\n" + "\n".join(lines) + "\n")
+
+
+def _choose(plan: Plan, run: str) -> None:
+    """What the choice among trials adds to the manifest of an adapter."""
+    config = plan.step("train", run)["config"]
+    file = f"{plan.results}/dev_{{}}.json"
+    runs = [
+        [[float(row["correct"]) for row in _read(Path(file.format(one)))["per_prompt"]] for one in trial["judged"]]
+        for trial in config["trials"]
+    ]
+    scores = [selection.of_prompts(one) for one in runs]
+    place = Path(f"{plan.results}/{run}/adapter/manifest.json")
+    _write(place, _read(place) | {"selection": select.selected(config["trials"], "prompt_level_strict_acc", scores, runs)})
+
+
+def _read(path: Path) -> dict:
+    return json.loads(path.read_text())
 
 
 def _write(path: Path, data: dict) -> None:

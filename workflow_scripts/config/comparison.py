@@ -16,8 +16,14 @@ def views(config: Config) -> list[str]:
 
 
 def answering(config: Config) -> list[str]:
-    """What has answers: the models that are not trained here, and every experiment that is no reward model."""
-    return [*config.models, *(name for name, body in config.experiments.items() if body["method"] != "rm")]
+    """What has answers: the models that are not trained here, and every experiment that is no reward model and no trial."""
+    trained = [name for name, body in config.experiments.items() if body["method"] != "rm" and name not in config.trials]
+    return [*config.models, *trained]
+
+
+def verdict_tasks(config: Config) -> list[str]:
+    """The tasks that have verdicts: all but the rewards of a judge."""
+    return [task for task in config.evaluations if task != JUDGED]
 
 
 def controls(config: Config) -> list[tuple[str, str, str]]:
@@ -36,6 +42,13 @@ def check(config: Config) -> None:
 
     def named(path: list, *names: str) -> None:
         for name in names:
+            if name in known and (trial := config.view(name)[0]) in config.trials:
+                problem = (
+                    f"found {name!r}, a trial: it is judged by what chooses, and never beside verdicts; name the tuned one, or "
+                )
+                raise config.fail(
+                    ["report", *path], f"{problem}declare an experiment of its own that extends {config.trials[trial]}"
+                )
             if name not in known:
                 some = ", ".join(answering(config))
                 raise config.fail(["report", *path], f"found {name!r}, expected one of {some}, or a view of one (_merged, _nf4)")
@@ -49,7 +62,7 @@ def check(config: Config) -> None:
         raise config.fail(["report", "confirmatory"], problem)
     for name, family in report["families"].items():
         path = ["families", name]
-        judged = [task for task in config.evaluations if task != JUDGED]  # rewards are no verdicts
+        judged = verdict_tasks(config)
         if family["task"] not in judged:
             tasks = ", ".join(judged)
             raise config.fail(["report", *path, "task"], f"found {family['task']!r}, expected what `eval:` has: {tasks}")
@@ -127,5 +140,5 @@ def runs(config: Config) -> list[str]:
 
 
 def reward_models(config: Config) -> list[str]:
-    names = [name for name, body in config.experiments.items() if body["method"] == "rm"]
+    names = [name for name, body in config.experiments.items() if body["method"] == "rm" and name not in config.trials]
     return [run_name(name, seed) for name in names for seed in config.data["seeds"]]

@@ -7,7 +7,7 @@ node plans.
 from functools import cached_property
 from pathlib import Path
 
-from workflow_scripts.config import experiments, references, schema, sweep
+from workflow_scripts.config import experiments, references, schema, sweep, tuning
 from workflow_scripts.config.names import RUN_NAME, VIEWS, view_of
 from workflow_scripts.config.written import Written, merge_all
 from workflow_scripts.config.yaml_files import read_yaml
@@ -24,11 +24,14 @@ class Config(Written):
         """
         super().__init__(user, files)
         self.copies: dict[str, str] = {}  # of a rank sweep -> the experiment that each is a copy of
+        self.tuned: dict[str, tuning.Tuned] = {}
         schema.check(self)
         self.experiments: dict[str, dict] = experiments.resolve(self)
         schema.check_experiments(self, self.experiments)
-        references.check(self, self.experiments)
+        self.experiments, self.tuned = tuning.expand(self, self.experiments)
+        references.check(self, self.experiments, self.tuned)
         self.experiments, self.copies = sweep.expand(self, self.experiments)
+        self.tuned = tuning.swept(self.tuned, self.copies)
         models = self.models
         for name in self.experiments:
             stem = view_of(name)[0]
@@ -38,7 +41,9 @@ class Config(Written):
                 )
 
     def place(self, name: str, path: list) -> list:
-        return super().place(self.copies.get(name, name), path)
+        name = self.copies.get(name, name)
+        origin = tuning.trials(self.tuned) | {made: body.of for made, body in self.tuned.items()}
+        return tuning.place(self, self.tuned, name, path) or super().place(origin.get(name, name), path)
 
     def run(self, name: str) -> tuple[str, int]:
         """(experiment, seed) of a run's name, such as `dpo` (seed 1) or `dpo.seed2`. InputError if there is none."""
@@ -81,6 +86,11 @@ class Config(Written):
     def at_once(self) -> int:
         """Answers of an evaluation that are written at once, at most: a batch of `hf`, or the slots of `graphs`."""
         return self.generation().get("batch_size", self.data["generation"]["slots"])
+
+    @cached_property
+    def trials(self) -> dict[str, str]:
+        """Trial of `tune:` -> the experiment that it is a copy of. On the evaluation trials are judged on demand alone."""
+        return tuning.trials(self.tuned)
 
     @cached_property
     def judged(self) -> list[str]:

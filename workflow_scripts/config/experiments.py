@@ -1,6 +1,6 @@
 """Experiments resolved: each laid over what it extends, and that over the defaults of its method; then what they refer to."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 from workflow_scripts.config.written import Written, merge
 
@@ -60,12 +60,15 @@ def _with_placebo(body: dict) -> dict:
     return body
 
 
-def follow(config: Written, name: str, key: str, parent_of: Callable[[str], str | None]) -> list[str]:
-    """`name` and the experiments that it reaches by `key`. InputError, naming the key, on unknown names and loops."""
-    chain = [name]
+def follow(config: Written, name: str, key: str, parent_of: Callable[[str], str | None], more: Iterable[str] = ()) -> list[str]:
+    """`name` and the experiments that it reaches by `key`. InputError, naming the key, on unknown names and loops.
+
+    more: names that stand for experiments without being written as such.
+    """
+    chain, there = [name], {*config.data["experiments"], *more}
     while (parent := parent_of(chain[-1])) is not None:
-        if parent not in config.data["experiments"]:
-            known = ", ".join([*(["base"] if key == "start_from" else []), *sorted(config.data["experiments"])])
+        if parent not in there:
+            known = ", ".join([*(["base"] if key == "start_from" else []), *sorted(there)])
             raise config.fail(config.place(chain[-1], [key]), f"found {parent!r}, expected one of {known}")
         if parent in chain:
             loop = " -> ".join([*chain[chain.index(parent) :], parent])

@@ -9,6 +9,8 @@ EVALUATED = {"ifeval": "ifeval", "gsm8k": "numeric", "mmlu": "choice", "truthful
 # Task -> the metric that stands for it.
 METRIC = {"ifeval": "prompt_level_strict_acc", "gsm8k": "exact_match", "mmlu": "acc", "truthfulqa": "acc", "judge": "mean_reward"}
 CHOICE = ("mmlu", "truthfulqa")  # tasks that nobody answers: multiple choice, by the log-likelihood of each option
+DEVELOPMENT = "dev"  # no evaluation: a task on prompts by which trials are chosen (config/tuning.py)
+OBJECTIVE = "objective"  # what chooses, where methods share no task: each one's own, on held-out rows
 JUDGED = "judge"  # the task whose answers a reward model scores: no verdicts, but rewards
 
 

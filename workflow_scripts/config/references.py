@@ -1,13 +1,18 @@
 """What one part of the config says of another: models, slices, starts and rewards that are named must be there, and fit."""
 
+from collections.abc import Iterable
+
 from workflow_scripts.config import bases, choices, judged, slices
 from workflow_scripts.config.experiments import RANDOM, SHUFFLED, VERIFIERS, follow, rewards, slice_kinds
 from workflow_scripts.config.names import EVALUATED
 from workflow_scripts.config.written import Written
 
 
-def check(config: Written, experiments: dict[str, dict]) -> None:
-    """InputError on the first reference that leads nowhere, in a loop, or to something of another kind."""
+def check(config: Written, experiments: dict[str, dict], tuned: Iterable[str] = ()) -> None:
+    """InputError on the first reference that leads nowhere, in a loop, or to something of another kind.
+
+    tuned: experiments that `tune:` makes, and others may start from.
+    """
     bases.check(config)
     choices.check(config)
     judged.check(config, experiments)
@@ -24,7 +29,7 @@ def check(config: Written, experiments: dict[str, dict]) -> None:
     for name, body in known.items():
         slices.check(config, name, body)
     for name, body in experiments.items():
-        follow(config, name, "start_from", lambda one: _start(experiments, one))
+        follow(config, name, "start_from", lambda one: _start(experiments, one), tuned)
         _check_start(config, experiments, name)
         _check_reward(config, experiments, name)
         kinds, chosen = slice_kinds(body), body["slice"]

@@ -61,14 +61,19 @@ def _refuse_overrides(config: Written) -> None:
                     )
 
 
+def of_method(body: dict) -> list[tuple[list, str]]:
+    """(path of the key, sentence) of each mistake of a resolved experiment, by the schema of its method."""
+    schema = {"$defs": SCHEMA["$defs"], "$ref": f"#/$defs/method_{body['method']}"}
+    own = {key: value for key, value in body.items() if key not in ("method", "sweep", "placebo")}
+    unknown = f"unknown key for method {body['method']};"
+    return [(path, problem.replace("unknown key;", unknown)) for path, problem in _violations(schema, own)]
+
+
 def check_experiments(config: Written, experiments: dict[str, dict]) -> None:
     """Each resolved experiment against the schema of its method: which keys and values fit is known only now."""
-    schemas = {name: {"$defs": SCHEMA["$defs"], "$ref": f"#/$defs/method_{name}"} for name in config.data["methods"]}
     errors = []
     for name, body in experiments.items():
-        own = {key: value for key, value in body.items() if key not in ("method", "sweep", "placebo")}
-        for path, problem in _violations(schemas[body["method"]], own):
-            problem = problem.replace("unknown key;", f"unknown key for method {body['method']};")
+        for path, problem in of_method(body):
             place = config.place(name, path)
             if place[0] == "experiments" and experiments[place[1]]["method"] != body["method"]:
                 problem += f" (experiments.{name} inherits it)"

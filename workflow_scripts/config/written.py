@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 
 from workflow_scripts.artifacts.fingerprint import ROOT
-from workflow_scripts.config.names import EVALUATED
+from workflow_scripts.config.names import DEVELOPMENT, EVALUATED
 from workflow_scripts.config.schema_errors import dotted
 from workflow_scripts.config.yaml_files import read_yaml
 from workflow_scripts.plumbing.messages import InputError
@@ -121,6 +121,22 @@ class Written:
     def evaluations(self) -> dict[str, str]:
         """Task -> the slice of its prompts, for the tasks that the config evaluates: ifeval always, others where named."""
         return {task: self.data["eval"][task]["prompts"] for task in EVALUATED if task in self.data["eval"]}
+
+    @property
+    def development(self) -> dict[str, str]:
+        """`task` and `prompts` by which trials are chosen; {} where nothing is tuned, or only by the methods' own objectives."""
+        choose = self.data.get("tune", {}).get("choose")
+        return choose if isinstance(choose, dict) else {}
+
+    @property
+    def asked(self) -> dict[str, str]:
+        """Task -> slice, of the evaluations and of the development prompts."""
+        more = {DEVELOPMENT: self.development["prompts"]} if self.development else {}
+        return self.evaluations | more
+
+    def task(self, name: str) -> dict:
+        """The block of a task under `eval:`. Development prompts are put as those of the task that they stand for."""
+        return self.data["eval"][self.development["task"] if name == DEVELOPMENT else name]
 
     @property
     def models(self) -> dict[str, dict]:

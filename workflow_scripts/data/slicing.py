@@ -226,6 +226,19 @@ def avoided(row: dict, rule: str, ngram: int) -> str:
     return text
 
 
+def together(rows: list[dict], evaluated: list[dict], rule: str, ngram: int, share: float) -> list[dict]:
+    """The rows whose prompt covers a prompt that is evaluated, or is covered by one (`Decontaminator`: by which rule)."""
+    there = Decontaminator([avoided(row, rule, ngram) for row in evaluated], rule, ngram, share)
+    here = Decontaminator([avoided(row, rule, ngram) for row in rows], rule, ngram, share)
+    larger = [text for text in map(prompt_of, evaluated) if here.covers([text], text)]
+
+    def within(row: dict) -> bool:
+        one = Decontaminator([avoided(row, rule, ngram)], rule, ngram, share)
+        return any(one.covers([text], text) for text in larger)
+
+    return [row for row in rows if there.covers([prompt_of(row)], prompt_of(row)) or within(row)]
+
+
 def _ngrams(text: str, n: int) -> set[tuple[str, ...]]:
     found = words(text)
     return {tuple(found[i : i + n]) for i in range(len(found) - n + 1)}
@@ -268,3 +281,12 @@ class Decontaminator:
             return True
         grams = _ngrams(text, min(self.n, len(words(text)))) if self.rule == "ngram" else set()
         return bool(grams) and sum(gram in self.index for gram in grams) >= self.share * len(grams)
+
+
+def check_apart(rows: list[dict], evaluated: list[dict], rule: dict, source: str) -> None:
+    """InputError where development prompts, by which trials are chosen, are among those that the result is judged by."""
+    if found := together(rows, evaluated, **rule):
+        raise InputError(
+            f"{source}: {len(found)} of {len(rows)} development prompts share a prompt with an evaluation, by data.decontaminate "
+            f"({rule['rule']}), such as row {found[0]['id']}; what is chosen there can't be judged there: take other prompts"
+        )

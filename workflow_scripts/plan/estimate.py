@@ -149,6 +149,11 @@ class Estimates:
     def _score(self, task: str, name: str) -> dict[str, float]:
         return {"memory_mb": self._libraries("score"), "seconds": 4 + 0.01 * self._prompts(task), "disk_mb": 10}
 
+    def _select(self, name: str) -> dict[str, float]:
+        """A copy of one adapter; scores are read."""
+        larger = self.config.lora(name)["r"] / RANK * self.parameters / MB
+        return {"memory_mb": self._libraries("prompts"), "seconds": 2, "disk_mb": 10 + larger}
+
     def _report(self, name: str) -> dict[str, float]:
         runs = len(self.config.experiments) * len(self.config.data["seeds"])
         return {"memory_mb": 150 + 2.5 * runs, "seconds": 2 + 0.05 * runs, "disk_mb": 10}
@@ -164,7 +169,7 @@ class Estimates:
     # -- answers and rewards ------------------------------------------------------------------------------------------
 
     def _prompts(self, task: str) -> int:
-        return self.config.data["data"]["slices"][self.config.evaluations[task]]["rows"]
+        return self.config.data["data"]["slices"][self.config.asked[task]]["rows"]
 
     def _decode(self, batches: float, rows: float, new_tokens: int, backend: str) -> float:
         """Seconds to decode so many batches of so many rows together."""
@@ -172,8 +177,8 @@ class Estimates:
         return batches * new_tokens * step + self._compute(rows * new_tokens, 2)
 
     def _generate(self, task: str, name: str) -> dict[str, float]:
-        evaluation, prompts, shards = self.config.data["eval"], self._prompts(task), self.plan.shards(task)
-        new_tokens, size = evaluation[task]["max_new_tokens"], self.config.at_once()
+        prompts, shards = self._prompts(task), self.plan.shards(task)
+        new_tokens, size = self.config.task(task)["max_new_tokens"], self.config.at_once()
         batches, at_once = math.ceil(math.ceil(prompts / size) / shards), min(size, prompts)
         # Keys and values in fp32, of a third of the width: as many query heads share each, or more.
         kept = 8 * self.shape["num_hidden_layers"] * self.shape["hidden_size"] / 3 * at_once * new_tokens / MB

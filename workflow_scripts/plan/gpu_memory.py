@@ -59,10 +59,15 @@ class Memory:
         """Trainings, evaluations of reward models, and answers to each task. A merge runs on the CPU."""
         found = []
         for name, body in self.config.experiments.items():
-            found.append(self.train(name, body))
+            if name in self.config.tuned:  # a copy of an adapter; a reward model is judged as the one that it was
+                continue
+            phase, original = self.train(name, body), self.config.trials.get(name, name)
+            if phase.peak == self.train(original, self.config.experiments[original]).peak and name != original:
+                continue  # a trial at another rate is nothing new
+            found.append(phase)
             if body["method"] == "rm":
                 found.append(self.eval_rm(name, body))
-        for task in self.config.evaluations:
+        for task in self.config.asked:
             found.append(self.choose(task) if task in CHOICE else self.generate(task, self.config.at_once()))
         return found
 
@@ -174,10 +179,9 @@ class Memory:
 
     def generate(self, task: str, rows: int) -> Phase:
         """Answers to a task, so many at once: by the base with its adapter beside it."""
-        evaluation = self.config.data["eval"]
         how, fixed = self._judged()
-        rows = min(rows, self.config.data["data"]["slices"][self.config.evaluations[task]]["rows"])
-        new = evaluation[task]["max_new_tokens"]
+        rows = min(rows, self.config.data["data"]["slices"][self.config.asked[task]]["rows"])
+        new = self.config.task(task)["max_new_tokens"]
         if self.config.generation()["backend"] == "graphs":
             ranks = [self._block(body)["r"] for body in self.config.experiments.values()]
             answering = fixed + in_slots(how, rows, EVAL_PROMPT + new, False, max(ranks))

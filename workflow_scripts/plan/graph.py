@@ -5,7 +5,8 @@ from functools import cached_property
 from workflow_scripts.config import choices, comparison
 from workflow_scripts.config.config import Config
 from workflow_scripts.config.experiments import VERIFIERS, rewards
-from workflow_scripts.config.names import JUDGED, run_name
+from workflow_scripts.config.names import DEVELOPMENT, JUDGED, run_name
+from workflow_scripts.config.tuning import Tuned
 from workflow_scripts.plan.places import Places
 
 
@@ -44,18 +45,52 @@ class Graph(Places):
     def avoided(self, name: str) -> dict[str, str]:
         """Role -> slice, of the evaluations whose prompts no row of this slice may cover.
 
-        Slices that are trained on keep away from what is evaluated. Composed prompts, which are trained on or chosen on, keep
-        away from every slice that is there to evaluate on, so that prompts for development, too, are none of IFEval's; from
+        Slices that are trained on, or that settings are chosen on, keep away from what is evaluated. Composed prompts keep away
+        from every slice that is there to evaluate on, so that prompts for development, too, are none of IFEval's; from
         each other they are apart by their questions.
         """
         slices = self.config.data["data"]["slices"]
         composed = [one for one in slices if "composed" in slices[one]["source"]]
         evaluated = {f"{task}_prompts": prompts for task, prompts in self.config.evaluations.items()}
         if name not in composed:
-            return evaluated if self.config.trains_on(name) else {}
+            apart = self.config.trains_on(name) or name == self.config.development.get("prompts")
+            return evaluated if apart else {}
         evaluated = {role: prompts for role, prompts in evaluated.items() if prompts not in composed}
         others = [one for one in slices if not self.config.trains_on(one) and one not in [*composed, *evaluated.values()]]
         return evaluated | {f"slice_{one}_prompts": one for one in others}
+
+    def shown(self) -> list[str]:
+        """The runs that are scored without being asked for. Trials are not: on the evaluation they are nobody's business."""
+        return [run for run in self.runs() if self.config.run(run)[0] not in self.config.trials]
+
+    # -- trials, and the choice among them (config/tuning.py) -----------------------------------------------------------
+
+    def tuned(self, run: str) -> Tuned | None:
+        """What stands behind a run whose adapter is chosen; None for one that is trained."""
+        return self.config.tuned.get(self.config.run(run)[0])
+
+    def judging(self, run: str, trial: str) -> list[str]:
+        """The runs of a trial by which `run` is chosen: that of its own seed, or those of all seeds of the config."""
+        one_seed = self.config.data["tune"]["per_seed"]
+        seeds = [self.config.run(run)[1]] if one_seed else self.config.data["seeds"]
+        return [run_name(trial, seed) for seed in seeds]
+
+    def development_scores(self, run: str) -> list[str]:
+        """The runs whose scores on the development prompts choose; none where the method's own objective does."""
+        body = self.tuned(run)
+        return [] if body is None or body.objective else [one for trial in body.trials for one in self.judging(run, trial)]
+
+    def chosen_from(self, run: str) -> list[str]:
+        """The runs whose adapters are read where `run` is chosen: the trials of its seed, and those whose objectives choose."""
+        body = self.tuned(run)
+        if body is None:
+            return []
+        own = [run_name(trial, self.config.run(run)[1]) for trial in body.trials]
+        judging = [one for trial in body.trials for one in self.judging(run, trial)] if body.objective else []
+        return list(dict.fromkeys([*own, *judging]))
+
+    def score_files(self, run: str) -> list[str]:
+        return [f"{self.results}/{DEVELOPMENT}_{one}.json" for one in self.development_scores(run)]
 
     # -- files that a step reads ----------------------------------------------------------------------------------------
 
@@ -71,7 +106,7 @@ class Graph(Places):
     def prompts_inputs(self, task: str) -> list[str]:
         """The slices of a task: its prompts and, if it has any, their solved examples."""
         fewshot = choices.fewshot(self.config.data["eval"], task)
-        return self.slice_inputs(self.config.evaluations[task]) + (self.slice_inputs(fewshot) if fewshot else [])
+        return self.slice_inputs(self.config.asked[task]) + (self.slice_inputs(fewshot) if fewshot else [])
 
     def start_inputs(self, run: str) -> list[str]:
         """Files of the full-precision model that `run` starts from: the base or a merged experiment.
@@ -92,7 +127,13 @@ class Graph(Places):
         return [f"{self.results}/{run}/merged/manifest.json", *own] if view == "merged" else own
 
     def train_inputs(self, run: str) -> list[str]:
-        """Files that a run's training reads: the model that it starts from, its rows, and its reward models with their starts."""
+        """Files that a run's training reads: the model that it starts from, its rows, and its reward models with their starts.
+
+        Of a run that is chosen: its start and rows, and the adapters among which (their scores on top: `score_files`).
+        """
+        if self.tuned(run) is not None:
+            adapters = [file for one in self.chosen_from(run) for file in self.adapter_inputs(one)]
+            return list(dict.fromkeys([*self.start_inputs(run), *self.slice_inputs(self.experiment(run)["slice"]), *adapters]))
         files = self.start_inputs(run) + self.slice_inputs(self.experiment(run)["slice"])
         for model in self.reward_models(run):
             files += self.start_inputs(model) + self.adapter_inputs(model)
@@ -107,7 +148,20 @@ class Graph(Places):
     def report_inputs(self) -> list[str]:
         """Every score file that the report reads. Answers, manifests and curves lie beside them."""
         scores = [f"{self.results}/{task}_{run}.json" for run in comparison.runs(self.config) for task in self.config.evaluations]
+        scores += [f"{self.results}/{task}_{run}.json" for task, run in self.trial_scores()]
         return scores + [f"{self.results}/{run}/rm_eval.json" for run in comparison.reward_models(self.config)]
+
+    def trial_scores(self) -> list[tuple[str, str]]:
+        """(task, run) of the scores of trials that the report reads: by which they are chosen and, where the config asks for its
+        curve, those on the evaluation."""
+        tuned = [run for run in self.shown() if self.tuned(run) is not None]
+        found = [(DEVELOPMENT, one) for run in tuned for one in self.development_scores(run)]
+        if self.config.data.get("tune", {}).get("curve"):
+            curve = [one for run in tuned for one in self.chosen_from(run) if self.config.run(one)[0] in self.config.trials]
+            found += [
+                (task, one) for one in curve for task in comparison.verdict_tasks(self.config) if not self.is_reward_model(one)
+            ]
+        return list(dict.fromkeys(found))
 
     def behind(self, file: str) -> list[str]:
         """The files that are made before this manifest, or with it: where one of them is made, it is made too."""

@@ -28,7 +28,7 @@ class Plan(Graph):
 
     def targets(self) -> list[str]:
         """The files that people ask for: results, adapters, slices."""
-        found = [file for run in [*self.config.models, *self.runs()] for file in self.results_of(run)]
+        found = [file for run in [*self.config.models, *self.shown()] for file in self.results_of(run)]
         found += [self.adapter_inputs(run)[0] for run in self.runs()]
         return found + [self.slice_inputs(name)[0] for name in self.config.data["data"]["slices"]]
 
@@ -39,7 +39,7 @@ class Plan(Graph):
         """Slice -> the limits of each experiment that takes only rows which are whole, as data/fitting.py takes them."""
         found: dict[str, dict[tuple[int, float], list[str]]] = {}
         for name, body in self.config.experiments.items():
-            if "max_left_out" in body:
+            if "max_left_out" in body and name not in {*self.config.trials, *self.config.tuned}:  # of the same rows
                 limits = (body["train"]["max_length"], body["max_left_out"])
                 found.setdefault(body["slice"], {}).setdefault(limits, []).append(name)
         return {
@@ -81,7 +81,7 @@ class Plan(Graph):
     def check(self) -> None:
         """Resolve every step of the config once (seed 1), so that what can't be planned is said at once."""
         comparison.check(self.config)
-        wanted, most = self.config.data["eval"]["shards"], max(map(self.shards, answered(self.config.evaluations)))
+        wanted, most = self.config.data["eval"]["shards"], max(map(self.shards, answered(self.config.asked)))
         if wanted > most:
             of_hf = self.config.generation()["backend"] == "hf"
             problem = f"found {wanted}, but there are {most} {'batches' if of_hf else 'prompts'} at most; lower it"

@@ -16,7 +16,7 @@ from functools import cache
 from pathlib import Path
 
 from workflow_scripts.artifacts.fingerprint import canonical, file_sha256
-from workflow_scripts.config.names import CHOICE, EVALUATED, RUN_NAME
+from workflow_scripts.config.names import CHOICE, DEVELOPMENT, EVALUATED, RUN_NAME
 
 METADATA = Path(".snakemake/metadata")
 INCOMPLETE = Path(".snakemake/incomplete")  # an entry here: the job was begun and not recorded; Snakemake runs it again
@@ -64,7 +64,10 @@ def place_of(results: str, kind: str, name: str) -> Place:
 def kinds_of(run: str) -> list[str]:
     """The kinds of artifacts that the folder of a run can have, and its score files."""
     return ["base", "train", "merge", "eval_rm"] + [
-        f"{verb}_{task}" for task in EVALUATED for verb in ("generate", "score") if verb == "score" or task not in CHOICE
+        f"{verb}_{task}"
+        for task in (*EVALUATED, DEVELOPMENT)
+        for verb in ("generate", "score")
+        if verb == "score" or task not in CHOICE
     ]
 
 
@@ -81,7 +84,7 @@ def find(results: str) -> Iterator[Place]:
         task, _, run = entry.name.removesuffix(".json").partition("_")
         if RUN_NAME.fullmatch(entry.name) and entry.is_dir():
             runs.add(entry.name)
-        elif entry.name.endswith(".json") and task in EVALUATED and RUN_NAME.fullmatch(run):
+        elif entry.name.endswith(".json") and task in (*EVALUATED, DEVELOPMENT) and RUN_NAME.fullmatch(run):
             runs.add(run)  # a score file stands when the run's folder is gone
     for run in sorted(runs - {"data", "report"}, key=lambda name: (name != "base", name)):
         for kind in kinds_of(run):
@@ -138,8 +141,10 @@ def read(out: str) -> dict | None:
     return found if isinstance(found, dict) else None
 
 
-def rule_of(step: dict) -> str:
-    """The rule that runs a step: named as its module, but for the scorers, which share one."""
+def rule_of(kind: str, step: dict) -> str:
+    """The rule that runs a step: named as its module, but for the scorers: these share one, and one on development prompts."""
+    if kind == f"score_{DEVELOPMENT}":
+        return "score_development"
     return "score" if step["step"].startswith("score_") else step["step"]
 
 
@@ -186,7 +191,7 @@ def write(place: Place, step: dict, inputs: list[str], left_out: str = "") -> No
             **dict.fromkeys(("shellcmd", "code", "conda_env", "container_img_url", "software_stack_hash", "job_hash")),
             **{"external_jobid": None, "log": None, "input": None, "starttime": made},
             **keep,
-            "rule": rule_of(step),
+            "rule": rule_of(place.kind, step),
             "params": [LEFT_OUT + left_out] if left_out else params_of(step),
             "record_format_version": FORMAT,
             "endtime": made,

@@ -12,7 +12,8 @@ from typing import Any
 from workflow_scripts.artifacts import fingerprint
 from workflow_scripts.config import bases, choices, comparison, judged
 from workflow_scripts.config.experiments import VERIFIERS, rewards
-from workflow_scripts.config.names import CHOICE, JUDGED
+from workflow_scripts.config.names import CHOICE, DEVELOPMENT, JUDGED, run_name
+from workflow_scripts.config.tuning import GROUPS, OBJECTIVES, Tuned
 from workflow_scripts.data import questions, slicing
 from workflow_scripts.models import sources
 from workflow_scripts.plan.graph import Graph
@@ -63,6 +64,8 @@ class Steps:
         if self.config.trains_on(name):  # evaluation prompts are taken as they are: nothing is dropped or held out
             config |= {key: body.get(key, data[key]) for key in ("max_drop", "max_prompt_tokens", "decontaminate")}
             parents["base"] = self.fingerprint("base", "base")
+        elif parents:  # refused if they are not apart from what is judged
+            config["decontaminate"] = data["decontaminate"]
         more: dict[str, Any] = {}
         read = source = self.graph.rows_source(name)
         if files := self.graph.source_files(name):
@@ -125,25 +128,54 @@ class Steps:
         return self.fingerprint("base", "base") if start == "base" else self.fingerprint("merge", start)
 
     def _train(self, run: str) -> dict:
+        if (tuned := self.graph.tuned(run)) is not None:
+            return self._select(run, tuned)
+        body, config = self.graph.experiment(run), self._train_config(run)
+        parents = {"start": self._start_fingerprint(run), "rows": self.fingerprint("slice", body["slice"])}
+        for model in self.graph.reward_models(run):
+            name = self.config.run(model)[0]
+            parents |= {
+                f"reward {name}": self.fingerprint("train", model),
+                f"start of {name}": self._start_fingerprint(model),
+            }
+        return self._step(f"train_{body['method']}", config, parents, seed=self.config.run(run)[1], **self._machine())
+
+    def _train_config(self, run: str) -> dict:
         body = self.graph.experiment(run)
         config = {key: value for key, value in body.items() if key not in ("start_from", "slice")}
         config["lora"] = self.config.lora(self.config.run(run)[0])
         if body["quantise"] != "none":
             config["quant"] = self.config.data["quant"]
         config["optim"] = "paged_adamw_32bit" if self.config.data["device"] == "cuda" else "adamw_torch"
-        parents = {"start": self._start_fingerprint(run), "rows": self.fingerprint("slice", body["slice"])}
         if "reward" in body:
             config |= {"reward": rewards(body), "generation": self.config.data["generation"]["rollouts"]}
             tasks = {name: self.config.data["eval"].get(VERIFIERS[name], {}) for name in config["reward"] if name in VERIFIERS}
             if thinking := [name for name, task in tasks.items() if task.get("strip_think")]:
                 config["strip_think"] = thinking  # a verifier judges what the evaluation judges
-            for model in self.graph.reward_models(run):
-                name = self.config.run(model)[0]
-                parents |= {
-                    f"reward {name}": self.fingerprint("train", model),
-                    f"start of {name}": self._start_fingerprint(model),
-                }
-        return self._step(f"train_{body['method']}", config, parents, seed=self.config.run(run)[1], **self._machine())
+        return config
+
+    def _select(self, run: str, tuned: Tuned) -> dict:
+        """The choice among trials: an adapter like any other, which was trained as one of them. What trials share stands in its
+        config as in theirs."""
+        body, seed = self.graph.experiment(run), self.config.run(run)[1]
+        by = OBJECTIVES[body["method"]] if tuned.objective else (self.config.development["task"],)
+        trials = [
+            {"name": name, "point": point, "run": run_name(name, seed), "judged": self.graph.judging(run, name)}
+            for name, point in tuned.trials.items()
+        ]
+        config, varied = self._train_config(run), next(iter(tuned.trials.values()))
+        config |= {
+            group: {key: value for key, value in config[group].items() if f"{group}.{key}" not in varied}
+            for group in GROUPS
+            if group in config
+        }
+        config |= {"trials": trials, "by": {"objective" if tuned.objective else "task": list(by)}}
+        config["per_seed"] = self.config.data["tune"]["per_seed"]
+        parents = {"start": self._start_fingerprint(run), "rows": self.fingerprint("slice", body["slice"])}
+        parents |= {f"adapter {one}": self.fingerprint("train", one) for one in self.graph.chosen_from(run)}
+        scores = self.graph.development_scores(run)
+        parents |= {f"score {one}": self.fingerprint(f"score_{DEVELOPMENT}", one) for one in scores}
+        return self._step("select", config, parents, seed=seed, **self._machine())
 
     def _merge(self, run: str) -> dict:
         body = self.graph.experiment(run)
@@ -155,7 +187,7 @@ class Steps:
 
     def _generate(self, task: str, run: str) -> dict:
         evaluation = self.config.data["eval"]
-        config = {"max_new_tokens": evaluation[task]["max_new_tokens"], "decoding": evaluation["decoding"]}
+        config = {"max_new_tokens": self.config.task(task)["max_new_tokens"], "decoding": evaluation["decoding"]}
         config |= {"generation": self.config.generation()} | self._quantised(run)
         return self._step("generate", config, self._evaluated(task, run), **self._machine(evaluation["precision"]))
 
@@ -164,7 +196,7 @@ class Steps:
 
     def _evaluated(self, task: str, run: str) -> dict[str, str]:
         """The parents of a step that puts a task's prompts to a model: the prompts, and what the model is made of."""
-        parents = {"prompts": self.fingerprint("slice", self.config.evaluations[task])}
+        parents = {"prompts": self.fingerprint("slice", self.config.asked[task])}
         if fewshot := choices.fewshot(self.config.data["eval"], task):
             parents["fewshot"] = self.fingerprint("slice", fewshot)
         run, view = self.config.view(run)
@@ -180,14 +212,15 @@ class Steps:
             config = choices.step_config(evaluation, task) | self._quantised(run)
             return self._step("lm_eval_task", config, self._evaluated(task, run), **self._machine(evaluation["precision"]))
         parents = {
-            "prompts": self.fingerprint("slice", self.config.evaluations[task]),
+            "prompts": self.fingerprint("slice", self.config.asked[task]),
             "responses": self.fingerprint(f"generate_{task}", run),
         }
         if task == JUDGED:
             model = self.config.data["eval"][JUDGED]["reward"]
             parents |= {"start": self._start_fingerprint(model), "adapter": self.fingerprint("train", model)}
             return self._step("judge_answers", self._judge(model), parents, **self._machine())
-        return self._step(f"score_{task}", {"strip_think": self.config.data["eval"][task]["strip_think"]}, parents)
+        of = self.config.development["task"] if task == DEVELOPMENT else task
+        return self._step(f"score_{of}", {"strip_think": self.config.task(task)["strip_think"]}, parents)
 
     def _judge(self, model: str) -> dict:
         return judged.step_config(self.config.experiments[model], self.config.data["quant"])
@@ -206,6 +239,7 @@ class Steps:
         experiments = {
             name: {key: body[key] for key in ("method", "start_from", "slice", "quantise", "reward", "placebo") if key in body}
             for name, body in self.config.experiments.items()
+            if name not in self.config.trials
         }
         for view in comparison.views(self.config):
             run, how = self.config.view(view)
@@ -223,7 +257,7 @@ class Steps:
         of_models = [name for name in comparison.views(self.config) if self.config.view(name)[0] in self.config.models]
         if "models" in data or of_models:
             config["models"] = [*data.get("models", {}), *of_models]
-        config["tasks"] = [task for task in self.config.evaluations if task != JUDGED]
+        config["tasks"] = comparison.verdict_tasks(self.config)
         if JUDGED in self.config.evaluations:
             config["judge"] = {key: data["eval"][JUDGED][key] for key in ("reward", "against")}
         if ranks := comparison.ranks(self.config):
@@ -233,5 +267,29 @@ class Steps:
             for run in comparison.runs(self.config)
             for task in self.config.evaluations
         }
+        if self.config.tuned:
+            config["tune"] = self._tuned()
+            parents |= {f"{task} {run}": self.fingerprint(f"score_{task}", run) for task, run in self.graph.trial_scores()}
         parents |= {f"rm {run}": self.fingerprint("eval_rm", run) for run in comparison.reward_models(self.config)}
         return self._step("report", config, parents)
+
+    def _tuned(self) -> dict:
+        """What the report is told of `tune:`: who was chosen from what, by what, and whether the evaluation's curve is shown."""
+        tune = self.config.data["tune"]
+        experiments = {
+            name: {"of": body.of, "trials": list(body.trials.items()), "objective": body.objective, "declared": body.declared}
+            for name, body in self.config.tuned.items()
+        }
+        objectives = {
+            trial: OBJECTIVES[self.config.experiments[trial]["method"]][0]
+            for body in self.config.tuned.values()
+            for trial in body.trials
+            if body.objective
+        }
+        told = {
+            "experiments": experiments,
+            "per_seed": tune["per_seed"],
+            "curve": tune.get("curve", False),
+            "objectives": objectives,
+        }
+        return told | self.config.development

@@ -4,6 +4,7 @@ Score files are the inputs. Answers, adapters' manifests, curves, run.json and b
 the report stale, and may be missing.
 """
 
+import copy
 import json
 from dataclasses import dataclass, field
 from itertools import combinations
@@ -15,8 +16,9 @@ import pandas
 
 from workflow_scripts.artifacts import manifests
 from workflow_scripts.artifacts.manifests import Job
-from workflow_scripts.config.names import METRIC, answered, run_name
+from workflow_scripts.config.names import DEVELOPMENT, METRIC, answered, run_name
 from workflow_scripts.plumbing.messages import InputError
+from workflow_scripts.stats.selection import passed as verdict
 
 LABEL = {
     "ifeval": "IFEval, prompt-level strict accuracy",
@@ -49,6 +51,7 @@ class World:
     scores: dict[tuple[str, str], dict]  # (task, run) -> score file
     runs: dict[str, Run]
     warnings: list[str] = field(default_factory=list)
+    trials: dict[str, Run] = field(default_factory=dict)  # of `tune:`, by run; those that are experiments stand in `runs` too
 
     @property
     def seeds(self) -> list[int]:
@@ -68,12 +71,6 @@ class World:
         return [verdict(row) for row in self.scores[task, run]["per_prompt"]]
 
 
-def verdict(row: dict) -> bool:
-    """Whether a prompt's answer passes: all its instructions, strictly (IFEval); `correct` (everything else)."""
-    found = row.get("follow_instruction_list_strict", row.get("correct"))
-    return all(found) if isinstance(found, list) else bool(found)
-
-
 def read(job: Job) -> World:
     """Everything for one page. InputError where score files are not those that were planned, or can't be compared."""
     given = {str(path) for path in job.inputs}
@@ -91,14 +88,27 @@ def read(job: Job) -> World:
                 f"{wanted[:12]}); run snakemake again"
             )
         scores[task, run] = found.data
-    world = World(job.config, scores, {})
+    world = World(copy.deepcopy(job.config), scores, {})
+    tuned = world.config.get("tune", {}).get("experiments", {})
+    for body in tuned.values():
+        body["trials"] = dict(body["trials"])  # in a step's JSON a list, in the order of the grid
+    for trial in dict.fromkeys(trial for body in tuned.values() for trial in body["trials"]):
+        world.trials |= {run: read_run(results, run) for run in world.seeded(trial)}
+    apart = set(world.trials) - {run for body in tuned.values() for run in world.seeded(body["of"])}
+    for run in dict.fromkeys(run for _, run in scores if run not in apart):
+        world.runs[run] = read_run(results, run)
     for task in job.config["tasks"]:
         check_comparable({run: score for (one, run), score in scores.items() if one == task}, task, results)
-        world.warnings += suspicious({run: world.verdicts(task, run) for one, run in scores if one == task}, task)
-    for run in dict.fromkeys(run for _, run in scores):
-        world.runs[run] = read_run(results, run)
+        alike = [run for run in world.runs if chosen_from(world, run) & {run for one, run in scores if one == task}]
+        verdicts = {run: world.verdicts(task, run) for one, run in scores if one == task and run not in alike}
+        world.warnings += suspicious(verdicts, task)
     check_decoding(world)
     return world
+
+
+def chosen_from(world: World, run: str) -> set[str]:
+    """The trial whose adapter a tuned run has: their answers are the same."""
+    return {found["run"]} if (found := world.runs[run].manifest.get("selection")) else set()
 
 
 def check_decoding(world: World) -> None:
@@ -174,7 +184,7 @@ def read_run(results: Path, name: str) -> Run:
     except (OSError, ValueError):
         run.curves = None
     files = {"training": "adapter/run.json", "merge": "merged/run.json", "base": "run.json"}
-    files |= {f"answers {task}": f"{task}_responses.run.json" for task in answered(METRIC)}
+    files |= {f"answers {task}": f"{task}_responses.run.json" for task in (*answered(METRIC), DEVELOPMENT)}
     run.phases = {phase: found for phase, file in files.items() if (found := _json(folder / file)).get("seconds")}
     return run
 

@@ -41,7 +41,8 @@ def svg(figure: Figure, title: str) -> str:
     text = re.sub(r'(<svg[^>]*?) width="[^"]*"', r"\1", text, count=1)
     text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.S)
     text = text.replace(INK, "currentColor")
-    text = re.sub(r"(\d+\.\d\d)\d+", r"\1", text)  # hundredths of a point are enough
+    # Hundredths of a point are enough; what is written, between tags, stays.
+    text = re.sub(r"(>[^<]*<)|(\d+\.\d\d)\d+", lambda found: found[1] or found[2], text)
     label = title.replace("&", "&amp;").replace("<", "&lt;").replace('"', "&quot;")
     return text.replace(
         "<svg", f'<svg role="img" aria-label="{label}" style="width:100%;max-width:{figure.get_figwidth():.1f}in"', 1
@@ -117,6 +118,41 @@ def ranks(lines: dict[str, dict[int, list[float]]], y: str, title: str) -> str:
     axes.set_ylabel(y)
     axes.grid(color=INK, alpha=0.1, linewidth=0.6)
     axes.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))
+    return svg(figure, title)
+
+
+def sensitivity(panels: dict[str, dict], title: str) -> str:
+    """Small multiples, one for each tuned experiment: its points in the order of the grid, with intervals; a ring around what was
+    chosen, and in it how many seeds chose it. panels: name -> rows (text, mean, low, high, chosen, evaluation), objective, by."""
+    columns = 2
+    rows = -(-len(panels) // columns)
+    figure, grid = pyplot.subplots(rows, columns, figsize=(9.6, 2.5 * rows), squeeze=False)
+    for axes in grid.flat[len(panels) :]:
+        axes.set_visible(False)
+    for axes, (name, panel) in zip(grid.flat, panels.items(), strict=False):
+        known = [(x, row) for x, row in enumerate(panel["rows"]) if row["mean"] is not None]
+        axes.plot([x for x, _ in known], [row["mean"] for _, row in known], color=LINES[0], linewidth=1.2)
+        for x, row in known:
+            if row["low"] is not None:
+                axes.plot([x, x], [row["low"], row["high"]], color=LINES[0], linewidth=1.2)
+            axes.plot([x], [row["mean"]], "o", color=LINES[0], markersize=4)
+            if row["chosen"]:
+                axes.plot(
+                    [x], [row["mean"]], "o", markerfacecolor="none", markeredgecolor=WORSE, markersize=11, markeredgewidth=1.4
+                )
+                axes.annotate(str(row["chosen"]), (x, row["mean"]), (8, 6), textcoords="offset points", fontsize=7, color=WORSE)
+        if any(row["evaluation"] is not None for _, row in known):
+            judged = [(x, row["evaluation"]) for x, row in known if row["evaluation"] is not None]
+            axes.plot(*zip(*judged, strict=True), "--", color=NEUTRAL, linewidth=1.0)
+        keys = {row["text"].rpartition(" ")[0] for row in panel["rows"]}
+        alone = len(keys) == 1 and ", " not in panel["rows"][0]["text"]  # one key: named once
+        ticks = [row["text"].rpartition(" ")[2] if alone else row["text"].replace(", ", "\n") for row in panel["rows"]]
+        axes.set_xticks(range(len(ticks)), ticks, fontsize=7)
+        axes.set_xlabel(keys.pop() if alone else "", fontsize=8)
+        axes.set_title(f"{name}, by {panel['by']}" if panel["by"] else name, fontsize=9, loc="left")
+        axes.set_ylabel("change" if panel["objective"] else "%", fontsize=8)
+        axes.grid(axis="y", color=INK, alpha=0.1, linewidth=0.6)
+    figure.tight_layout()
     return svg(figure, title)
 
 

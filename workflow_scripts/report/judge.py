@@ -57,6 +57,18 @@ def mixed(world: World, family: dict) -> str:
     return "; ".join(f"{', '.join(names)} from {data}" for data, names in groups.items()) if len(groups) > 1 else ""
 
 
+def unevenly_tuned(world: World, family: dict) -> str:
+    """In words, where the methods of a family had different numbers of trials, so that it compares these too; else ""."""
+    tuned = world.config.get("tune", {}).get("experiments", {})
+    groups = dict[int, list[str]]()
+    for name in dict.fromkeys(family.get("pairs", family.get("runs", []))):
+        experiment = view_of(name)[0]
+        if name in world.config["experiments"]:
+            groups.setdefault(len(tuned[experiment]["trials"]) if experiment in tuned else 1, []).append(name)
+    words = {count: f"the best of {count} trials" if count > 1 else "at one setting, not tuned" for count in groups}
+    return "; ".join(f"{', '.join(names)}: {words[count]}" for count, names in sorted(groups.items())) if len(groups) > 1 else ""
+
+
 def turned(families: list[Judged]) -> list[str]:
     """Comparisons that two families make on different bases (`dpo` and `dpo_nf4`) with different verdicts, in words."""
     seen: dict[tuple[str, str, str], list[tuple[str, Comparison]]] = {}

@@ -13,9 +13,9 @@ import pandas
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from workflow_scripts.config.names import CHOICE
-from workflow_scripts.report import capacity, figures, sections, winning
+from workflow_scripts.report import capacity, figures, sections, sensitivity, winning
 from workflow_scripts.report.collect import LABEL, World
-from workflow_scripts.report.judge import Control, Judged, hollow, mixed, turned
+from workflow_scripts.report.judge import Control, Judged, hollow, mixed, turned, unevenly_tuned
 from workflow_scripts.report.trained import PLACEBO
 
 TEMPLATES = Path(__file__).parents[1] / "report/templates"  # so named that a change of them makes the report stale
@@ -36,7 +36,7 @@ def render(world: World, families: list[Judged], controls: list[Control]) -> str
         one_seed=len(world.seeds) == 1,
         level=level(world.config["report"]["alpha"]),
         families=[
-            shown(world, family) | {"mixed": mixed(world, declared)}
+            shown(world, family) | {"mixed": mixed(world, declared), "uneven": unevenly_tuned(world, declared)}
             for family, declared in zip(families, world.config["report"]["families"], strict=True)
         ],
         turned=turned(families),
@@ -51,6 +51,7 @@ def render(world: World, families: list[Judged], controls: list[Control]) -> str
         training=sections.training(world),
         scores=sections.scores(world),
         capacity=capacity.capacity(world),
+        sensitivity=sensitivity.sensitivity(world),
         wins=winning.wins(world),
         kinds=sections.kinds(world),
         lengths=sections.lengths(world),

@@ -172,17 +172,22 @@ def rewards(world: World) -> str:
 def budgets(world: World) -> list[dict]:
     """What each experiment's training was given, mean over its seeds.
 
-    rows: of its slice (pairs, conversations, prompts); tokens: as its trainer counts them, answers that it sampled too.
+    rows: of its slice (pairs, conversations, prompts); tokens: as its trainer counts them, answers that it sampled too. A tuned
+    one was given what all its trials were: steps, tokens and seconds are their sums.
     """
     rows = []
+    tuned = world.config.get("tune", {}).get("experiments", {})
     for name, body in world.config["experiments"].items():
-        trained = [run.phases["training"] for run in world.runs.values() if run.experiment == name and "training" in run.phases]
+        trials = tuned.get(name, {}).get("trials", [name])
+        runs = world.trials if name in tuned else world.runs
+        trained = [run.phases["training"] for run in runs.values() if run.experiment in trials and "training" in run.phases]
         if not trained:
             continue
-        row = {"name": name, "method": body["method"], "slice": body["slice"]}
+        row = {"name": name, "method": body["method"], "slice": body["slice"], "trials": len(trials)}
         for what in ("rows", "steps", "tokens", "seconds"):
             known = [gpu_seconds(facts) if what == "seconds" else facts[what] for facts in trained if facts.get(what) is not None]
-            row[what] = f"{numpy.mean(known):,.0f}" if known else ""
+            times = 1 if what == "rows" else len(trials)
+            row[what] = f"{times * numpy.mean(known):,.0f}" if known else ""
         rows.append(row)
     return rows
 
@@ -199,6 +204,10 @@ def costs(world: World) -> list[dict]:
     by_experiment: dict[str, list[Run]] = {}
     for run in world.runs.values():
         by_experiment.setdefault(run.experiment, []).append(run)
+    for name, body in world.config.get("tune", {}).get("experiments", {}).items():  # the experiment itself has its own row
+        by_experiment[name] += [
+            run for run in world.trials.values() if run.experiment in body["trials"] and run.name not in world.runs
+        ]
     for name, runs in by_experiment.items():
         seconds: Counter = Counter()
         memory = on_gpu = 0.0
@@ -229,7 +238,7 @@ def _time(seconds: float) -> str:
 
 def tree(world: World) -> list[dict]:
     """The experiments as they start from each other, depth first: name, depth, method, and what of it there is."""
-    experiments = world.config["experiments"]
+    experiments, tuned = world.config["experiments"], world.config.get("tune", {}).get("experiments", {})
     children: dict[str, list[str]] = {}
     for name, body in experiments.items():
         children.setdefault(body.get("start_from", "base"), []).append(name)
@@ -248,7 +257,8 @@ def tree(world: World) -> list[dict]:
                 "depth": depth,
                 "method": body["method"]
                 + (f", reward {reward}" if reward else "")
-                + (f", {body['view']}" if "view" in body else ""),
+                + (f", {body['view']}" if "view" in body else "")
+                + (f", the best of {len(tuned[name]['trials'])} trials" if name in tuned else ""),
                 "state": ", ".join([*state, f"{len(runs)} scored"]),
             }
         )

@@ -62,6 +62,8 @@ def main(job: manifests.Job) -> None:
         rows, dropped, facts["formats"] = clean(candidates, kind, config.get("format"), group_by)
         rows = [row | {"key": row["id"]} for row in rows] if evaluation else rows
     judging.check(kind, ((places[row["id"]], row) for row in rows))
+    if rule and evaluation and "composed" not in config["source"]:
+        slicing.check_apart(rows, evaluated, rule, source)
     if not evaluation:
         from workflow_scripts.models import chat
 

@@ -180,6 +180,10 @@ def _settings(adapter: Artifact) -> list[str]:
     rows += [[f"lora.{key}", _value(value)] for key, value in config["lora"].items()]
     rows += [[f"quant.{key}", _value(value)] for key, value in config.get("quant", {}).items()]
     rows += [[f"train.{key}", _value(value)] for key, value in sorted(config["train"].items())]
+    if chosen := adapter.data.get("selection"):
+        point = next(trial["point"] for trial in chosen["trials"] if trial["name"] == chosen["chosen"])
+        rows += [[key, _value(value)] for key, value in point.items()]
+        rows += [["chosen", f"the best of {len(chosen['trials'])} trials by {chosen['by']}: `{chosen['run']}`"]]
     rows += [["optimiser", config["optim"]]]
     rows += [[key, _value(step[key])] for key in ("seed", "precision", "device", "threads") if key in step]
     constant = adapter.data.get("constant", {})

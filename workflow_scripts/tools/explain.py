@@ -153,7 +153,7 @@ def explain(plan: Plan, targets: list[str], jobs: list[Job]) -> list[Finding]:
     by_file = graph.phases_by_file(plan, [*targets, *(file for job in jobs for file in job.outputs)])
     files = [os.path.normpath(target) for target in targets] + [file for job in jobs for file in job.outputs]
     if "all" in targets:  # the rules that can be asked for by name
-        files += [file for run in [*plan.config.models, *plan.runs()] for file in plan.results_of(run)]
+        files += [file for run in [*plan.config.models, *plan.shown()] for file in plan.results_of(run)]
     if "make_base" in targets:
         files += [file for model in plan.config.models for file in plan.base_inputs(model)]
     job_of = {file: job for job in jobs for file in job.outputs}

@@ -105,7 +105,7 @@ def disk(plan: Plan, memory: Memory) -> dict[str, float]:
     weights = memory.shape.parameters * (2 if base.get("dtype") == "bf16" else 4)
     starts = {plan.start_run(run) for run in plan.runs()} - {"base"}
     trained = [phase.trainable for phase in memory.phases() if phase.kind == "train"]
-    answers = sum(estimates.of(f"generate_{task}", "base")["disk_mb"] for task in answered(plan.config.evaluations)) * (
+    answers = sum(estimates.of(f"generate_{task}", "base")["disk_mb"] for task in answered(plan.config.asked)) * (
         1 + len(plan.runs())
     )
     rows = sum(estimates.of("slice", name)["disk_mb"] for name in data["data"]["slices"])

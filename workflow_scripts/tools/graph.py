@@ -5,7 +5,7 @@ from collections.abc import Iterable
 from typing import NamedTuple
 
 from workflow_scripts.config import choices, comparison
-from workflow_scripts.config.names import CHOICE, JUDGED
+from workflow_scripts.config.names import CHOICE, DEVELOPMENT, JUDGED
 from workflow_scripts.plan import records
 from workflow_scripts.plan.plan import Plan
 
@@ -56,8 +56,9 @@ def parents(plan: Plan, phase: Phase) -> dict[str, Phase]:
             for run in comparison.runs(plan.config)
             for task in plan.config.evaluations
         }
+        scores |= {f"{task} {run}": Phase(f"score_{task}", run) for task, run in plan.trial_scores()}
         return scores | {f"rm {run}": Phase("eval_rm", run) for run in comparison.reward_models(plan.config)}
-    prompts = {name: Phase("slice", slice_name) for name, slice_name in plan.config.evaluations.items()}
+    prompts = {name: Phase("slice", slice_name) for name, slice_name in plan.config.asked.items()}
     if kind == "slice":
         avoided = {role: Phase("slice", name) for role, name in plan.avoided(run).items()}
         return avoided | ({"base": BASE} if plan.config.trains_on(run) else {})
@@ -82,6 +83,9 @@ def parents(plan: Plan, phase: Phase) -> dict[str, Phase]:
         found["rows"] = Phase("slice", plan.experiment(run)["slice"])
     if kind != "train":
         return found | {"adapter": Phase("train", run)}
+    if plan.tuned(run) is not None:
+        found |= {f"adapter {one}": Phase("train", one) for one in plan.chosen_from(run)}
+        return found | {f"score {one}": Phase(f"score_{DEVELOPMENT}", one) for one in plan.development_scores(run)}
     for model in plan.reward_models(run):
         name = plan.config.run(model)[0]
         found |= {f"reward {name}": Phase("train", model), f"start of {name}": start(plan, model)}
@@ -96,14 +100,14 @@ def phases_by_file(plan: Plan, named: Iterable[str]) -> dict[str, Phase]:
         *(Phase("slice", name) for name in plan.config.data["data"]["slices"]),
     ]
     words = {match[0] for path in named for match in re.finditer(r"[a-z][a-z0-9_]*(\.seed[1-9][0-9]*)?", path)}
-    words |= {name.removeprefix(f"{task}_") for name in words for task in plan.config.evaluations}
+    words |= {name.removeprefix(f"{task}_") for name in words for task in plan.config.asked}
     known = {*plan.config.experiments, *plan.config.judged}
     extra = [name for name in sorted(words - {*models}) if name.split(".")[0] in known and not name.endswith(".seed1")]
     if "report" in plan.config.data:
         found.append(Phase("report", ""))
         extra += comparison.runs(plan.config)
     for run in dict.fromkeys([*models, *plan.runs(), *extra]):
-        kinds = [f"{verb}_{task}" for verb in ("generate", "score") for task in plan.config.evaluations]
+        kinds = [f"{verb}_{task}" for verb in ("generate", "score") for task in plan.config.asked]
         kinds = [kind for kind in kinds if kind not in NEVER]
         if run not in models:
             if plan.config.view(run)[1]:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from workflow_scripts.config.experiments import VERIFIERS, rewards
-from workflow_scripts.config.names import CHOICE, EVALUATED
+from workflow_scripts.config.names import CHOICE, DEVELOPMENT, EVALUATED
 from workflow_scripts.data import formats, slicing
 from workflow_scripts.evaluation import gsm8k, ifeval, lm_tasks
 from workflow_scripts.evaluation import rows as judging
@@ -60,10 +60,11 @@ def parts(plan: Plan, jobs: Iterable[Any]) -> list[dict]:
 
     found: dict[str, dict] = {}
     for job in jobs:
-        task = job.wildcards.get("task")
-        if job.rule.name == "score":
-            settings = {"strip_think": evaluation[task]["strip_think"]}
-            found[f"eval.{task}"] = {"judge": task, "rows": rows(plan.config.evaluations[task]), **settings}
+        task = DEVELOPMENT if job.rule.name == "score_development" else job.wildcards.get("task")
+        if job.rule.name in ("score", "score_development"):
+            of = plan.config.development["task"] if task == DEVELOPMENT else task
+            settings = {"strip_think": evaluation[of]["strip_think"]}
+            found[f"eval.{task}"] = {"judge": of, "rows": rows(plan.config.asked[task]), **settings}
         elif job.rule.name == "lm_eval_task":
             names = {"asked": evaluation[task]["prompts"], "solved": evaluation[task].get("fewshot")}
             given = {key: {"made": rows(name), **source(name)} for key, name in names.items() if name}
