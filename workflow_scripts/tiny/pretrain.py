@@ -53,7 +53,8 @@ def build(
     longest = max(map(len, rows))
     if longest > train["max_length"]:
         raise InputError(
-            f"base.train.max_length: found {train['max_length']}, but a document has {longest} tokens; raise it to {longest}"
+            f"base.scratch.train.max_length: found {train['max_length']}, but a document has {longest} tokens; "
+            f"raise it to {longest}"
         )
 
     steps, start = train["steps"], tokenizer.convert_tokens_to_ids(START)
@@ -73,7 +74,7 @@ def build(
             optimiser.zero_grad()
         value = loss.item()
         if value != value:
-            raise InputError(f"base.train: found a loss that is not a number at step {step}; lower the learning rates")
+            raise InputError(f"base.scratch.train: found a loss that is not a number at step {step}; lower the learning rates")
         if progress is not None:
             progress(step, steps, value)
     return model.eval(), tokenizer
