@@ -20,10 +20,12 @@ from workflow_scripts.plumbing.messages import InputError
 
 ROOT = Path(__file__).resolve().parents[2]
 DEFAULT = ROOT / "config" / "config.yaml"
-SWEEP = ROOT / "config" / "rank_sweep.yaml"  # an overlay; the others with experiments stand alone
-ALONE = sorted(path for path in (ROOT / "config").glob("*.yaml") if "experiments" in yaml.safe_load(path.read_text()))
-SHIPPED = [files for path in ALONE if path not in (SWEEP, ROOT / "config/qwen7b.yaml") for files in ([path], [path, SWEEP])]
-SHIPPED += [[ROOT / "config/qwen05b.yaml", ROOT / "config/qwen7b.yaml"]]
+SWEEP = ROOT / "config" / "rank_sweep.yaml"
+# What names a base stands alone; the others are overlays.
+ALONE = sorted(path for path in (ROOT / "config").glob("*.yaml") if "source" in (yaml.safe_load(path.read_text()).get("base") or {}))
+SHIPPED = [files for path in ALONE for files in ([path], [path, SWEEP])]
+OVER = {"qwen05b": ("qwen7b", "large_gpu"), "smollm2": ("smollm2_quick", "large_gpu")}
+SHIPPED += [[ROOT / f"config/{name}.yaml", ROOT / f"config/{over}.yaml"] for name, overs in OVER.items() for over in overs]
 shipped = pytest.mark.parametrize("files", SHIPPED, ids=lambda files: " ".join(path.stem for path in files))
 HUB = "hub: a/b, split: train, shuffle_buffer: 9"
 FILE_SLICE = "kind: sft, rows: 9, heldout: 1, seed: 1"

@@ -74,6 +74,7 @@ KEYS: dict[str, tuple[list, set[Phase]]] = {
     "base.scratch.tokenizer.vocab_size": ([900], BASE),
     "base.scratch.model.hidden_size": ([64], BASE),
     "base.scratch.train.steps": ([29], BASE),
+    "base.scratch.train.newton_schulz_steps": ([4], BASE),
     "base.scratch.train.warmup_steps": ([3], BASE),
     "base.scratch.train.muon_learning_rate": ([4.0e-3], BASE),
     "allow_package_mismatch": ([True], FINISHED),
@@ -234,7 +235,7 @@ CODE: dict[str, list[str]] = {
     **dict.fromkeys(
         ("tiny/__init__.py", "tiny/world.py", "tiny/answers.py", "tiny/instructions.py"), ["slice tiny", "make_base"]
     ),
-    **dict.fromkeys(("tiny/pretrain.py", "tiny/chat_template.jinja"), ["make_base"]),
+    **dict.fromkeys(("tiny/pretrain.py", "tiny/muon.py", "tiny/chat_template.jinja"), ["make_base"]),
     **dict.fromkeys(("models/__init__.py", "models/chat.py"), [*SLICE, "make_base", *MODELS]),
     "models/device.py": ["make_base", *MODELS],
     **dict.fromkeys(("models/loading.py", "models/lora.py", "models/distance.py"), MODELS),

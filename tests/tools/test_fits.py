@@ -23,7 +23,7 @@ def tool(*args: str) -> subprocess.CompletedProcess:
 def test_the_study_fits_on_16_gb_and_a_7b_base_does_not_everywhere():
     done = tool("--configfile", *STUDY, "--gpu", "16")
     assert done.returncode == 0, done.stderr
-    assert re.search(r"^train sft_v2 +1\.\d +step +yes$", done.stdout, flags=re.M)
+    assert re.search(r"^train sft_v2 +[12]\.\d +step +yes$", done.stdout, flags=re.M)
     assert re.search(r"^disk: \d+\.\d GB \(merged ", done.stdout, flags=re.M)
     done = tool("--configfile", *LARGE, "--gpu", "16")
     assert done.returncode == 1 and "train dpo_4bit" in done.stdout

@@ -19,6 +19,8 @@ from workflow_scripts.artifacts import manifests
 from workflow_scripts.plumbing.messages import InputError
 from workflow_scripts.steps import cli
 
+TRIED = 1000  # documents on which the saved tokenizer must be the one that was trained: the tiny world has no more to show
+
 
 def main(job: manifests.Job) -> None:
     parents = job.parents()
@@ -58,7 +60,8 @@ def pretrained_here(job: manifests.Job, parents: dict[str, manifests.Artifact]) 
     )  # fmt: skip
     bar.close()
     chat.end_of_turn(tokenizer)
-    return model, tokenizer, [str(tokenizer.apply_chat_template(row["messages"], tokenize=False)) for row in documents]
+    tried = documents[:TRIED]
+    return model, tokenizer, [str(tokenizer.apply_chat_template(row["messages"], tokenize=False)) for row in tried]
 
 
 def imported(job: manifests.Job) -> tuple[Any, Any, list[str], dict]:

@@ -1,7 +1,7 @@
 """Make the tiny world's base model from nothing: tokenizer, Qwen2-shaped model, pretraining.
 
-The optimiser is Muon (Jordan et al. 2024) for the matrices inside the blocks and AdamW for embeddings, norms and
-biases: within a two-minute budget, AdamW alone does not get this model to read its instructions. The numbers that one
+The optimiser is Muon (muon.py) for the matrices inside the blocks and AdamW for embeddings, norms and biases: within a
+two-minute budget, AdamW alone does not get this model to read its instructions. The numbers that one
 would tune come from the config; nothing here has a default. With the same config, seed and thread count, two runs on
 one machine give the same bytes.
 
@@ -21,7 +21,7 @@ from torch.nn.functional import cross_entropy
 from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
 from workflow_scripts.plumbing.messages import InputError
-from workflow_scripts.tiny import world
+from workflow_scripts.tiny import muon, world
 
 PAD, START, END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
 TEMPLATE = Path(__file__).with_name("chat_template.jinja")
@@ -43,8 +43,8 @@ def build(
     model = _model(cfg, tokenizer, seed)
     matrices = [p for name, p in model.named_parameters() if p.ndim == 2 and ".layers." in name]
     others = [p for name, p in model.named_parameters() if not (p.ndim == 2 and ".layers." in name)]
-    optimisers = [
-        torch.optim.Muon(matrices, lr=train["muon_learning_rate"], weight_decay=train["weight_decay"]),
+    optimisers: list[torch.optim.Optimizer] = [
+        muon.Muon(matrices, train["muon_learning_rate"], train["weight_decay"], train["newton_schulz_steps"]),
         torch.optim.AdamW(others, lr=train["adamw_learning_rate"], betas=(0.9, 0.95), weight_decay=0.0),
     ]
     peaks = [optimiser.param_groups[0]["lr"] for optimiser in optimisers]
@@ -53,7 +53,8 @@ def build(
     longest = max(map(len, rows))
     if longest > train["max_length"]:
         raise InputError(
-            f"base.train.max_length: found {train['max_length']}, but a document has {longest} tokens; raise it to {longest}"
+            f"base.scratch.train.max_length: found {train['max_length']}, but a document has {longest} tokens; "
+            f"raise it to {longest}"
         )
 
     steps, start = train["steps"], tokenizer.convert_tokens_to_ids(START)
@@ -73,7 +74,7 @@ def build(
             optimiser.zero_grad()
         value = loss.item()
         if value != value:
-            raise InputError(f"base.train: found a loss that is not a number at step {step}; lower the learning rates")
+            raise InputError(f"base.scratch.train: found a loss that is not a number at step {step}; lower the learning rates")
         if progress is not None:
             progress(step, steps, value)
     return model.eval(), tokenizer
