@@ -145,6 +145,32 @@ def test_composed_prompts_keep_away_from_every_slice_to_evaluate_on_and_not_from
             assert one.step("slice", name)["parents"] == named
 
 
+def test_prompts_to_choose_by_and_composed_ones_to_judge_by_end_in_no_loop(config):
+    """Who chooses keeps away from what is judged, and composed prompts from all that is there to evaluate on: not both ways."""
+    tune = {"trials": 2, "grid": {"train": {"learning_rate": {"times": [1, 3]}}}, "experiments": {"dpo": {}}, "per_seed": True}
+    over = {"eval": {"ifeval": {"prompts": "chosen_on"}}, "tune": tune | {"choose": {"task": "ifeval", "prompts": "more"}}}
+    plan = Plan(Config(merge(config, over)))
+    plan.check()
+    assert set(plan.avoided("more").values()) == {"chosen_on", "sums_eval"}
+    assert set(plan.avoided("chosen_on").values()) == {"ifeval", "sums_eval"}
+    assert set(plan.avoided("composed").values()) == {"ifeval", "sums_eval", "more"}  # from chosen_on by its questions
+
+
+def test_composed_prompts_to_judge_or_choose_by_are_of_a_part_that_nothing_else_in_use_has(config):
+    tune = {"trials": 2, "grid": {"train": {"learning_rate": {"times": [1, 3]}}}, "experiments": {"dpo": {}}, "per_seed": True}
+    chosen = {"tune": tune | {"choose": {"task": "ifeval", "prompts": "chosen_on"}}}
+    judged = {"eval": {"ifeval": {"prompts": "chosen_on"}}}
+    place = "data.slices.composed.source.composed.part: found dev, which is also the part of chosen_on, by which "
+    small = {"data": {"slices": {"composed": {"rows": 10}}}}
+    assert f"{place}trials are chosen: both may have" in error(config, merge(merge(of(part="dev"), small), chosen))
+    assert f"{place}ifeval is judged: both may have" in error(config, merge(merge(of(part="dev"), small), judged))
+    del config["experiments"]["grpo_if"]  # where nothing trains on it, nothing is shared
+    Plan(Config(merge(config, merge(merge(of(part="dev"), small), judged)))).check()
+    other = {"data": {"slices": {"others": config["data"]["slices"]["chosen_on"] | {"seed": 2}}}}
+    both = merge(merge(judged, other), {"tune": tune | {"choose": {"task": "ifeval", "prompts": "others"}}})
+    assert "others.source.composed.part: found dev, which is also the part of chosen_on" in error(config, both)
+
+
 def test_lm_eval_and_the_code_that_composes_count_for_composed_slices_alone(config):
     plan = Plan(Config(config))
     for name, wanted in {"composed": True, "chosen_on": True, "pairs": False, "ifeval": False, "more": False}.items():
@@ -219,4 +245,8 @@ def test_the_shipped_configs_train_on_composed_prompts_and_keep_them_out_of_the_
     for run in ("grpo_if", "rloo_if"):
         assert plan.config.experiments[run]["slice"] == "instructions" and plan.config.experiments[run]["reward"] == "ifeval"
         families = [one for one, family in data["report"]["families"].items() if run in str(family)]
-        assert set(families) <= {"instructions", "placebo"} and "instructions" in families and data["report"]["confirmatory"] != "instructions"
+        assert (
+            set(families) <= {"instructions", "placebo"}
+            and "instructions" in families
+            and data["report"]["confirmatory"] != "instructions"
+        )

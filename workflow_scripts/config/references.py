@@ -28,6 +28,7 @@ def check(config: Written, experiments: dict[str, dict], tuned: Iterable[str] = 
                 raise config.fail(["data", "slices", slice_name, key], problem)
     for name, body in known.items():
         slices.check(config, name, body)
+    slices.check_parts(config, {body["slice"] for body in experiments.values()})
     for name, body in experiments.items():
         follow(config, name, "start_from", lambda one: _start(experiments, one), tuned)
         _check_start(config, experiments, name)

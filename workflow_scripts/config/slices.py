@@ -1,5 +1,8 @@
 """What a slice's kind and source ask of its other keys."""
 
+from collections.abc import Iterable
+
+from workflow_scripts.config.names import DEVELOPMENT
 from workflow_scripts.config.written import Written
 from workflow_scripts.data import formats
 
@@ -32,6 +35,24 @@ def check(config: Written, name: str, body: dict) -> None:
         for key in sorted((set(tiny) - {"split"}) ^ keys):
             problem = "missing, and it has no default" if key in keys else f"not for a slice of kind {kind}; leave it out"
             raise config.fail([*path, key], problem)
+
+
+def check_parts(config: Written, trained: Iterable[str]) -> None:
+    """InputError where prompts that something is judged or chosen by may have questions of other composed prompts in use.
+
+    Two of one part are not apart by their questions, whatever their sources. trained: the slices that experiments train on.
+    """
+    slices = config.data["data"]["slices"]
+    parts = {name: body["source"]["composed"]["part"] for name, body in slices.items() if "composed" in body["source"]}
+    asked = {name: task for task, name in config.asked.items() if name in parts}
+    for name, task in asked.items():
+        what = "trials are chosen" if task == DEVELOPMENT else f"{task} is judged"
+        for other, part in parts.items():
+            if other != name and part == parts[name] and other in {*asked, *trained}:
+                problem = f"found {part}, which is also the part of {name}, by which {what}: both may have the same questions; "
+                raise config.fail(
+                    ["data", "slices", other, "source", "composed", "part"], f"{problem}name the other part in one of them"
+                )
 
 
 def _check_rows(config: Written, path: list, body: dict) -> None:

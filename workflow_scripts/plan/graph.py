@@ -47,7 +47,8 @@ class Graph(Places):
 
         Slices that are trained on, or that settings are chosen on, keep away from what is evaluated. Composed prompts keep away
         from every slice that is there to evaluate on, so that prompts for development, too, are none of IFEval's; from
-        each other they are apart by their questions.
+        each other they are apart by their questions (config/slices.py). Of development prompts and evaluated ones, it is the
+        former that keep away.
         """
         slices = self.config.data["data"]["slices"]
         composed = [one for one in slices if "composed" in slices[one]["source"]]
@@ -56,7 +57,9 @@ class Graph(Places):
             apart = self.config.trains_on(name) or name == self.config.development.get("prompts")
             return evaluated if apart else {}
         evaluated = {role: prompts for role, prompts in evaluated.items() if prompts not in composed}
-        others = [one for one in slices if not self.config.trains_on(one) and one not in [*composed, *evaluated.values()]]
+        avoid_it = self.config.development.get("prompts") if name in self.config.evaluations.values() else None
+        apart_anyway = [*composed, *evaluated.values(), avoid_it]
+        others = [one for one in slices if not self.config.trains_on(one) and one not in apart_anyway]
         return evaluated | {f"slice_{one}_prompts": one for one in others}
 
     def shown(self) -> list[str]:
