@@ -144,7 +144,7 @@ RANK = "sft_v2: {sweep: rank}"
 REFUSED = {
     f"{{sweep_ranks: [8, 16], experiments: {{{RANK}}}}}": r"sweep_ranks: found 16, which is lora\.r, the rank of the",
     f"{{lora: {{r: 16, alpha: 24}}, sweep_ranks: [5], experiments: {{{RANK}}}}}": r"sweep_ranks: found 5: alpha/r stays 24/16",
-    f"{{sweep_ranks: [], experiments: {{{RANK}}}}}": "sweep_ranks: found a list, expected a list of at least 1 entries",
+    f"{{sweep_ranks: [], experiments: {{{RANK}}}}}": "sweep_ranks: found an empty list, expected a list of at least 1 entries",
     f"{{sweep_ranks: [8, 8], experiments: {{{RANK}}}}}": "sweep_ranks: found a list, expected .*without repetition",
     "sweep_ranks: [0]": "sweep_ranks.0: found 0, expected an integer at least 1",
     f"experiments: {{{RANK}, kto_r8: {{extends: dpo}}}}": (

@@ -176,6 +176,8 @@ def test_a_key_of_a_trial_is_named_where_it_stands(over):
     assert differences.place(config, "train", "ppo_t1.seed2", ["ppo", "kl_coef"]) == "tune.experiments.ppo.grid.ppo.kl_coef"
     assert differences.place(config, "train", "dpo_tuned", ["trials"]) == "tune.grid"
     assert differences.place(config, "train", "dpo_tuned", ["train", "beta"]) == "methods.dpo.train.beta"
+    assert differences.place(config, "generate_dev", "dpo_t3", ["max_new_tokens"]) == "eval.ifeval.max_new_tokens"
+    assert differences.place(config, "score_dev", "dpo_t3", ["strip_think"]) == "eval.ifeval.strip_think"
 
 
 # -- what is refused --------------------------------------------------------------------------------------------------
@@ -216,7 +218,7 @@ REFUSED = {
     tune(grid="{train: {loss_type: {times: [1, 2]}}}"): "tune.grid.train.loss_type: `times` multiplies .*dpo has 'sigmoid'",
     tune(grid="{train: {label_smoothing: {times: [1, 2]}}}"): "tune.grid.train.label_smoothing: `times` multiplies.*dpo has none",
     tune(grid="{train: {weight_decay: {times: [1, 2]}}}"): "tune.grid.train.weight_decay: .*that of dpo is 0",
-    tune(grid="{train: {learning_rate: {times: []}}}"): "tune.grid.train.learning_rate.times: found a list, expect",
+    tune(grid="{train: {learning_rate: {times: []}}}"): "tune.grid.train.learning_rate.times: found an empty list, expect",
     tune(grid="{train: {learning_rate: 5.0e-4}}"): "tune.grid.train.learning_rate: found 0.0005, expected a list of values",
     tune("dbo: {}"): "tune.experiments.dbo: found 'dbo', expected one of dpo, ",
     tune("rm: {}"): "tune.experiments.rm.choose: missing: a reward model answers no prompts; set `choose: objective`",

@@ -92,6 +92,8 @@ def _found(value: Any) -> str:
         return "nothing (null)"
     if isinstance(value, bool):
         return str(value).lower()
+    if value in ([], {}):
+        return "an empty mapping" if isinstance(value, dict) else "an empty list"
     return "a mapping" if isinstance(value, dict) else "a list" if isinstance(value, list) else repr(value)
 
 

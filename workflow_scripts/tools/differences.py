@@ -10,7 +10,7 @@ from typing import Any
 
 from workflow_scripts.artifacts import fingerprint
 from workflow_scripts.config.config import Config
-from workflow_scripts.config.names import CHOICE, JUDGED
+from workflow_scripts.config.names import CHOICE, DEVELOPMENT, JUDGED
 from workflow_scripts.config.schema import CONSTANT_BLOCKS
 from workflow_scripts.config.schema_errors import dotted
 
@@ -79,6 +79,7 @@ def place(config: Config, kind: str, name: str, path: list[str]) -> str:
     if _judges(kind):  # of its settings only the reward model's training has any
         kind, name = "eval_rm", config.data["eval"][JUDGED]["reward"]
     verb, _, task = kind.partition("_")
+    task = config.development["task"] if task == DEVELOPMENT else task  # whose settings development prompts are put by
     top = path[0]
     if top in CONSTANT_BLOCKS:
         return dotted(path)
