@@ -128,6 +128,20 @@ def test_the_answers_of_the_chosen_trial_are_those_of_the_tuned_one_and_no_warni
     assert "Something is wrong" not in report_world.report(folder, plan)
 
 
+def test_a_tuned_one_and_its_trial_are_alike_in_a_view_too(tmp_path):
+    """`dpo` is the best trial, and both are judged in NF4: the same adapter on the same base."""
+    given = overlay()
+    given["report"]["families"]["methods"] = {"pairs": ["dpo_tuned_nf4", "dpo_nf4", "kto_tuned"]}
+    plan = report_world.make(
+        tmp_path, report_world.write_config(tmp_path, seeds=1, overlay=given), accuracy=ACCURACY | {"dpo": 0.95, "dpo_nf4": 0.7}
+    )
+    ours, theirs = (tmp_path / f"results/ifeval_{name}.json" for name in ("dpo_tuned_nf4", "dpo_nf4"))
+    same = {key: json.loads(theirs.read_text())[key] for key in ("per_prompt", "prompt_level_strict_acc")}
+    ours.write_text(json.dumps(json.loads(ours.read_text()) | same))
+    html = report_world.report(tmp_path, plan)
+    assert "dpo_tuned: dpo by" in html and "Something is wrong" not in html
+
+
 def test_without_a_curve_the_evaluation_of_trials_is_neither_asked_for_nor_shown(tmp_path):
     plan = report_world.make(tmp_path, report_world.write_config(tmp_path, seeds=1, overlay=overlay()), accuracy=ACCURACY)
     assert not [file for file in plan.report_inputs() if re.search(r"/(ifeval|gsm8k)_\w+_t\d", file)]

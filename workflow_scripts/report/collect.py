@@ -16,7 +16,7 @@ import pandas
 
 from workflow_scripts.artifacts import manifests
 from workflow_scripts.artifacts.manifests import Job
-from workflow_scripts.config.names import DEVELOPMENT, METRIC, answered, run_name
+from workflow_scripts.config.names import DEVELOPMENT, METRIC, answered, run_name, view_of
 from workflow_scripts.plumbing.messages import InputError
 from workflow_scripts.stats.selection import passed as verdict
 
@@ -107,8 +107,13 @@ def read(job: Job) -> World:
 
 
 def chosen_from(world: World, run: str) -> set[str]:
-    """The trial whose adapter a tuned run has: their answers are the same."""
-    return {found["run"]} if (found := world.runs[run].manifest.get("selection")) else set()
+    """The trial whose adapter a tuned run has, judged in the same way: their answers are the same."""
+    tuned, view = view_of(run)
+    found = world.runs[tuned].manifest.get("selection") if tuned in world.runs else None
+    if not found:
+        return set()
+    trial, dot, seed = found["run"].partition(".")
+    return {f"{trial}_{view}{dot}{seed}" if view else found["run"]}
 
 
 def check_decoding(world: World) -> None:
