@@ -277,6 +277,10 @@ def test_a_cell_that_a_spreadsheet_would_run_is_text(value):
         ({"confirmatory": ["primary", "base"]}, r"report\.confirmatory: found a list, expected a string"),
         ({"families": {"primary": {"reference": "dpo"}}}, r"dpo is the reference: it can't be compared with itself"),
         (
+            {"controls": {"negative": {"run": "dpo_flipped", "against": "dpo_flipped"}}},
+            r"report\.controls\.negative\.against: found 'dpo_flipped', which is the run itself",
+        ),
+        (
             {"controls": {"null": {"run": "sft_v2", "seeds_from": 1, "alpha": 0.01}}},
             r"report\.controls\.null\.seeds_from: 1 added to seeds",
         ),

@@ -77,6 +77,9 @@ def check(config: Config) -> None:
         _check_capacity(config, path, [*combinations(family.get("pairs", []), 2), *product(family.get("runs", []), against)])
     for control, run, other in controls(config):
         named(["controls", control], run, other)
+        if control != "null" and run == other:
+            problem = f"found {other!r}, which is the run itself: such a control can't fail; name another"
+            raise config.fail(["report", "controls", control, "against"], problem)
         _check_capacity(config, ["controls", control], [(run, other)])
     _check_placebos(config)
     null, seeds = report["controls"].get("null"), config.data["seeds"]
