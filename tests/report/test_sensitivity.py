@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from collections import Counter
 
 import pytest
@@ -9,7 +10,6 @@ import yaml
 
 from tests.conftest import ROOT
 from tests.support import report_world
-from workflow_scripts.config.written import merge
 from workflow_scripts.report import sensitivity
 
 ACCURACY = {
@@ -115,8 +115,6 @@ def test_trials_stand_in_no_other_section_and_a_copy_of_the_choice_is_no_warning
 
 def test_the_answers_of_the_chosen_trial_are_those_of_the_tuned_one_and_no_warning(made, tmp_path):
     """As in a real run, where the chosen trial is also scored for the curve: the same verdicts."""
-    import shutil
-
     folder = shutil.copytree(made[0], tmp_path / "copy")
     plan = made[1]
     for seed in ("", ".seed2", ".seed3"):
@@ -142,6 +140,14 @@ def test_a_tuned_one_and_its_trial_are_alike_in_a_view_too(tmp_path):
     assert "dpo_tuned: dpo by" in html and "Something is wrong" not in html
 
 
+def test_where_an_adapter_is_gone_the_other_seeds_keep_their_names(made, tmp_path):
+    folder = shutil.copytree(made[0], tmp_path / "copy")
+    (folder / "results/dpo_tuned/adapter/manifest.json").unlink()
+    html = section(report_world.report(folder, made[1]), "sensitivity", "kinds")
+    said = [(one, other) for one, other in re.findall(r"<li>([\w.]+): ([\w.]+) by", html) if one.startswith("dpo")]
+    assert said == [("dpo_tuned.seed2", "dpo_t3.seed2"), ("dpo_tuned.seed3", "dpo_t3.seed3")]
+
+
 def test_without_a_curve_the_evaluation_of_trials_is_neither_asked_for_nor_shown(tmp_path):
     plan = report_world.make(tmp_path, report_world.write_config(tmp_path, seeds=1, overlay=overlay()), accuracy=ACCURACY)
     assert not [file for file in plan.report_inputs() if re.search(r"/(ifeval|gsm8k)_\w+_t\d", file)]
@@ -159,7 +165,9 @@ def test_another_number_of_trials_is_said_where_it_is_declared(tmp_path):
 
 
 def test_by_the_own_objective_the_changes_are_shown(tmp_path):
-    given = merge(overlay(choose="objective"), {})
+    given = overlay(choose="objective", experiments={"dpo": {}, "kto": {}, "sft_v2": {}})
     html = report_world.report(tmp_path, report_world.make(tmp_path, report_world.write_config(tmp_path, seeds=1, overlay=given)))
     rows = re.findall(r"<tr><td>dpo_tuned</td>(.*?)</tr>", section(html, "sensitivity", "kinds"), flags=re.S)
     assert len(rows) == 4 and all("<td>+0.4000</td><td>+0.3581 to +0.4419</td>" in row for row in rows)  # t of 19 x 0.02
+    said = re.search(r"By the own objective on held-out rows, the change from the start: ([^<]*)\.</p>", html)
+    assert said and said[1] == "dpo_tuned by accuracy, kto_tuned by accuracy, sft_v2_tuned by loss (less is better)"

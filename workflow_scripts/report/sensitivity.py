@@ -28,25 +28,27 @@ def sensitivity(world: World) -> dict | None:
         "picture": figures.sensitivity(panels, "score over the points of the grid, the chosen ones marked"),
         "experiments": found,
         "counts": " or ".join(map(str, counts)),
+        "own": [f"{one['name']} by {one['value']}" for one in found if one["objective"]],
         "declared": [(name, len(body["trials"])) for name, body in tune["experiments"].items() if body["declared"]],
         **{key: tune.get(key) for key in ("per_seed", "curve", "task", "prompts")},
     }
 
 
 def _experiment(world: World, name: str, body: dict) -> dict:
-    runs = world.seeded(name)
-    selections = [found for run in runs if (found := world.runs[run].manifest.get("selection"))]
-    chosen = Counter(one["chosen"] for one in selections)
+    runs, tune = world.seeded(name), world.config["tune"]
+    selections = {run: found for run in runs if (found := world.runs[run].manifest.get("selection"))}
+    chosen = Counter(one["chosen"] for one in selections.values())
     rows = [_row(world, trial, point, body) | {"chosen": chosen[trial]} for trial, point in body["trials"].items()]
     return {
         "name": name,
         "of": body["of"],
-        "by": selections[0]["by"] if selections else "",
+        "by": next((one["by"] for one in selections.values()), ""),
         "objective": body["objective"],
+        "value": _named(tune["objectives"][next(iter(body["trials"]))]) if body["objective"] else "",
         "rows": rows,
         "seeds": len(selections),
         "edges": edges(body["trials"], chosen),
-        "leads": [_lead(run, one, body["objective"]) for run, one in zip(runs, selections, strict=False)],
+        "leads": [_lead(run, one, body["objective"]) for run, one in selections.items()],
     }
 
 
@@ -113,6 +115,10 @@ def _lead(run: str, selection: dict, objective: bool) -> str:
     return f"{run}: {selection['run']} by {difference} over {won['over']}, " + (
         "more than by chance" if won["told"] else "which chance may have made"
     )
+
+
+def _named(value: str) -> str:
+    return f"{value} (less is better)" if value == "loss" else value
 
 
 def _short(key: str) -> str:
