@@ -110,3 +110,11 @@ def test_a_run_is_asked_for_its_scorers_and_verifiers_each_once(tmp_path):
         "eval.gsm8k": {"judge": "gsm8k", "rows": "", "strip_think": True},
         "reward ifeval on instructions": {"judge": "ifeval", "rows": f"{tmp_path}/data/instructions.jsonl", "reward": True},
     }
+
+
+def test_what_chooses_is_tried_as_the_task_that_it_stands_for(tmp_path):
+    user = merge(merge(read_yaml("config/config.yaml"), read_yaml("config/tuned.yaml")), {"pathvars": {"results": str(tmp_path)}})
+    jobs = [job("score_development", run="dpo_t1"), job("train_dpo", run="dpo_t1")]
+    assert rehearse.parts(Plan(Config(user)), jobs) == [
+        {"of": "tune.choose", "judge": "ifeval", "rows": "", "strip_think": False}
+    ]

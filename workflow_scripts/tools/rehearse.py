@@ -64,7 +64,8 @@ def parts(plan: Plan, jobs: Iterable[Any]) -> list[dict]:
         if job.rule.name in ("score", "score_development"):
             of = plan.config.development["task"] if task == DEVELOPMENT else task
             settings = {"strip_think": evaluation[of]["strip_think"]}
-            found[f"eval.{task}"] = {"judge": of, "rows": rows(plan.config.asked[task]), **settings}
+            key = "tune.choose" if task == DEVELOPMENT else f"eval.{task}"
+            found[key] = {"judge": of, "rows": rows(plan.config.asked[task]), **settings}
         elif job.rule.name == "lm_eval_task":
             names = {"asked": evaluation[task]["prompts"], "solved": evaluation[task].get("fewshot")}
             given = {key: {"made": rows(name), **source(name)} for key, name in names.items() if name}
