@@ -22,7 +22,7 @@ models:
       model: {hidden_size: 32, num_hidden_layers: 2, num_attention_heads: 4, num_key_value_heads: 2, intermediate_size: 64,
               max_position_embeddings: 512}
       train: {steps: 32, batch: 16, max_length: 256, muon_learning_rate: 0.02, adamw_learning_rate: 0.003, weight_decay: 0.01,
-              warmup_steps: 2, decay_share: 0.3, max_grad_norm: 1.0}
+              newton_schulz_steps: 5, warmup_steps: 2, decay_share: 0.3, max_grad_norm: 1.0}
 """
 
 
