@@ -22,9 +22,7 @@ ROOT = Path(__file__).resolve().parents[2]
 DEFAULT = ROOT / "config" / "config.yaml"
 SWEEP = ROOT / "config" / "rank_sweep.yaml"
 # What names a base stands alone; the others are overlays.
-ALONE = sorted(
-    path for path in (ROOT / "config").glob("*.yaml") if "source" in (yaml.safe_load(path.read_text()).get("base") or {})
-)
+ALONE = sorted(path for path in (ROOT / "config").glob("*.yaml") if re.search(r"^  source: ", path.read_text(), flags=re.M))
 SHIPPED = [files for path in ALONE for files in ([path], [path, SWEEP])]
 OVER = {"qwen05b": ("qwen7b", "large_gpu"), "smollm2": ("smollm2_quick", "large_gpu")}
 SHIPPED += [[ROOT / f"config/{name}.yaml", ROOT / f"config/{over}.yaml"] for name, overs in OVER.items() for over in overs]
