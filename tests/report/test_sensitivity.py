@@ -171,3 +171,13 @@ def test_by_the_own_objective_the_changes_are_shown(tmp_path):
     assert len(rows) == 4 and all("<td>+0.4000</td><td>+0.3581 to +0.4419</td>" in row for row in rows)  # t of 19 x 0.02
     said = re.search(r"By the own objective on held-out rows, the change from the start: ([^<]*)\.</p>", html)
     assert said and said[1] == "dpo_tuned by accuracy, kto_tuned by accuracy, sft_v2_tuned by loss (less is better)"
+
+
+def test_the_curve_is_of_the_task_that_chooses(tmp_path):
+    given = overlay(curve=True, choose={"task": "gsm8k", "prompts": "dev_sums"})
+    given["data"]["slices"]["dev_sums"] = {"kind": "numeric", "source": {"tiny": {"split": "dev"}}, "rows": 50, "seed": 1}
+    plan = report_world.make(tmp_path, report_world.write_config(tmp_path, seeds=1, overlay=given), accuracy=ACCURACY)
+    html = section(report_world.report(tmp_path, plan), "sensitivity", "kinds")
+    score = json.loads((tmp_path / "results/gsm8k_dpo_t3.json").read_text())["exact_match"]
+    assert "<th>GSM8K, %</th>" in html and "in the column GSM8K: the trials" in html
+    assert re.search(rf"<td class=\"text\">dpo_t3</td>.*?<td>{100 * score:.1f} \+-", html, flags=re.S)

@@ -156,14 +156,12 @@ class Graph(Places):
 
     def trial_scores(self) -> list[tuple[str, str]]:
         """(task, run) of the scores of trials that the report reads: by which they are chosen and, where the config asks for its
-        curve, those on the evaluation."""
+        curve, those on the evaluation that choosing stands for: it is the one that the curve shows."""
         tuned = [run for run in self.shown() if self.tuned(run) is not None]
         found = [(DEVELOPMENT, one) for run in tuned for one in self.development_scores(run)]
         if self.config.data.get("tune", {}).get("curve"):
             curve = [one for run in tuned for one in self.chosen_from(run) if self.config.run(one)[0] in self.config.trials]
-            found += [
-                (task, one) for one in curve for task in comparison.verdict_tasks(self.config) if not self.is_reward_model(one)
-            ]
+            found += [(self.config.development.get("task", "ifeval"), one) for one in curve if not self.is_reward_model(one)]
         return list(dict.fromkeys(found))
 
     def behind(self, file: str) -> list[str]:

@@ -10,7 +10,7 @@ import numpy
 
 from workflow_scripts.config.names import DEVELOPMENT, METRIC
 from workflow_scripts.report import figures
-from workflow_scripts.report.collect import World
+from workflow_scripts.report.collect import LABEL, World
 from workflow_scripts.report.sections import mean_and_error, percent
 from workflow_scripts.report.trained import interval_of
 from workflow_scripts.stats import accuracy
@@ -27,6 +27,7 @@ def sensitivity(world: World) -> dict | None:
     return {
         "picture": figures.sensitivity(panels, "score over the points of the grid, the chosen ones marked"),
         "experiments": found,
+        "judged": LABEL[tune.get("task", "ifeval")].split(",")[0],
         "counts": " or ".join(map(str, counts)),
         "own": [f"{one['name']} by {one['value']}" for one in found if one["objective"]],
         "declared": [(name, len(body["trials"])) for name, body in tune["experiments"].items() if body["declared"]],
@@ -68,10 +69,11 @@ def _row(world: World, trial: str, point: dict, body: dict) -> dict[str, Any]:
         mean, low, high = (None if value is None else 100 * value for value in (found.mean, found.low, found.high))
         each = ", ".join(percent(float(numpy.mean(one))) for one in clusters)
     row |= {"mean": mean, "low": low, "high": high, "each": each, "evaluation": None, "evaluated": ""}
-    if world.config["tune"]["curve"] and ("ifeval", runs[0]) in world.scores:
-        values = [world.scores["ifeval", run][METRIC["ifeval"]] for run in runs]
+    task = world.config["tune"].get("task", "ifeval")
+    if world.config["tune"]["curve"] and (task, runs[0]) in world.scores:
+        values = [world.scores[task, run][METRIC[task]] for run in runs]
         row["evaluation"] = 100 * float(numpy.mean(values))
-        row["evaluated"] = mean_and_error([[[float(passed)] for passed in world.verdicts("ifeval", run)] for run in runs])
+        row["evaluated"] = mean_and_error([[[float(passed)] for passed in world.verdicts(task, run)] for run in runs])
     return row
 
 
