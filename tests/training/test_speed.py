@@ -138,3 +138,26 @@ def test_on_a_cpu_nothing_is_changed(base, slices, here):
 
     assert json.loads((made.folder / "run.json").read_text())["speed"] == {"unpadded": False, "dequantised": 0, "compiled": 0}
     assert trainers.speed is speed
+
+
+def test_models_whose_attention_is_another_one_keep_their_padding(monkeypatch):
+    from transformers import GemmaConfig, GemmaForCausalLM, GPT2Config, GPT2LMHeadModel, Qwen2Config, Qwen2ForCausalLM
+
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    small = {
+        "hidden_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "intermediate_size": 48,
+    }
+    step = {"device": "cuda", "precision": "bf16"}
+    known = Qwen2ForCausalLM(Qwen2Config(**small, vocab_size=90))
+    assert speed.hinders_unpadding(known, step) is None
+    assert speed.hinders_unpadding(GemmaForCausalLM(GemmaConfig(**small, head_dim=8, vocab_size=90)), step) is None
+    assert "rotary" in speed.hinders_unpadding(GPT2LMHeadModel(GPT2Config(n_embd=32, n_layer=2, n_head=4, vocab_size=90)), step)
+    sliding = Qwen2Config(**small, vocab_size=90, use_sliding_window=True, sliding_window=8, max_window_layers=0)
+    assert "sliding" in speed.hinders_unpadding(Qwen2ForCausalLM(sliding), step)
+    assert "16 bits" in speed.hinders_unpadding(known, step | {"precision": "fp32"})
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (7, 5))
+    assert "8.0" in speed.hinders_unpadding(known, step)

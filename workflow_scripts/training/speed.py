@@ -31,6 +31,8 @@ def hinders_unpadding(model: Any, step: dict) -> str | None:
         return "FlashAttention wants a GPU of capability 8.0 or newer, and 16 bits"
     if any(kind != "full_attention" for kind in getattr(config, "layer_types", None) or []):
         return "the model attends in sliding windows"
+    if getattr(model.base_model, "rotary_emb", None) is None:
+        return "the model's positions are not rotary: where a text begins in a padded row would count"
     if getattr(config, "attn_logit_softcapping", None) or getattr(config, "attention_dropout", 0.0):
         return "the model's attention has a soft cap, or dropout"
     if model.config._attn_implementation != "sdpa" or not getattr(model, "_supports_sdpa", False):
