@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file
 
 from tests.conftest import ROOT
@@ -98,7 +99,7 @@ def test_a_merge_in_bf16_loses_a_small_update_and_the_evaluation_of_such_a_model
     def rounded(model, start, adapter):
         made = right(model, start, adapter)
         for module in made.modules():
-            if isinstance(module, distance.LoraLayer):
+            if isinstance(module, LoraLayer):
                 delta = module.get_delta_weight("default")
                 module.base_layer.weight.data = (module.base_layer.weight + delta).to(torch.bfloat16).float()
                 module.lora_B["default"].weight.data.zero_()

@@ -20,6 +20,7 @@ TRAIN = {*ANSWER, "bitsandbytes", "datasets", "pandas", "peft", "pyarrow", "trl"
 # Steps -> what may be there once the imports inside their functions have run, those of functions that few configs call included.
 MAY_LOAD = {
     ("score_gsm8k", "score_ifeval"): set(),
+    ("select",): {"numpy", "scipy.stats"},
     ("slice_data",): {*TORCH, "numpy"},
     ("generate", "judge_answers", "lm_eval_task", "make_base", "merge"): ANSWER,  # peft where there is an adapter, and not before
     ("eval_rm",): {*TRAIN, "scipy.stats"} - {"trl"},

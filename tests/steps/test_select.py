@@ -12,9 +12,9 @@ from tests.support import laid_out, small_steps
 from tests.support.slicer import QUESTION, Slicer
 from workflow_scripts.artifacts import manifests
 from workflow_scripts.artifacts.manifests import Job
+from workflow_scripts.data.slicing import check_apart
 from workflow_scripts.plumbing.messages import InputError
 from workflow_scripts.steps import select, slice_data
-from workflow_scripts.steps.slice_data import check_apart
 
 NO_COMMA = "punctuation:no_comma"
 

@@ -240,7 +240,7 @@ CODE: dict[str, list[str]] = {
     "models/device.py": ["make_base", *MODELS],
     **dict.fromkeys(("models/loading.py", "models/lora.py", "models/distance.py"), MODELS),
     **dict.fromkeys(
-        tuple(f"training/{name}.py" for name in "__init__ trainers checkpoints units change".split()), ["eval_rm", *TRAIN]
+        tuple(f"training/{name}.py" for name in "__init__ trainers checkpoints speed units change".split()), ["eval_rm", *TRAIN]
     ),
     "data/__init__.py": [*SLICE, "make_base", *MODELS, "score_gsm8k"],
     "data/slicing.py": [*SLICE, *MODELS],

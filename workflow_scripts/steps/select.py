@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from workflow_scripts.artifacts import manifests
 from workflow_scripts.artifacts.manifests import Artifact
 from workflow_scripts.config.names import METRIC
+from workflow_scripts.plumbing import startup
 from workflow_scripts.plumbing.messages import InputError
 from workflow_scripts.steps import cli
 from workflow_scripts.tools import card
@@ -36,6 +37,7 @@ OWN = (
 def main(job: manifests.Job) -> None:
     from workflow_scripts.stats import selection
 
+    startup.ready()
     trials, by, parents = job.config["trials"], job.config["by"], parents_of(job)
     if "task" in by:
         what, runs = METRIC[by["task"][0]], [verdicts(parents, trial["judged"]) for trial in trials]
