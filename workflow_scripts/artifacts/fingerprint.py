@@ -26,12 +26,13 @@ PACKAGE = "workflow_scripts"
 ROOT = Path(__file__).resolve().parents[2]
 LOCK_FILE = ROOT / "envs" / "requirements.lock"
 
-# Plumbing: command line, the card beside an adapter, progress, messages, provenance, hashes that are kept, locks of work and of
-# GPUs; and what refuses a row. A test checks that no number passes through.
+# Plumbing: command line, the card beside an adapter, progress, messages, provenance, hashes of files, locks of
+# work and of GPUs; and what refuses a row. A test checks that no number passes through.
 EXEMPT = frozenset(
     f"{PACKAGE}.{name}"
     for name in (
-        "steps.cli", "tools.card", "artifacts.fingerprint", "artifacts.runinfo", "artifacts.work", "data.hub",
+        "steps.cli", "tools.card", "artifacts.fingerprint", "artifacts.own_code",
+        "artifacts.runinfo", "artifacts.work", "data.hub",
         "evaluation.rows", "plumbing.cards", "plumbing.content_cache", "plumbing.gpus", "plumbing.messages", "plumbing.progress",
         "plumbing.startup",
     )
