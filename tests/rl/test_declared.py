@@ -19,7 +19,7 @@ from workflow_scripts.config.yaml_files import read_yaml
 from workflow_scripts.models import loading
 from workflow_scripts.plan.plan import Plan
 from workflow_scripts.plumbing.messages import InputError
-from workflow_scripts.rl import declared, verifiers
+from workflow_scripts.rl import declared
 from workflow_scripts.tools import differences, rehearse
 
 GOOD = '''"""Short answers are good."""
@@ -182,6 +182,15 @@ def test_a_module_that_is_not_the_one_that_was_hashed_is_refused(write):
         declared.own(file, "concise")
 
 
+def test_a_folder_may_be_named_in_another_way_or_by_a_link(write, tmp_path, monkeypatch):
+    file = write()
+    monkeypatch.setattr(sys, "path", [*sys.path, str(file.parent)])
+    (tmp_path / "link").symlink_to(file.parent)
+    for path in (file.parent / ".." / "own" / file.name, tmp_path / "link" / file.name):
+        assert declared.own(path, "other")([], [[]], ["a:1"], ["{}"]) == [0.0]
+        del sys.modules["helper_of_mine"]
+
+
 def test_a_file_that_changed_after_planning_is_not_run(write, base, slices, tmp_path):
     file = write()
     job = job_of("grpo", file, base, slices, tmp_path)
@@ -332,49 +341,6 @@ def concise(prompts, completions, final, topic, trainer_state, **columns):
     assert (random.getstate(), numpy.random.get_state()[2]) == before[:2] and torch.equal(torch.get_rng_state(), before[2])
     seen = sys.modules["my_rewards"].seen[0]
     assert seen[0] == [["p"], ["q"]] and seen[2:] == ([1, 2], [None, "x"], 3, ["completion_ids", "id"])
-
-
-# -- checks with settings ------------------------------------------------------------
-
-JSON = {"type": "object", "required": ["n"], "properties": {"n": {"type": "integer"}}, "additionalProperties": False}
-CHECKED = [
-    ("exact", {"field": "answer", "ignore_case": True}, " YES\n", True),
-    ("exact", {"field": "answer", "ignore_case": False}, "YES", False),
-    ("exact", {"field": "answer", "ignore_case": True}, "yes, it is", False),
-    ("regex", {"pattern": r"<b>\d+</b>", "whole": False}, "so <b>12</b>.", True),
-    ("regex", {"pattern": r"<b>\d+</b>", "whole": True}, "so <b>12</b>.", False),
-    ("regex", {"pattern": r"<b>\d+</b>", "whole": True}, " <b>12</b>\n", True),
-    ("json_schema", JSON, ' {"n": 3} ', True),
-    ("json_schema", JSON, '{"n": "3"}', False),
-    ("json_schema", JSON, '{"n": 3} indeed', False),
-    ("json_schema", {}, "NaN", False),
-    ("json_schema", {}, "[" * 100000, False),
-    ("length", {"unit": "words", "least": 2, "most": 3}, "one two  three", True),
-    ("length", {"unit": "words", "least": 2, "most": 3}, "one", False),
-    ("length", {"unit": "characters", "least": 0, "most": 3}, "äöüs", False),
-]
-
-
-@pytest.mark.parametrize(("kind", "settings", "response", "holds"), CHECKED)
-def test_a_check_holds_where_its_settings_say(kind, settings, response, holds):
-    assert verifiers.CHECKS[kind](settings)(response, {"answer": "yes"}) is holds
-    reward = declared.checked("mine", {kind: settings})
-    assert reward([], [[{"content": response}]], row=[json.dumps({"answer": "yes"})]) == [float(holds)]
-
-
-def test_a_check_without_its_field_or_its_reference_is_one_line():
-    rows = [
-        {"id": "a:1", "prompt": "p", "answer": "1"},
-        {"id": "a:2", "prompt": "p", "answer": ["1"]},
-        {"id": "a:3", "prompt": "p"},
-    ]
-    settings = {"exact": {"field": "answer", "ignore_case": True}}
-    with pytest.raises(InputError, match="rows.jsonl: row a:2: answer is no text or number, and the reward mine"):
-        declared.make("mine", settings, None, rows, "rows.jsonl")
-    with pytest.raises(InputError, match="row a:3: answer is missing"):
-        declared.make("mine", settings, None, rows[::2], "rows.jsonl")
-    with pytest.raises(InputError, match="json_schema: 'http://nowhere.example/x' is not in the schema itself"):
-        verifiers.json_schema({"$ref": "http://nowhere.example/x"})("1", {})
 
 
 def test_rehearsal_takes_rows_from_files_where_the_slice_is_not_made_yet(write, tmp_path, monkeypatch):

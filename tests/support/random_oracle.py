@@ -121,6 +121,7 @@ KEYS: dict[str, tuple[list, set[Phase]]] = {
     f"methods.sft.train.learning_rate {SAME}": ([0.002], NOTHING),
     f"experiments.dpo_ipo.train.beta {SAME}": ([0.1], NOTHING),
     f"experiments.grpo.reward {SAME}": ([{"ifeval": 1}], NOTHING),
+    f"rewards.brief.strip_think {SAME}": ([False], NOTHING),
     f"rewards.brief.file {SAME}": (["./mine/rewards.py"], NOTHING),
     f"data.slices.mine.max_prompt_tokens {SAME}": ([96], NOTHING),
     f"data.slices.mine.source.path {SAME}": (["./mine/pairs.jsonl", "mine/../mine/pairs.jsonl"], NOTHING),

@@ -141,6 +141,11 @@ class Steps:
         step = self._step(f"train_{body['method']}", config, parents, seed=self.config.run(run)[1], **self._machine())
         return self._with_own_code(step, {name: body for name, body in self.graph.declared(run).items() if "file" in body})
 
+    def _declared(self, body: dict) -> dict:
+        """A reward's declaration, without what decides nothing: the folder of its file, and `strip_think: false`."""
+        told = {key: value for key, value in body.items() if value is not False}
+        return told | ({"file": Path(body["file"]).name} if "file" in body else {})
+
     def _with_own_code(self, step: dict, bodies: dict[str, dict]) -> dict:
         """With what the files of rewards of the user's own do, and what they import of this project and of locked libraries.
         A library that is not in the lock has no declared version, and counts for nothing."""
@@ -166,9 +171,7 @@ class Steps:
             if thinking := [name for name, task in tasks.items() if task.get("strip_think")]:
                 config["strip_think"] = thinking  # a verifier judges what the evaluation judges
             if declared := self.graph.declared(run):
-                config["rewards"] = {
-                    name: body | ({"file": Path(body["file"]).name} if "file" in body else {}) for name, body in declared.items()
-                }
+                config["rewards"] = {name: self._declared(body) for name, body in declared.items()}
         return config
 
     def _select(self, run: str, tuned: Tuned) -> dict:

@@ -15,6 +15,7 @@ import importlib.util
 import inspect
 import json
 import math
+import os
 import random
 import sys
 import traceback
@@ -177,9 +178,10 @@ def _numbers(place: str, found: Any, ids: list) -> list[float | None]:
 
 def said(error: BaseException, source: own_code.Own) -> str:
     """An exception of the user's code: the innermost line of a file of theirs, and what was raised."""
-    files = {str(path.absolute()): path for path in source.files}
-    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename in files]
-    place = f"{files[frames[-1].filename]}: line {frames[-1].lineno}" if frames else f"{source.path}"
+    files = {os.path.realpath(path): path for path in source.files}
+    frames = [(os.path.realpath(frame.filename), frame.lineno) for frame in traceback.extract_tb(error.__traceback__)]
+    theirs = [f"{files[name]}: line {line}" for name, line in frames if name in files]
+    place = theirs[-1] if theirs else str(source.path)
     text = " ".join(str(error).split())[:300]
     return f"{place}: {type(error).__name__}{': ' if text else ''}{text}"
 
@@ -206,7 +208,7 @@ def _module(path: Path) -> ModuleType:
     No bytecode is kept: it is told from its source by whole seconds and size, and an edit may change neither.
     """
     source = own_code.read(path)
-    folder = path.parent.absolute()
+    folder = Path(os.path.abspath(path.parent))
     sys.dont_write_bytecode = True
     if str(folder) not in sys.path:
         sys.path.append(str(folder))
@@ -216,10 +218,10 @@ def _module(path: Path) -> ModuleType:
             raise InputError(f"{path}: imports {name}, and another module has that name; rename {folder / name}, which is meant")
     name = path.stem if path.stem not in sys.modules else f"own_{path.stem}"
     module = ModuleType(name)
-    module.__file__ = str(path.absolute())
+    module.__file__ = os.path.abspath(path)
     sys.modules[name] = module
     try:
-        exec(compile(path.read_bytes(), str(path.absolute()), "exec", dont_inherit=True), module.__dict__)
+        exec(compile(path.read_bytes(), os.path.abspath(path), "exec", dont_inherit=True), module.__dict__)
     except (Exception, SystemExit) as error:
         sys.modules.pop(name, None)
         missing = isinstance(error, ModuleNotFoundError)
@@ -234,4 +236,5 @@ def _is_beside(name: str, folder: Path) -> bool:
     except ValueError:  # already there, by somebody who does not say from where
         return False
     places = [spec.origin] if spec and spec.origin else [*(spec.submodule_search_locations or [])] if spec else []
-    return any(Path(place).is_relative_to(folder / name) or Path(place) == folder / f"{name}.py" for place in places)
+    theirs = [os.path.realpath(folder / one) for one in (f"{name}/__init__.py", f"{name}.py", name)]
+    return any(os.path.realpath(place) in theirs for place in places)
