@@ -2,23 +2,26 @@
 
 import json
 import random
+import re
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy
 import pytest
 import torch
+import yaml
 
 from tests.conftest import ROOT
 from tests.support import small_steps
-from tests.training.test_resume import METHODS
+from tests.training.test_resume import METHODS, end_at, outcome
 from workflow_scripts.artifacts import manifests, own_code
 from workflow_scripts.config.config import Config
 from workflow_scripts.config.written import merge
 from workflow_scripts.config.yaml_files import read_yaml
 from workflow_scripts.models import loading
 from workflow_scripts.plan.plan import Plan
-from workflow_scripts.plumbing.messages import InputError
+from workflow_scripts.plumbing.messages import InputError, Interrupted
 from workflow_scripts.rl import declared
 from workflow_scripts.tools import differences, rehearse
 
@@ -84,6 +87,19 @@ def job_of(method: str, file, base, slices, out, reward: dict | None = None, mor
         job.inputs.extend(source.files)
         job.step["external"] = {"rewards": {"mine": source.logic}}
     return job
+
+
+def test_the_example_of_the_documentation_plans_and_judges(write, tmp_path, monkeypatch):
+    text = (ROOT / "docs/add-an-experiment.md").read_text().split("## Rewards of your own")[1].split("\n## ")[0]
+    source, first, second = re.findall(r"```(?:python|yaml)\n(.*?)```", text, flags=re.S)
+    file = write(source)
+    monkeypatch.chdir(file.parent)
+    told = merge(yaml.safe_load(first), yaml.safe_load(second))
+    Plan(config_with(told["rewards"], told["experiments"])).check()
+    rows = [{"id": f"a:{n}", "prompt": "p", "final": "18", "chosen": "c"} for n in (1, 2)]
+    for name, settings in told["rewards"].items():
+        assert declared.make(name, settings, Path(settings["file"]) if "file" in settings else None, rows, "rows")
+    assert declared.own(file, "concise")([], [[{"content": "one two"}]], ["a:1"], ["{}"]) == [1 / 3]
 
 
 # -- mistakes ------------------------------------------------------------
@@ -317,6 +333,17 @@ def test_a_mixture_with_it_trains_in_the_micro_world(write, method, placebo, bas
     penalty = after.get("missing_eos", 0.0) if method == "ppo_ifeval" else 0.0
     assert 0 < after["mine"] <= 1 and after["reward"] == pytest.approx(parts + penalty, abs=1e-4)
     assert made.data["step"]["config"]["rewards"]["mine"] == {"file": "my_rewards.py", "function": "concise"}
+
+
+@pytest.mark.slow
+def test_a_training_that_was_ended_goes_on_with_the_rewards_that_it_would_have_drawn(write, base, slices, tmp_path):
+    file = write("import random\n" + HEAD + "    return [random.random() for _ in id]\n")
+    whole = small_steps.run(job_of("grpo", file, base, slices, tmp_path / "whole", {"mine": 1.0}))
+    job = job_of("grpo", file, base, slices, tmp_path / "ended", {"mine": 1.0})
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Interrupted):
+        end_at(3, patch)
+        small_steps.run(job)
+    assert outcome(small_steps.run(job)) == outcome(whole)
 
 
 def test_columns_are_the_fields_of_the_rows_and_what_it_draws_or_changes_is_undone(write):
