@@ -254,6 +254,8 @@ PLUMBING_USED = {
     "content_cache.ContentCache": "identity of files, as fingerprint.file_sha256",
     "fingerprint.fingerprint": "names a folder and a manifest",
     "fingerprint.file_sha256": "identity of a file",
+    "own_code.read": "identity of a reward's files, which are run as they are or not at all",
+    "own_code.Own": "names those files",
     "runinfo.check_packages": "stops a step; what differs is written beside the results",
     "runinfo.collect": "run.json, which nothing reads",
     "startup.ready": "says when garbage is looked for",

@@ -62,9 +62,24 @@ out.write_text(json.dumps(manifest, indent=1, sort_keys=True))
 """
 
 
+OWN_REWARD = """import own_helper
+
+def brief(prompts, completions, **columns):
+    \"\"\"Few characters.\"\"\"
+    return [own_helper.of(len(one[-1]["content"])) for one in completions]
+
+
+def polite(prompts, completions, **columns):
+    return [float("please" in one[-1]["content"]) for one in completions]
+"""
+
+
 def write_sources(folder: Path) -> None:
-    """Two files of pairs: one of more than 5 MB, and a JSON list."""
+    """Two files of pairs: one of more than 5 MB, and a JSON list. A reward, what it imports, and a file beside them."""
     (folder / "mine").mkdir()
+    (folder / "mine/rewards.py").write_text(OWN_REWARD)
+    (folder / "mine/own_helper.py").write_text("def of(size):\n    return 1 / (1 + size)\n")
+    (folder / "mine/aside.py").write_text("import own_helper\n\nX = own_helper.of(3)\n")
     words = random.Random(1)
     with open(folder / "mine/pairs.jsonl", "w") as file:
         for i in range(2600):

@@ -203,6 +203,17 @@ def a_code_file(box: Box) -> set[Phase] | None:
     return oracle.running(oracle.CODE[file]) if edit in LOGIC else NOTHING
 
 
+def own_reward(box: Box) -> set[Phase] | None:
+    """A line of logic, a comment, a docstring or the layout of the user's reward, of what it imports, or of what it does not."""
+    file = box.rng.choice(sorted(oracle.OWN_REWARD))
+    if not box.free(file):
+        return None
+    edit = box.rng.choice((*LOGIC, *LAYOUT))
+    box.did.append(f"{file}: {edit.__name__}")
+    box.write(box.folder / file, edit((box.folder / file).read_bytes(), box.rng, box.rng.randint(2, 10**6)))
+    return oracle.OWN_REWARD[file] if edit in LOGIC else NOTHING
+
+
 def a_locked_version(box: Box) -> set[Phase] | None:
     name = box.rng.choice(sorted(oracle.PACKAGES))
     path = box.folder / f"envs/{'dev' if name in oracle.CHECKS else 'requirements'}.lock"
@@ -311,5 +322,5 @@ def a_cache(box: Box) -> set[Phase] | None:
 
 EDITS = {
     a_key: 8, a_method_key: 5, a_rewiring: 3, a_config_file: 4, a_code_file: 9, a_locked_version: 3,
-    a_file_that_decides_nothing: 3, rows: 4, times: 4, a_cache: 1,
+    a_file_that_decides_nothing: 3, rows: 4, times: 4, a_cache: 1, own_reward: 3,
 }  # fmt: skip

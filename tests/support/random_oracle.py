@@ -91,6 +91,8 @@ KEYS: dict[str, tuple[list, set[Phase]]] = {
     "experiments.grpo.reward": ([{"ifeval": 2.0}], trained("grpo")),  # the other two have their own
     "experiments.grpo_rm.reward": ([{"rm": 0.25, "ifeval": 0.75}, "rm"], trained("grpo_rm")),
     "experiments.rloo.reward": ([{"ifeval": 0.5}], trained("rloo")),
+    "rewards.brief.function": (["polite"], trained("rloo")),
+    "rewards.brief.strip_think": ([True], trained("rloo")),
     # Decide nothing, or not in this config
     "eval.batch_size": ([7, 31], NOTHING),  # of generation.backend: hf
     "generation.slots": ([7, 31], NOTHING),
@@ -105,6 +107,7 @@ KEYS: dict[str, tuple[list, set[Phase]]] = {
     "speed.compiled": ([0, 3], NOTHING),
     **dict.fromkeys(("pathvars.logs", "pathvars.benchmarks"), (["elsewhere"], NOTHING)),
     "allow_unpinned": ([True], NOTHING),
+    "rewards.more": ([{"length": {"unit": "words", "least": 0, "most": 9}}], NOTHING),  # nobody is trained with it
     "sweep_ranks": ([[4, 64]], NOTHING),
     "experiments.kto.sweep": (["none"], NOTHING),
     "base.dtype": (["bf16"], NOTHING),
@@ -118,6 +121,8 @@ KEYS: dict[str, tuple[list, set[Phase]]] = {
     f"methods.sft.train.learning_rate {SAME}": ([0.002], NOTHING),
     f"experiments.dpo_ipo.train.beta {SAME}": ([0.1], NOTHING),
     f"experiments.grpo.reward {SAME}": ([{"ifeval": 1}], NOTHING),
+    f"rewards.brief.strip_think {SAME}": ([False], NOTHING),
+    f"rewards.brief.file {SAME}": (["./mine/rewards.py"], NOTHING),
     f"data.slices.mine.max_prompt_tokens {SAME}": ([96], NOTHING),
     f"data.slices.mine.source.path {SAME}": (["./mine/pairs.jsonl", "mine/../mine/pairs.jsonl"], NOTHING),
     f"experiments.kto.quantise {SAME}": (["nf4"], NOTHING),
@@ -208,8 +213,8 @@ ROLLOUTS = ["train_ppo", "train_grpo", "train_rloo"]
 EVERY = [*SLICE, "make_base", *MODELS, *SCORE]
 # Plumbing; what plans; what only models from elsewhere need.
 NO_STEP = """steps/cli plumbing/cards plumbing/content_cache plumbing/gpus plumbing/progress plumbing/messages plumbing/signals
-plumbing/startup artifacts/runinfo artifacts/work artifacts/fingerprint data/hub evaluation/rows config/__init__ config/config
-config/schema_errors
+plumbing/startup artifacts/runinfo artifacts/work artifacts/fingerprint artifacts/own_code config/declared data/hub
+evaluation/rows config/__init__ config/config config/schema_errors
 config/yaml_files config/bases config/comparison config/choices config/judged config/names config/sweep config/written
 config/tuning config/schema config/experiments config/references config/slices plan/__init__ plan/plan plan/places plan/graph
 plan/steps plan/records plan/estimate plan/gpu_memory plan/passes plan/patterns plan/shape plumbing/environment models/sources
@@ -256,7 +261,7 @@ CODE: dict[str, list[str]] = {
     "evaluation/nltk_data/tokenizers/punkt_tab/english/abbrev_types.txt": ["score_ifeval", *ROLLOUTS],
     "rl/__init__.py": ["eval_rm", "train_rm", *ROLLOUTS],
     "evaluation/numerals.py": ["score_gsm8k", *ROLLOUTS],
-    **dict.fromkeys(("rl/verifiers.py", "rl/rewards.py", "rl/placebos.py"), ROLLOUTS),
+    **dict.fromkeys(("rl/verifiers.py", "rl/rewards.py", "rl/placebos.py", "rl/declared.py"), ROLLOUTS),
     **dict.fromkeys(("rl/ppo_trainer.py", "rl/advantages.py"), ["train_ppo"]),
     "rl/reward_model.py": ["eval_rm", "train_rm", *ROLLOUTS],
     **dict.fromkeys(
@@ -296,7 +301,8 @@ PACKAGES: dict[str, list[str]] = {
     "trl": TRAIN,
     "scipy": ["eval_rm", *ROLLOUTS],
     **dict.fromkeys(("lm_eval", "nltk", "langdetect"), IFEVAL),
-    **dict.fromkeys((*CHECKS, "snakemake", "tqdm", "PyYAML", "jsonschema", "statsmodels", "gguf", "tensorboard"), []),
+    **dict.fromkeys(("jsonschema", "referencing"), ROLLOUTS),
+    **dict.fromkeys((*CHECKS, "snakemake", "tqdm", "PyYAML", "statsmodels", "gguf", "tensorboard"), []),
 }
 
 # Files of the repository that no step reads.
@@ -318,6 +324,10 @@ def step_of(phase: Phase) -> str:
 
 def running(steps: list[str]) -> set[Phase]:
     return {phase for phase in FINISHED if step_of(phase) in steps}
+
+
+# Files of a reward of the user's own, as random_edits.yaml has it -> who is trained with them.
+OWN_REWARD = {"mine/rewards.py": trained("rloo"), "mine/own_helper.py": trained("rloo"), "mine/aside.py": NOTHING}
 
 
 # -- rows -------------------------------------------------------------------------------------------------------------------

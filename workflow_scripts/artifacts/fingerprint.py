@@ -16,6 +16,7 @@ import json
 import os
 import re
 import sys
+from collections.abc import Iterable
 from functools import cache
 from pathlib import Path
 
@@ -25,12 +26,13 @@ PACKAGE = "workflow_scripts"
 ROOT = Path(__file__).resolve().parents[2]
 LOCK_FILE = ROOT / "envs" / "requirements.lock"
 
-# Plumbing: command line, the card beside an adapter, progress, messages, provenance, hashes that are kept, locks of work and of
-# GPUs; and what refuses a row. A test checks that no number passes through.
+# Plumbing: command line, the card beside an adapter, progress, messages, provenance, hashes of files, locks of
+# work and of GPUs; and what refuses a row. A test checks that no number passes through.
 EXEMPT = frozenset(
     f"{PACKAGE}.{name}"
     for name in (
-        "steps.cli", "tools.card", "artifacts.fingerprint", "artifacts.runinfo", "artifacts.work", "data.hub",
+        "steps.cli", "tools.card", "artifacts.fingerprint", "artifacts.own_code",
+        "artifacts.runinfo", "artifacts.work", "data.hub",
         "evaluation.rows", "plumbing.cards", "plumbing.content_cache", "plumbing.gpus", "plumbing.messages", "plumbing.progress",
         "plumbing.startup",
     )
@@ -81,6 +83,11 @@ def file_sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def logic(tree: ast.Module) -> str:
+    """The hash of what a source file does: its syntax tree, which it leaves without docstrings."""
+    return hashlib.sha256(ast.dump(_strip_docstrings(tree), include_attributes=False).encode()).hexdigest()
+
+
 def _strip_docstrings(tree: ast.Module) -> ast.Module:
     for node in ast.walk(tree):
         if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef) and node.body:
@@ -113,7 +120,8 @@ def _resource(text: str, folder: Path) -> Path | None:
 
 def _parse(source: bytes, path: Path) -> dict:
     """What a source file says by itself: the hash of its logic, the names that it imports, texts that may name a resource."""
-    tree = _strip_docstrings(ast.parse(source, filename=str(path)))
+    tree = ast.parse(source, filename=str(path))
+    hashed = logic(tree)
     names: set[str] = set()
     texts: list[str] = []
     for node in ast.walk(tree):
@@ -126,8 +134,7 @@ def _parse(source: bytes, path: Path) -> dict:
             names.update((node.module, *(f"{node.module}.{alias.name}" for alias in node.names)))
         elif isinstance(node, ast.Constant) and isinstance(node.value, str) and RESOURCE.fullmatch(node.value):
             texts.append(node.value)
-    logic = hashlib.sha256(ast.dump(tree, include_attributes=False).encode()).hexdigest()
-    return {"logic": logic, "imports": sorted(names), "texts": texts}
+    return {"logic": hashed, "imports": sorted(names), "texts": texts}
 
 
 class _Parsed:
@@ -232,3 +239,11 @@ def packages(module: str, tiny: bool = False) -> dict[str, str]:
             raise InputError(f"{LOCK_FILE}: no version of {distribution}, which {module} imports; run `make lock`")
         versions[distribution] = locked()[distribution]
     return versions
+
+
+def versions(names: Iterable[str]) -> dict[str, str]:
+    """The locked versions of libraries by the names under which they are imported, with those that they bring along; none of
+    what is not in the lock file."""
+    wanted = {other for name in names for other in (name, *BROUGHT_ALONG.get(name, ()))}
+    distributions = {DISTRIBUTIONS.get(name, name).lower().replace("_", "-") for name in wanted}
+    return {name: locked()[name] for name in sorted(distributions) if name in locked()}

@@ -7,7 +7,7 @@ node plans.
 from functools import cached_property
 from pathlib import Path
 
-from workflow_scripts.config import experiments, references, schema, sweep, tuning
+from workflow_scripts.config import declared, experiments, references, schema, sweep, tuning
 from workflow_scripts.config.names import RUN_NAME, VIEWS, view_of
 from workflow_scripts.config.written import Written, merge_all
 from workflow_scripts.config.yaml_files import read_yaml
@@ -33,6 +33,8 @@ class Config(Written):
         self.experiments, self.copies = sweep.expand(self, self.experiments)
         self.tuned = tuning.swept(self.tuned, self.copies)
         models = self.models
+        taken = dict.fromkeys(models, "a model") | dict.fromkeys(self.experiments, "an experiment")
+        declared.check(self, taken)
         for name in self.experiments:
             stem = view_of(name)[0]
             if stem != name and (stem in self.experiments or stem in models):

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable
 
-from workflow_scripts.config import bases, choices, judged, slices
+from workflow_scripts.config import bases, choices, declared, judged, slices
 from workflow_scripts.config.experiments import RANDOM, SHUFFLED, VERIFIERS, follow, rewards, slice_kinds
 from workflow_scripts.config.names import EVALUATED
 from workflow_scripts.config.written import Written
@@ -54,7 +54,7 @@ def _check_start(config: Written, experiments: dict[str, dict], name: str) -> No
 
 
 def _check_reward(config: Written, experiments: dict[str, dict], name: str) -> None:
-    """The rewards of an experiment are verifiers or reward models, and none of them is made from the experiment itself."""
+    """The rewards of an experiment are verifiers, declared, or reward models; none of them is made from the experiment itself."""
     body = experiments[name]
     place = config.place(name, ["reward"])
     if len(verifiers := [reward for reward in rewards(body) if reward in VERIFIERS]) > 1:
@@ -68,10 +68,11 @@ def _check_reward(config: Written, experiments: dict[str, dict], name: str) -> N
             problem = f"found {found} with a placebo ({body['placebo']}): a penalty says something of the answer; set it to 0"
             raise config.fail(config.place(name, path), problem)
     for reward in rewards(body):
-        if reward in VERIFIERS:
+        if reward in VERIFIERS or reward in declared.names(config):
             continue
         models = ", ".join(one for one, other in experiments.items() if other["method"] == "rm")
-        known = f"expected {', '.join(VERIFIERS)} or a reward model's experiment: {models or 'there is none yet'}"
+        functions = ", ".join([*VERIFIERS, *declared.names(config)])
+        known = f"expected {functions} or a reward model's experiment: {models or 'there is none yet'}"
         known += f" ({RANDOM} and {SHUFFLED} stand alone)" if reward in (RANDOM, SHUFFLED) else ""
         if reward not in experiments:
             raise config.fail(place, f"found {reward!r}, {known}")

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from workflow_scripts.config.config import Config
-from workflow_scripts.config.experiments import VERIFIERS, rewards
+from workflow_scripts.config.experiments import rewards
 from workflow_scripts.config.names import CHOICE
 from workflow_scripts.plan.passes import Pass, decoding, in_slots, lm_head, step
 from workflow_scripts.plan.shape import lora_parameters, shape_of, weights
@@ -162,7 +162,7 @@ class Memory:
             phase.stages["rewards"] = fixed + plain.forward(rollout * length, length)
 
     def _models(self, body: dict) -> list[str]:
-        return [name for name in rewards(body) if name not in VERIFIERS]
+        return [name for name in rewards(body) if name in self.config.experiments]
 
     def _reward_models(self, body: dict) -> float:
         """Bytes of the reward models: an adapter each on PPO's backbone, else a model each beside the policy."""

@@ -1,13 +1,16 @@
 """What depends on what: the runs and slices that a run is made from, and the files of them that each step reads."""
 
 from functools import cached_property
+from pathlib import Path
 
+from workflow_scripts.artifacts import own_code
 from workflow_scripts.config import choices, comparison
 from workflow_scripts.config.config import Config
-from workflow_scripts.config.experiments import VERIFIERS, rewards
+from workflow_scripts.config.experiments import rewards
 from workflow_scripts.config.names import DEVELOPMENT, JUDGED, run_name
 from workflow_scripts.config.tuning import Tuned
 from workflow_scripts.plan.places import Places
+from workflow_scripts.plumbing.messages import InputError
 
 
 class Graph(Places):
@@ -16,6 +19,7 @@ class Graph(Places):
     def __init__(self, config: Config):
         super().__init__(config)
         self._behind: dict[str, list[str]] = {}
+        self._own: dict[str, own_code.Own] = {}
 
     @cached_property
     def prompts_slice(self) -> str:
@@ -23,7 +27,28 @@ class Graph(Places):
 
     def reward_models(self, run: str) -> list[str]:
         """The runs of the reward models that `run` is trained with, of the same seed."""
-        return [run_name(name, self.config.run(run)[1]) for name in rewards(self.experiment(run)) if name not in VERIFIERS]
+        named = [name for name in rewards(self.experiment(run)) if name in self.config.experiments]
+        return [run_name(name, self.config.run(run)[1]) for name in named]
+
+    def declared(self, run: str) -> dict[str, dict]:
+        """Of the rewards of a run, those that the config declares under `rewards:`."""
+        known = self.config.data.get("rewards", {})
+        return {name: known[name] for name in rewards(self.experiment(run)) if name in known}
+
+    def code_of(self, name: str) -> own_code.Own:
+        """The file of a reward of the user's own with what it imports, as first read. InputError, with the key, if wrong."""
+        if name not in self._own:
+            body = self.config.data["rewards"][name]
+            try:
+                found = own_code.read(Path(body["file"]))
+            except InputError as error:
+                raise self.config.fail(["rewards", name, "file"], str(error)) from None
+            try:
+                own_code.check_function(found.path, body["function"])
+            except InputError as error:
+                raise self.config.fail(["rewards", name, "function"], str(error)) from None
+            self._own[name] = found
+        return self._own[name]
 
     def start_run(self, run: str) -> str:
         """The run whose merged model `run` starts from, with the same seed; `base` for the base model."""
@@ -130,7 +155,8 @@ class Graph(Places):
         return [f"{self.results}/{run}/merged/manifest.json", *own] if view == "merged" else own
 
     def train_inputs(self, run: str) -> list[str]:
-        """Files that a run's training reads: the model that it starts from, its rows, and its reward models with their starts.
+        """Files that a run's training reads: the model that it starts from, its rows, its reward models with their starts,
+        and the files of rewards of the user's own.
 
         Of a run that is chosen: its start and rows, and the adapters among which (their scores on top: `score_files`).
         """
@@ -140,6 +166,8 @@ class Graph(Places):
         files = self.start_inputs(run) + self.slice_inputs(self.experiment(run)["slice"])
         for model in self.reward_models(run):
             files += self.start_inputs(model) + self.adapter_inputs(model)
+        for name, body in self.declared(run).items():
+            files += map(str, self.code_of(name).files) if "file" in body else []
         return list(dict.fromkeys(files))
 
     def judge_inputs(self, run: str) -> list[str]:

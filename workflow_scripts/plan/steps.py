@@ -138,7 +138,25 @@ class Steps:
                 f"reward {name}": self.fingerprint("train", model),
                 f"start of {name}": self._start_fingerprint(model),
             }
-        return self._step(f"train_{body['method']}", config, parents, seed=self.config.run(run)[1], **self._machine())
+        step = self._step(f"train_{body['method']}", config, parents, seed=self.config.run(run)[1], **self._machine())
+        return self._with_own_code(step, {name: body for name, body in self.graph.declared(run).items() if "file" in body})
+
+    def _declared(self, body: dict) -> dict:
+        """A reward's declaration, without what decides nothing: the folder of its file, and `strip_think: false`."""
+        told = {key: value for key, value in body.items() if value is not False}
+        return told | ({"file": Path(body["file"]).name} if "file" in body else {})
+
+    def _with_own_code(self, step: dict, bodies: dict[str, dict]) -> dict:
+        """With what the files of rewards of the user's own do, and what they import of this project and of locked libraries.
+        A library that is not in the lock has no declared version, and counts for nothing."""
+        for name in bodies:
+            own = self.graph.code_of(name)
+            step.setdefault("external", {}).setdefault("rewards", {})[name] = own.logic
+            for module in own.project:
+                step["code"] = step["code"] | fingerprint.code(module)
+                step["packages"] = step["packages"] | fingerprint.packages(module)
+            step["packages"] = step["packages"] | fingerprint.versions(own.libraries)
+        return step
 
     def _train_config(self, run: str) -> dict:
         body = self.graph.experiment(run)
@@ -152,6 +170,8 @@ class Steps:
             tasks = {name: self.config.data["eval"].get(VERIFIERS[name], {}) for name in config["reward"] if name in VERIFIERS}
             if thinking := [name for name, task in tasks.items() if task.get("strip_think")]:
                 config["strip_think"] = thinking  # a verifier judges what the evaluation judges
+            if declared := self.graph.declared(run):
+                config["rewards"] = {name: self._declared(body) for name, body in declared.items()}
         return config
 
     def _select(self, run: str, tuned: Tuned) -> dict:

@@ -1,7 +1,8 @@
 """Rewards of the methods that sample answers: plain functions that TRL calls on each batch of completions.
 
 A reward is named in the config: `numeric` (1 if the final answer is the row's number, else 0), `ifeval` (the share of a
-prompt's instructions that the answer follows, by lm-eval's own checkers), or the experiment of a reward model. A mixture is
+prompt's instructions that the answer follows, by lm-eval's own checkers), one that the config declares (`rl/declared.py`), or
+the experiment of a reward model. A mixture is
 their weighted sum; `missing_eos_penalty` takes from it where an answer was cut off (as PPO's own key of that name does). A
 placebo is a coin in their place, or one of them shuffled (`rl/placebos.py`). The verifiers need fields that only slices of
 their kind have, which is checked before training. They judge what the evaluation judges: without its thought where
@@ -19,7 +20,7 @@ from workflow_scripts.evaluation import ifeval
 from workflow_scripts.evaluation.scores import answer
 from workflow_scripts.models import chat
 from workflow_scripts.plumbing.messages import InputError
-from workflow_scripts.rl import placebos, reward_model, verifiers
+from workflow_scripts.rl import declared, placebos, reward_model, verifiers
 from workflow_scripts.rl.placebos import Reward
 from workflow_scripts.training import trainers
 
@@ -40,11 +41,9 @@ def rows_of(rows: Artifact, heldout: bool, rewards: dict[str, float]) -> Any:
                     f"{rows.path}: row {row['id']} has no {missing[0]}, which the reward {reward} needs; take a slice of kind "
                     f"{reward}"
                 )
-    return trainers.data_set([{"id": row["id"], "prompt": turns(row["prompt"]), "row": json.dumps(row)} for row in found])
-
-
-def turns(prompt: str | list[dict]) -> list[dict]:
-    return [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+    return trainers.data_set(
+        [{"id": row["id"], "prompt": declared.turns(row["prompt"]), "row": json.dumps(row)} for row in found]
+    )
 
 
 def numeric(prompts: list, completions: list, row: list[str], **columns: Any) -> list[float | None]:
@@ -66,14 +65,15 @@ def without_thought(reward: Reward, tokenizer: Any) -> Reward:
     def judge(prompts: list, completions: list, completion_ids: list[list[int]], **columns: Any) -> list[float | None]:
         asked = [tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True) for prompt in prompts]
         texts = [chat.said(tokenizer, tokens, text) for tokens, text in zip(completion_ids, asked, strict=True)]
-        return reward(prompts, [[{"role": "assistant", "content": answer(text)}] for text in texts], **columns)
+        answers = [[{"role": "assistant", "content": answer(text)}] for text in texts]
+        return reward(prompts, answers, completion_ids=completion_ids, **columns)
 
     return judge
 
 
 def models_of(job: Job) -> list[str]:
     """The reward models among the rewards of a step."""
-    return [name for name in job.config["reward"] if name not in FIELDS]
+    return [name for name in job.config["reward"] if name not in FIELDS and name not in job.config.get("rewards", {})]
 
 
 def functions(job: Job, parents: dict[str, Artifact], on_backbone: Callable[[str], Any] | None = None) -> dict[str, Reward]:
@@ -81,12 +81,15 @@ def functions(job: Job, parents: dict[str, Artifact], on_backbone: Callable[[str
 
     on_backbone: name -> reward model, for a trainer that has them on its own backbone; else each is loaded beside the policy.
     """
+    ready = declared_ones(job, parents)  # first: a reward model is loaded where its reward is made
     made: dict[str, Reward] = {}
     for name in job.config["reward"]:
         if name in FIELDS:
             made[name] = {"numeric": numeric, "ifeval": followed}[name]
             if name in job.config.get("strip_think", ()):
                 made[name] = without_thought(made[name], chat.tokenizer_of(parents["start"]))
+        elif name in ready:
+            made[name] = ready[name]
         else:
             made[name] = learned(job, name, parents[f"start of {name}"], parents[f"reward {name}"], on_backbone)
     if placebo := job.config.get("placebo"):
@@ -98,6 +101,16 @@ def functions(job: Job, parents: dict[str, Artifact], on_backbone: Callable[[str
     for name, function in made.items():
         function.__name__ = name
     return made
+
+
+def declared_ones(job: Job, parents: dict[str, Artifact]) -> dict[str, Reward]:
+    """The rewards of a step that its config declares, each tried on two rows."""
+    found: dict[str, Reward] = {}
+    for name, settings in job.config.get("rewards", {}).items():
+        file, rows = declared.file_of(job, name) if "file" in settings else None, parents["rows"]
+        made = declared.make(name, settings, file, rows.rows(), rows.path)
+        found[name] = without_thought(made, chat.tokenizer_of(parents["start"])) if settings.get("strip_think") else made
+    return found
 
 
 def weights(config: dict, functions: dict[str, Reward]) -> list[float]:

@@ -1,9 +1,12 @@
 """Rewards that are functions of a response: is its number right (GSM8K), which share of IFEval's instructions does it follow.
+`CHECKS` are those with settings, which a config declares under `rewards:`; each says whether it holds.
 
 How a number is read, and where that departs from lm-eval: evaluation/numerals.py.
 """
 
+import json
 import re
+from collections.abc import Callable
 from decimal import Decimal
 from typing import Any
 
@@ -36,3 +39,57 @@ def ifeval_share(utils: Any, row: dict, response: str) -> float:
         raise InputError(
             f"the prompt with key {name!r}: its instruction_id_list and kwargs can't be judged ({error!r}); correct the row"
         ) from error
+
+
+Check = Callable[[str, dict], bool]  # (response, row)
+
+
+def exact(settings: dict) -> Check:
+    """Whether the response, without blanks around it, is what the row says in `field`."""
+
+    def plain(value: Any) -> str:
+        text = str(value).strip()
+        return text.casefold() if settings["ignore_case"] else text
+
+    return lambda response, row: plain(response) == plain(row[settings["field"]])
+
+
+def regex(settings: dict) -> Check:
+    """Whether `pattern` is in the response or, with `whole`, all of it but blanks around it."""
+    pattern = re.compile(settings["pattern"])
+    return lambda response, row: bool(pattern.fullmatch(response.strip()) if settings["whole"] else pattern.search(response))
+
+
+def json_schema(schema: dict) -> Check:
+    """Whether the response is JSON and nothing else, and the schema (draft 2020-12) allows it. No `$ref` is fetched."""
+    from jsonschema import Draft202012Validator
+    from referencing import Registry
+    from referencing.exceptions import Unresolvable
+
+    validator = Draft202012Validator(schema, registry=Registry())
+
+    def refuse(name: str) -> None:
+        raise ValueError(f"{name} is no JSON")
+
+    def check(response: str, row: dict) -> bool:
+        try:
+            return validator.is_valid(json.loads(response, parse_constant=refuse))
+        except Unresolvable as error:
+            raise InputError(f"json_schema: {error.ref!r} is not in the schema itself; write it under $defs") from None
+        except (ValueError, RecursionError):
+            return False
+
+    return check
+
+
+def length(settings: dict) -> Check:
+    """Whether the response has at least `least` and at most `most` words (by blanks) or characters."""
+
+    def check(response: str, row: dict) -> bool:
+        size = len(response.split() if settings["unit"] == "words" else response)
+        return settings["least"] <= size <= settings["most"]
+
+    return check
+
+
+CHECKS: dict[str, Callable[[dict], Check]] = {"exact": exact, "regex": regex, "json_schema": json_schema, "length": length}

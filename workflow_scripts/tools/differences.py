@@ -81,7 +81,7 @@ def place(config: Config, kind: str, name: str, path: list[str]) -> str:
     verb, _, task = kind.partition("_")
     task = config.development["task"] if task == DEVELOPMENT else task  # whose settings development prompts are put by
     top = path[0]
-    if top in CONSTANT_BLOCKS:
+    if top in CONSTANT_BLOCKS or top == "rewards":
         return dotted(path)
     if top == "generation":
         return {"train": "generation.rollouts"}.get(kind) or dotted(["eval", path[-1]] if path[-1] == "batch_size" else path)
@@ -139,7 +139,7 @@ def _settings(config: Config, kind: str, name: str, old: dict, new: dict) -> lis
 def _external(config: Config, kind: str, name: str, old: dict, new: dict) -> list[str]:
     """What the files that a step reads from outside hold. A hub's name and revision are keys of the config: shown there."""
     lines = []
-    for (key, *_), _before, after in changed(old, new):
+    for (key, *rest), before, after in changed(old, new):
         if key == "candidate_rows" and after != UNSET:
             source = config.data["data"]["slices"][name]["source"]
             source = source["composed"]["questions"] if "composed" in source else source
@@ -149,6 +149,9 @@ def _external(config: Config, kind: str, name: str, old: dict, new: dict) -> lis
             lines.append(f"external content: files of {config.data['base']['path']} changed")
         elif key in ("candidate_rows", "content"):
             lines.append("external content: none any more")
+        elif key == "rewards" and len(rest) == 2:
+            what = "added" if before == UNSET else "removed" if after == UNSET else "changed"
+            lines.append(f"external content: {rest[1]} of the reward {rest[0]} {what}")
     return lines
 
 

@@ -7,9 +7,10 @@ answers. Rows are those of the slices that are there; a slice that is made anew 
     python -m workflow_scripts.tools.rehearse '[{"judge": "ifeval", "of": "eval.ifeval", "strip_think": false, "rows": "results/data/ifeval.jsonl"}]'
 """  # noqa: E501
 
+import contextlib
 import json
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from workflow_scripts.evaluation import rows as judging
 from workflow_scripts.plan.plan import Plan
 from workflow_scripts.plumbing.jsonl import read_jsonl
 from workflow_scripts.plumbing.messages import InputError
-from workflow_scripts.rl import verifiers
+from workflow_scripts.rl import declared, verifiers
 
 SCORES = {"ifeval": ifeval.score, "gsm8k": gsm8k.score}
 # One row for each, and an answer that is right. That of IFEval needs the checkers' tables of sentences and of languages.
@@ -36,6 +37,7 @@ TRIED: dict[str, tuple[dict, str]] = {
     ),
     "gsm8k": ({"final": "18"}, "He has 20 and gives away 2.\n#### 18"),
 }
+DECLARED = "declared"  # judges by a reward of the config's own
 QUESTION = {"key": 1, "question": "Which one flies?", "choices": ["a", "b", "c", "d"], "answer": 0, "subject": "anatomy"}
 TARGETS = {"choices": ["a bird", "a stone"], "labels": [1, 0]}
 TRUTH = {"key": 1, "question": "What flies?", "mc1_targets": TARGETS, "mc2_targets": TARGETS}
@@ -56,7 +58,8 @@ def parts(plan: Plan, jobs: Iterable[Any]) -> list[dict]:
         return "" if name in anew or not Path(plan.slice_inputs(name)[1]).exists() else plan.slice_inputs(name)[1]
 
     def source(name: str) -> dict:
-        return {"files": plan.source_files(name), **{key: slices[name].get(key) for key in ("rows", "seed", "format")}}
+        files = [] if "composed" in slices[name]["source"] else plan.source_files(name)
+        return {"files": files, **{key: slices[name].get(key) for key in ("rows", "seed", "format", "group_by")}}
 
     found: dict[str, dict] = {}
     for job in jobs:
@@ -72,6 +75,14 @@ def parts(plan: Plan, jobs: Iterable[Any]) -> list[dict]:
             found[f"eval.{task}"] = {"judge": task, "shots": evaluation[task].get("shots", 0), **given}
         elif job.rule.name.startswith("train_"):
             body = plan.experiment(job.wildcards.run)
+            for name, settings in plan.declared(job.wildcards.run).items():
+                found[f"reward {name} on {body['slice']}"] = {
+                    "judge": DECLARED,
+                    "name": name,
+                    "settings": settings,
+                    "kind": slices[body["slice"]]["kind"],
+                    "asked": {"made": rows(body["slice"]), **source(body["slice"])},
+                }
             for reward in rewards(body) if "reward" in body else ():
                 if reward in VERIFIERS:
                     found[f"reward {reward} on {body['slice']}"] = {
@@ -129,6 +140,27 @@ def choices(judge: str, of: str, shots: int, asked: dict, solved: dict | None = 
     lm_tasks.mmlu(index, [first], [row for row in examples if row["subject"] == first["subject"]])
 
 
+def declared_reward(judge: str, of: str, name: str, settings: dict, kind: str, asked: dict) -> None:
+    """Load a reward of the user's own, and have it judge two rows of its slice, where they are known by now."""
+    place = asked["made"] or ", ".join(asked["files"])
+    rows = read_jsonl(asked["made"]) if asked["made"] else first_two(asked, kind)
+    declared.make(name, settings, Path(settings["file"]) if "file" in settings else None, rows, place)
+
+
+def first_two(asked: dict, kind: str) -> list[dict]:
+    """Rows as the slice of these files will have them; none of a hub, of the tiny world, or of a slice that is composed."""
+    found: list[dict] = []
+    group = asked["group_by"]
+    for one in slicing.candidates(asked["files"], asked["rows"], asked["seed"], kind, group) if asked["files"] else ():
+        row = json.loads(one.text)
+        more = {"id": one.id} | ({group: row[group]} if group in row else {})
+        with contextlib.suppress(formats.Unusable):
+            found.append((row if kind == "ifeval" else formats.convert(row, kind, one.place, asked["format"])[1]) | more)
+        if len(found) == 2:
+            break
+    return found
+
+
 def questions_of(task: str, given: dict) -> list[dict]:
     """The rows of a slice that is there, or that its files will give; none where it comes from a hub."""
     if given["made"]:
@@ -141,7 +173,8 @@ def questions_of(task: str, given: dict) -> list[dict]:
 def main() -> None:
     for part in json.loads(sys.argv[1]):
         try:
-            (choices if part["judge"] in CHOICE else answers)(**part)
+            judges: dict[str, Callable] = {DECLARED: declared_reward, **dict.fromkeys(CHOICE, choices)}
+            judges.get(part["judge"], answers)(**part)
         except (InputError, formats.Unusable) as error:
             sys.exit(str(error))
         except Exception as error:  # of any library, for any reason that this machine has
