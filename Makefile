@@ -13,7 +13,7 @@ QUIET := $(shell test -t 2 || echo --quiet)# on a terminal pip shows its progres
 .PHONY: demo setup setup-dev setup-cuda setup-mac test-quick test test-all test-gpu test-slurm test-study test-processors lint report lock clean clean-checkpoints smollm2 status fits why accept adopt verify chat push pin
 
 demo: setup
-	@$(BIN)/python -c "import os; print(f'phaseline: {os.cpu_count()} cores; about five minutes on two, some more without AVX512')"
+	@$(BIN)/python -c "import os; print(f'phaseline: {os.cpu_count()} cores; about five minutes on two, six or seven without AVX512')"
 	@PATH="$(CURDIR)/$(BIN):$$PATH" snakemake --quiet rules -- results/ifeval_base.json results/ifeval_sft_v2.json results/ifeval_dpo.json
 	@echo
 	@$(BIN)/python -m workflow_scripts.tools.compare results/ifeval_base.json results/ifeval_sft_v2.json results/ifeval_dpo.json
