@@ -8,7 +8,7 @@ does not fit, it is left alone.
   are put back where the trainer expects them; attention is FlashAttention's for texts of several lengths, as torch has it
   (torch.nn.attention.varlen). It is done at the decoder, by hooks, and so for every trainer alike; TRL has it for SFT alone.
 - `dequantised`: what a 4-bit layer multiplies with, kept in the training's precision: the same products (bitsandbytes
-  dequantises for each), without a few thousand launches a step; 2 bytes a parameter more, which the generator of rollouts shares.
+  dequantises for each, forwards and backwards); 2 bytes a parameter more, which the generator of rollouts shares.
 - `compiled`: each decoder layer by torch.compile, with dynamic shapes, where a gradient is taken and nothing is recomputed. That
   takes a minute, and hardly less out of torch's cache on disk: from so many micro-batches on.
 """
