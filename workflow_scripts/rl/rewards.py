@@ -2,11 +2,11 @@
 
 A reward is named in the config: `numeric` (1 if the final answer is the row's number, else 0), `ifeval` (the share of a
 prompt's instructions that the answer follows, by lm-eval's own checkers), one that the config declares (`rl/declared.py`), or
-the experiment of a reward model. A mixture is their weighted sum; `missing_eos_penalty` takes from it where an answer was
-cut off (as PPO's own key of that name does). A placebo is a coin in their place, or one of them shuffled (`rl/placebos.py`). The
-verifiers need fields that only slices of their kind have, which is checked before training. They judge what the evaluation judges: without its thought where
-`eval.<task>.strip_think` says so, and a thought that was cut off is no answer for either. Both read the text in one way
-(`models/chat.py:said`); TRL's own leaves out the marks where they are special tokens.
+the experiment of a reward model. A mixture is their weighted sum; `missing_eos_penalty` takes from it where an answer was cut
+off (as PPO's own key of that name does). A placebo is a coin in their place, or one of them shuffled (`rl/placebos.py`). The
+verifiers need fields that only slices of their kind have, which is checked before training. They judge what the evaluation
+judges: without its thought where `eval.<task>.strip_think` says so, and a thought that was cut off is no answer for either.
+Both read the text in one way (`models/chat.py:said`); TRL's own leaves out the marks where they are special tokens.
 """
 
 import json
