@@ -9,6 +9,7 @@ answers. Rows are those of the slices that are there; a slice that is made anew 
 
 import json
 import sys
+import tempfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from typing import Any
 from workflow_scripts.config.experiments import VERIFIERS, rewards
 from workflow_scripts.config.names import CHOICE, DEVELOPMENT, EVALUATED
 from workflow_scripts.data import formats, slicing
-from workflow_scripts.evaluation import gsm8k, ifeval, lm_tasks
+from workflow_scripts.evaluation import gsm8k, ifeval, lm_tasks, own_tasks
 from workflow_scripts.evaluation import rows as judging
 from workflow_scripts.plan.plan import Plan
 from workflow_scripts.plumbing.jsonl import read_jsonl
@@ -49,7 +50,7 @@ def parts(plan: Plan, jobs: Iterable[Any]) -> list[dict]:
     jobs = list(jobs)
     evaluation, slices = plan.config.data["eval"], plan.config.data["data"]["slices"]
     anew = {job.wildcards.slice for job in jobs if job.rule.name == "slice_data"}
-    if not any(job.rule.name.startswith(("train_", "generate", "make_base", "lm_eval")) for job in jobs):
+    if not any(job.rule.name.startswith(("train_", "generate", "make_base", "lm_eval", "own_task")) for job in jobs):
         return []
 
     def rows(name: str) -> str:
@@ -69,6 +70,10 @@ def parts(plan: Plan, jobs: Iterable[Any]) -> list[dict]:
             names = {"asked": evaluation[task]["prompts"], "solved": evaluation[task].get("fewshot")}
             given = {key: {"made": rows(name), **source(name)} for key, name in names.items() if name}
             found[f"eval.{task}"] = {"judge": task, "shots": evaluation[task].get("shots", 0), **given}
+        elif job.rule.name == "own_task":
+            step = json.loads(job.params.step)
+            if "hub" not in step["config"]["lm_eval"]:  # those of a hub would be fetched for it
+                found[f"eval.tasks.{task}"] = {"judge": "own", "config": step["config"], "inputs": plan.own_task_inputs(task)}
         elif job.rule.name.startswith("train_"):
             body = plan.experiment(job.wildcards.run)
             for reward in rewards(body) if "reward" in body else ():
@@ -128,6 +133,24 @@ def choices(judge: str, of: str, shots: int, asked: dict, solved: dict | None = 
     lm_tasks.mmlu(index, [first], [row for row in examples if row["subject"] == first["subject"]])
 
 
+def own(judge: str, of: str, config: dict, inputs: list[str]) -> None:
+    """Make a task of `eval.tasks` with its rows, and ask its metric of an answer to the first."""
+    with tempfile.TemporaryDirectory() as cache:
+        _, task = own_tasks.load(config, [Path(file) for file in inputs], Path(cache))
+        doc = task.task_docs[0]
+        if task.OUTPUT_TYPE == "generate_until":
+            found = task.process_results(doc, [""])
+        else:
+            found = task.process_results(
+                doc, [(-1.0, False)] * (len(task.doc_to_choice(doc)) if task.config.doc_to_choice else 1)
+            )
+    name = config["metric"].partition(",")[0]
+    if found.get(name) not in (0, 1):
+        raise InputError(
+            f"{of}.metric: {name} of the first item is {found.get(name)!r}, expected 0 or 1: a verdict for each item"
+        )
+
+
 def questions_of(task: str, given: dict) -> list[dict]:
     """The rows of a slice that is there, or that its files will give; none where it comes from a hub."""
     if given["made"]:
@@ -140,7 +163,7 @@ def questions_of(task: str, given: dict) -> list[dict]:
 def main() -> None:
     for part in json.loads(sys.argv[1]):
         try:
-            (choices if part["judge"] in CHOICE else answers)(**part)
+            (own if part["judge"] == "own" else choices if part["judge"] in CHOICE else answers)(**part)
         except (InputError, formats.Unusable) as error:
             sys.exit(str(error))
         except Exception as error:  # of any library, for any reason that this machine has
