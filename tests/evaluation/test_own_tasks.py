@@ -1,10 +1,14 @@
 """Tasks of lm-eval (`eval.tasks`): lm-eval's own figures for each type, groups, answers that are cut, what can't be counted."""
 
+import json
 import math
 
 import pytest
 
-from tests.support.own_task import CHOICE, scored, write
+from tests.support import small_steps
+from tests.support.own_task import ASKED, CHOICE, scored, write
+from tests.support.slicer import chat_row
+from workflow_scripts.data import task_files
 from workflow_scripts.plumbing.messages import InputError
 
 
@@ -142,3 +146,59 @@ def test_rows_that_changed_are_read_again(base, tmp_path):
     os.utime(rows, ns=(time, time))
     assert "before" in scored(tmp_path / "b", "multiple_choice", base, file, "acc")["example"]["prompt"]
     assert "behind" in first["example"]["prompt"]
+
+
+def test_a_task_by_its_name_over_local_rows_has_lm_evals_verdicts(base, tmp_path):
+    import lm_eval
+    from lm_eval.tasks import TaskManager
+
+    letters = ["A", "B", "C"]
+    rows = [
+        {
+            "id": str(i),
+            "question": f"{row['question']}?",
+            "choices": {"text": row["options"], "label": letters},
+            "answerKey": letters[row["right"]],
+        }
+        for i, row in enumerate(CHOICE)
+    ]
+    files = {split: tmp_path / f"arc_{split}.jsonl" for split in ("test", "train", "validation")}
+    for file in files.values():
+        file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    asked = ASKED | {"task": "arc_easy", "num_fewshot": 2, "data_files": {split: file.name for split, file in files.items()}}
+    config = {"task": "arc", "metric": "acc_norm", "lm_eval": asked, "batch_size": 4}
+    job = small_steps.job("own_task", tmp_path / "arc_x.json", {"start": base}, config)
+    job.inputs.extend(files.values())
+    made = small_steps.run(job).data
+    read = {"data_files": {split: str(file) for split, file in files.items()}, "cache_dir": str(tmp_path / "cache")}
+    data = {"dataset_path": "json", "dataset_name": None, "dataset_kwargs": read}
+    manager = TaskManager(include_defaults=False, include_path=str(task_files.own_file("arc_easy").parent))
+    own = lm_eval.simple_evaluate(
+        "hf", {"pretrained": str(base.parent), "dtype": "float32"}, [{"group": "own", "task": [{"task": "arc_easy"} | data]}],
+        num_fewshot=2, batch_size=4, device="cpu", task_manager=manager, fewshot_random_seed=0,
+    )  # fmt: skip
+    samples = sorted(own["samples"]["arc_easy"], key=lambda one: one["doc_id"])
+    assert [row["correct"] for row in made["per_prompt"]] == [bool(one["acc_norm"]) for one in samples]
+    assert made["acc_norm"] == pytest.approx(own["results"]["arc_easy"]["acc_norm,none"])
+    assert made["acc_norm_stderr"] == pytest.approx(own["results"]["arc_easy"]["acc_norm_stderr,none"])
+    assert made["example"]["prompt"] == samples[0]["arguments"][0][0] and 0 < made["acc_norm"] < 1
+
+
+@pytest.mark.trained
+def test_the_adapter_is_asked_on_the_path_that_answers(base, tmp_path):
+    """An adapter that was taught to say one word is heard by both runners, and both say that it does what it did in training."""
+    rows = [chat_row(f"Question: {row['question']}\nAnswer:", "lamp") for row in CHOICE * 9]
+    data = small_steps.write_slice(tmp_path / "data", "sft", rows)
+    adapter = small_steps.train(tmp_path, "sft_v2", base, data, learning_rate=1.0e-2, num_train_epochs=6).path
+    right = [row | {"options": ["lamp", "stone", "a horse"], "right": 0} for row in CHOICE]
+    found = {}
+    for kind, metric, more in (
+        ("multiple_choice", "acc", {}),
+        ("generate_until", "exact_match,whole", {"generation_kwargs": {"until": ["\n"], "max_gen_toks": 8}}),
+    ):
+        file = write(tmp_path / kind, kind, right, **more)
+        for name, path in (("base", None), ("adapter", adapter)):
+            made = scored(tmp_path / kind / name, kind, base, file, metric, adapter=path, chat_template=True)
+            found[kind, name] = made[metric.partition(",")[0]]
+            assert ("distance" in made) == (name == "adapter")
+    assert found["multiple_choice", "adapter"] == found["generate_until", "adapter"] == 1 > found["generate_until", "base"]
