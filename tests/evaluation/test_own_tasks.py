@@ -185,11 +185,12 @@ def test_a_task_by_its_name_over_local_rows_has_lm_evals_verdicts(base, tmp_path
 
 
 @pytest.mark.trained
-def test_the_adapter_is_asked_on_the_path_that_answers(base, tmp_path):
+def test_the_adapter_is_asked_on_the_path_that_answers(tmp_path):
     """An adapter that was taught to say one word is heard by both runners, and both say that it does what it did in training."""
+    base = small_steps.write_base(tmp_path / "base")  # which says nothing yet: one word is learnt in seconds
     rows = [chat_row(f"Question: {row['question']}\nAnswer:", "lamp") for row in CHOICE * 9]
     data = small_steps.write_slice(tmp_path / "data", "sft", rows)
-    adapter = small_steps.train(tmp_path, "sft_v2", base, data, learning_rate=1.0e-2, num_train_epochs=6).path
+    adapter = small_steps.train(tmp_path, "sft_v2", base, data, learning_rate=1.0e-2).path
     right = [row | {"options": ["lamp", "stone", "a horse"], "right": 0} for row in CHOICE]
     found = {}
     for kind, metric, more in (

@@ -38,6 +38,8 @@ MACHINE = BASE | of("train", "merge", "eval_rm") | ANSWERS
 IN_4_BIT = trained(*(run for run in RUNS if RUNS[run].method != "dpo"), "dpo_4bit") | {("eval_rm", "rm")}
 NOTHING: set[Phase] = set()
 SAME = "the value that it has"
+ARC = {"task": "arc_easy", "revision": "a" * 40, "num_fewshot": 0, "chat_template": False, "fewshot_as_multiturn": False}
+ARC |= {"system": None, "limit": None}
 
 # Key -> (values that it does not have, the phases in whose step it stands).
 KEYS: dict[str, tuple[list, set[Phase]]] = {
@@ -92,6 +94,7 @@ KEYS: dict[str, tuple[list, set[Phase]]] = {
     "experiments.grpo_rm.reward": ([{"rm": 0.25, "ifeval": 0.75}, "rm"], trained("grpo_rm")),
     "experiments.rloo.reward": ([{"ifeval": 0.5}], trained("rloo")),
     # Decide nothing, or not in this config
+    "eval.tasks": ([{"arc": {"metric": "acc", "lm_eval": ARC}}], NOTHING),  # phases of its own
     "eval.batch_size": ([7, 31], NOTHING),  # of generation.backend: hf
     "generation.slots": ([7, 31], NOTHING),
     "methods.rloo.missing_eos_penalty": ([0.5], trained("rloo")),
