@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 from tests.conftest import ROOT
-from tests.support import own_task, report_world
+from tests.support import own_task, report_world, study
 from tests.support.own_task import ASKED, CHOICE, MEAN, write
 from workflow_scripts.artifacts import manifests
 from workflow_scripts.config import config
@@ -17,6 +17,7 @@ from workflow_scripts.data import hub, task_files
 from workflow_scripts.plan import estimate, records
 from workflow_scripts.plan.plan import Plan
 from workflow_scripts.plumbing.messages import InputError
+from workflow_scripts.report import collect
 from workflow_scripts.tools import compare, differences, graph, rehearse, status, verify
 from workflow_scripts.tools.graph import Phase
 
@@ -154,6 +155,7 @@ def test_what_decides_a_task_is_in_its_fingerprint_and_nothing_else(tmp_path):
     assert stale({"eval": {"tasks": {"mine": {"metric": "acc_norm"}}}}) == {"score_mine"}
     assert stale({"eval": {"batch_size": 7}}) == {"score_mine"}
     assert stale({"generation": {"backend": "hf"}}) == {"score_said", "generate_ifeval", "score_ifeval"}
+    said_of = {}
     for file, old, new, wanted in (
         (choice, "Question", "Query", "score_mine"),
         (tmp_path / "helpers.py", "docs", "rows", "score_mine"),
@@ -165,8 +167,15 @@ def test_what_decides_a_task_is_in_its_fingerprint_and_nothing_else(tmp_path):
         assert old in text
         file.write_text(text.replace(old, new))
         assert stale() == {wanted}, file
+        after = plan(tasks)
+        said_of[file.name] = differences.differences(
+            after.config, wanted, "dpo", *(one.step(wanted, "dpo") for one in (before, after))
+        )
         file.write_text(text)
     assert stale() == set()
+    assert said_of["mine.yaml"] == said_of["below.py"] == [f"external content: {choice}, or its code, changed"]
+    solved = tmp_path / "said/said_solved.jsonl"
+    assert said_of["said_solved.jsonl"] == [f"external content: rows of {tmp_path}/said/said_test.jsonl, {solved} changed"]
 
 
 def test_where_the_files_lie_decides_nothing(tmp_path):
@@ -298,3 +307,46 @@ def test_the_report_takes_any_task_in_a_family(tmp_path):
     file.write_text(manifests.dump(found | {"acc": 0.5 * found["acc"]}))
     with pytest.raises(InputError, match="my_own_dpo.json: acc is .*, and its verdicts make"):
         report_world.report(tmp_path, made)
+    file.write_text(manifests.dump(found | {"generation_config": {"repetition_penalty": 1.2}}))
+    other = tmp_path / "results/my_own_kto.json"
+    other.write_text(manifests.dump(json.loads(other.read_text()) | {"generation_config": {}}))
+    with pytest.raises(InputError, match="report.families.own: .* that compares settings of decoding"):
+        report_world.report(tmp_path, made)
+
+
+def test_the_table_of_scores_takes_groups_as_clusters():
+    rows = [{"key": i, "correct": i < 3, "group": f"g{i // 2}"} for i in range(6)]
+    world = collect.World({}, {("mine", "dpo"): {"metric": "acc", "per_prompt": rows}}, {})
+    assert world.clusters("mine", "dpo") == [[1.0, 1.0], [1.0, 0.0], [0.0, 0.0]] and world.label("mine") == "mine, acc"
+
+
+def test_rows_of_a_hub_are_taken_at_their_revision_and_a_hub_that_is_not_there_is_one_line(fresh, tmp_path):
+    repository = tmp_path / "hub/datasets/allenai/ai2_arc"
+    repository.mkdir(parents=True)
+    letters = ["A", "B", "C"]
+    lines = [
+        {"question": row["question"], "choices": {"text": row["options"], "label": letters}, "answerKey": letters[row["right"]]}
+        for row in CHOICE
+    ]
+    files = []
+    for split in ("train", "validation", "test"):
+        (repository / f"{split}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        files.append({"split": split, "path": f"{split}.jsonl"})
+    card = yaml.safe_dump({"configs": [{"config_name": "ARC-Easy", "data_files": files}]})
+    (repository / "README.md").write_text(f"---\n{card}---\n")
+    configs = fresh.overlay(yaml.safe_dump({"eval": {"tasks": {"arc": body("acc_norm", task="arc_easy", revision=COMMIT)}}}))
+    fresh.variables = {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "home")}
+    done = fresh.snakemake("results/arc_base.json", configs=configs, check=False)
+    (line,) = [line for line in (done.stdout + done.stderr).splitlines() if "ai2_arc" in line]
+    assert done.returncode and line.startswith(f"eval.tasks.arc: the dataset allenai/ai2_arc at revision {COMMIT} is not here")
+    assert not (fresh.folder / "results/base").exists(), "it is told before anything is made"
+    server, fresh.variables = study.serve(tmp_path / "hub")
+    try:
+        fresh.snakemake("results/arc_base.json", configs=configs)
+    finally:
+        server.shutdown()
+    asked = {one.split(" ", 1)[1] for one in server.RequestHandlerClass.asked}
+    assert asked == {f"allenai/ai2_arc {COMMIT}"}
+    made = json.loads((fresh.folder / "results/arc_base.json").read_text())
+    assert made["n_prompts"] == 18 and made["example"]["prompt"].startswith("Question: what stands behind the river")
+    assert "unpinned" not in made and fresh.plan("results/arc_base.json", configs=configs) == {}

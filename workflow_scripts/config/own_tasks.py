@@ -129,7 +129,12 @@ def check_names(config: Written, judged: list[str]) -> None:
 def inputs(config: Written, name: str) -> list[str]:
     """The files that a task's step reads: its own definition, and its rows where these are local."""
     body = config.own_tasks[name]["lm_eval"]
-    return ([body["file"]] if "file" in body else []) + task_files.data_files(definition(config, name).data)
+    return ([body["file"]] if "file" in body else []) + rows(config, name)
+
+
+def rows(config: Written, name: str) -> list[str]:
+    """The local files that a task's rows come from; none where they are a hub's."""
+    return task_files.data_files(definition(config, name).data)
 
 
 def output_type(config: Written, name: str) -> str:

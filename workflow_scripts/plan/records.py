@@ -22,6 +22,7 @@ METADATA = Path(".snakemake/metadata")
 INCOMPLETE = Path(".snakemake/incomplete")  # an entry here: the job was begun and not recorded; Snakemake runs it again
 FORMAT = 6  # of Snakemake 9.27
 CHECKSUM_LIMIT = 1_000_000  # bytes; Snakemake compares larger inputs by time
+STEP_BYTES = 2**16  # of the end of a manifest, in which its step stands
 LEFT_OUT = "phaseline: "  # begins the parameter of a record that never matches
 
 
@@ -72,13 +73,19 @@ def kinds_of(run: str) -> list[str]:
 
 
 def own_task_of(file: Path) -> str | None:
-    """The task of `eval.tasks` whose scores of a run this file holds; None for any other file."""
+    """The task of `eval.tasks` whose scores of a run this file holds; None for any other file.
+
+    Its end alone is read, where the step stands: what each item scored may be megabytes.
+    """
     try:
-        step = json.loads(file.read_text(encoding="utf-8"))["step"]
+        with open(file, "rb") as opened:
+            opened.seek(max(0, os.path.getsize(file) - STEP_BYTES))
+            end = opened.read().decode("utf-8", errors="replace")
+        step = json.loads(end.rpartition('\n "step": ')[2].partition("\n }")[0] + "\n }")
         task = step["config"]["task"] if step["step"] == "own_task" else ""
     except (OSError, ValueError, KeyError, TypeError):
         return None
-    return task if task and RUN_NAME.fullmatch(file.stem.removeprefix(f"{task}_")) and file.stem.startswith(f"{task}_") else None
+    return task if task and file.stem.startswith(f"{task}_") and RUN_NAME.fullmatch(file.stem.removeprefix(f"{task}_")) else None
 
 
 def find(results: str) -> Iterator[Place]:

@@ -130,7 +130,8 @@ def check_decoding(world: World) -> None:
         task, acted = family["task"], {}
         for experiment in dict.fromkeys([*family.get("runs", []), *family.get("pairs", []), family.get("reference")]):
             for run in world.seeded(experiment) if experiment else []:
-                found = _json(world.runs[run].folder / f"{task}_responses.manifest.json").get("generation_config")
+                said = _json(world.runs[run].folder / f"{task}_responses.manifest.json")
+                found = (world.scores[task, run] | said).get("generation_config")  # in the scores, of a task of `eval.tasks`
                 if found is not None:
                     acted[run] = {key: value for key, value in found.items() if key not in NO_SETTING}
         for run, settings in acted.items():

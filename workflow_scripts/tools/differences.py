@@ -150,7 +150,7 @@ def _external(config: Config, kind: str, name: str, old: dict, new: dict) -> lis
         elif key == "definition" and after != UNSET:
             lines.append(f"external content: {config.own_tasks[kind.partition('_')[2]]['lm_eval']['file']}, or its code, changed")
         elif key == "rows" and after != UNSET:
-            lines.append(f"external content: rows of {', '.join(own_tasks.inputs(config, kind.partition('_')[2])[-3:])} changed")
+            lines.append(f"external content: rows of {', '.join(own_tasks.rows(config, kind.partition('_')[2]))} changed")
         elif key == "content" and after != UNSET:
             lines.append(f"external content: files of {config.data['base']['path']} changed")
         elif key in ("candidate_rows", "content", "definition", "rows"):
