@@ -25,7 +25,7 @@ def by_itself(base, file, **settings) -> list[dict]:
     manager = TaskManager(include_defaults=False, include_path=str(file.parent))
     found = lm_eval.simple_evaluate(
         "hf", {"pretrained": str(base.parent), "dtype": "float32"}, ["mine"], batch_size=4, device="cpu", task_manager=manager,
-        bootstrap_iters=0, fewshot_random_seed=0, **settings,
+        bootstrap_iters=0, **settings,
     )  # fmt: skip
     return sorted(found["samples"]["mine"], key=lambda one: one["doc_id"])
 
@@ -175,7 +175,7 @@ def test_a_task_by_its_name_over_local_rows_has_lm_evals_verdicts(base, tmp_path
     manager = TaskManager(include_defaults=False, include_path=str(task_files.own_file("arc_easy").parent))
     own = lm_eval.simple_evaluate(
         "hf", {"pretrained": str(base.parent), "dtype": "float32"}, [{"group": "own", "task": [{"task": "arc_easy"} | data]}],
-        num_fewshot=2, batch_size=4, device="cpu", task_manager=manager, fewshot_random_seed=0,
+        num_fewshot=2, batch_size=4, device="cpu", task_manager=manager,
     )  # fmt: skip
     samples = sorted(own["samples"]["arc_easy"], key=lambda one: one["doc_id"])
     assert [row["correct"] for row in made["per_prompt"]] == [bool(one["acc_norm"]) for one in samples]

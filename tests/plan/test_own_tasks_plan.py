@@ -122,6 +122,14 @@ def test_code_that_is_not_there_is_refused_and_no_code_runs_in_a_plan(tmp_path):
     assert plan({"mine": body(file=str(file))}).step("score_mine", "base")["external"]
 
 
+def test_two_tasks_never_share_a_score_file(tmp_path):
+    file = write(tmp_path, "multiple_choice")
+    both = {"mine": body(file=str(file)), "mine_dpo": body(file=str(file))}
+    assert plan(both).results_of("dpo")[-2:] == ["results/mine_dpo.json", "results/mine_dpo_dpo.json"]
+    with pytest.raises(InputError, match="tasks.mine_dpo: its scores of ipo and those of mine for dpo_ipo would be one file"):
+        plan(both, {"experiments": {"ipo": {"extends": "dpo"}}})
+
+
 def test_a_clustered_task_stands_in_no_family(tmp_path):
     tasks = {"mine": body(file=str(write(tmp_path, "multiple_choice")), group_by="story")}
     family = {"report": {"families": {"own": {"title": "Own", "task": "mine", "reference": "sft_v2", "runs": ["dpo"]}}}}

@@ -79,7 +79,7 @@ def _check_kind(config: Written, place: list, data: dict[str, Any]) -> None:
     settings = data.get("generation_kwargs") or {}
     if data.get("repeats", 1) != 1 or (settings.get("do_sample") and settings.get("temperature", 1) != 0):
         raise config.fail(place, "draws its answers (do_sample, or repeats above 1); here each item has one, greedy")
-    if unknown := sorted(set(settings) - GREEDY - set(LENGTH)):
+    if unknown := sorted(key for key in settings if key not in {*GREEDY, *LENGTH} and (key, settings[key]) != ("num_beams", 1)):
         raise config.fail(place, f"has {unknown[0]} under generation_kwargs, which does not act here; greedy decoding alone does")
 
 

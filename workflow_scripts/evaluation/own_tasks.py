@@ -115,11 +115,7 @@ def evaluate(lm: Any, manager: Any, task: Any, config: dict) -> list[dict]:
         system_instruction=asked["system"],
         apply_chat_template=asked["chat_template"],
         fewshot_as_multiturn=asked["fewshot_as_multiturn"],
-        bootstrap_iters=0,  # standard errors are ours
-        random_seed=0,
-        numpy_random_seed=0,
-        torch_random_seed=0,
-        fewshot_random_seed=0,
+        bootstrap_iters=0,  # standard errors are ours; seeds are lm-eval's defaults: it draws the examples that its command draws
     )
     (samples,) = found["samples"].values()
     wanted = config["metric"].partition(",")[2] or samples[0]["filter"]
