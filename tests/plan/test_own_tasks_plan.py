@@ -3,6 +3,7 @@
 import contextlib
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import yaml
@@ -18,7 +19,7 @@ from workflow_scripts.plan import estimate, records
 from workflow_scripts.plan.plan import Plan
 from workflow_scripts.plumbing.messages import InputError
 from workflow_scripts.report import collect
-from workflow_scripts.tools import compare, differences, graph, rehearse, status, verify
+from workflow_scripts.tools import compare, differences, graph, pin, rehearse, status, verify
 from workflow_scripts.tools.graph import Phase
 
 COMMIT = "a" * 40
@@ -234,6 +235,36 @@ def test_a_hub_s_rows_are_looked_for_before_the_first_job(tmp_path, monkeypatch)
     (tmp_path / f"datasets--allenai--ai2_arc/snapshots/{COMMIT}").mkdir(parents=True)
     (tmp_path / f"datasets--allenai--ai2_arc/snapshots/{COMMIT}/a.parquet").write_text("")
     hub.check([step])
+
+
+def test_the_commit_of_a_task_s_rows_is_pinned(tmp_path):
+    own = write(tmp_path, "multiple_choice", dataset_path="org/set", dataset_kwargs={})
+    text = f"""eval:
+  tasks:
+    arc:
+      lm_eval:
+        task: arc_easy      # science
+        num_fewshot: 0
+    own: {{lm_eval: {{file: {own}, limit: null}}, metric: acc}}
+    here: {{lm_eval: {{task: arc_easy, data_files: {{test: a.jsonl}}}}}}
+    local: {{lm_eval: {{file: {write(tmp_path / "local", "multiple_choice")}}}}}
+"""
+    asked = []
+
+    class Hub:
+        def dataset_info(self, name: str, revision: str | None) -> SimpleNamespace:
+            asked.append((name, revision))
+            return SimpleNamespace(sha=COMMIT)
+
+    new, made = pin.pin(text, Hub())
+    assert asked == [("allenai/ai2_arc", None), ("org/set", None)] and len(made) == 2
+    tasks = yaml.safe_load(new)["eval"]["tasks"]
+    assert tasks["arc"]["lm_eval"] == {"task": "arc_easy", "revision": COMMIT, "num_fewshot": 0} and "# science" in new
+    assert tasks["own"] == {"lm_eval": {"file": str(own), "revision": COMMIT, "limit": None}, "metric": "acc"}
+    assert {name: tasks[name] for name in ("here", "local")} == {
+        name: yaml.safe_load(text)["eval"]["tasks"][name] for name in ("here", "local")
+    }
+    assert pin.pin(new, Hub()) == (new, []) and len(asked) == 2
 
 
 def test_lm_eval_finds_the_same_file_for_a_name():
