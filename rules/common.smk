@@ -70,6 +70,7 @@ ANSWERING = f"{any_of(OF_MODELS)}|{any_of(set(PLAN.config.judged) - set(OF_MODEL
 ANSWERED = names.answered(PLAN.config.asked)
 SCORED = any_of([task for task in ANSWERED if task not in (names.JUDGED, names.DEVELOPMENT)])
 CHOICE = any_of([task for task in PLAN.config.evaluations if task in names.CHOICE])
+OWN_TASKS = any_of(list(PLAN.config.own_tasks))
 # What has its answers judged by a reward model.
 JUDGED = ANSWERING if names.JUDGED in PLAN.config.evaluations else any_of([])
 # Tasks whose prompts several jobs share, and the others.
@@ -126,6 +127,11 @@ def room(kind):
 @signed
 def prompts_of(wildcards):
     return edges(PLAN.prompts_inputs(wildcards.task))
+
+
+@signed
+def own_task_inputs(wildcards):
+    return edges(PLAN.own_task_inputs(wildcards.task))
 
 
 def edges(files):

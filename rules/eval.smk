@@ -204,6 +204,35 @@ rule lm_eval_task:
         call("lm_eval_task", "scores", ON_GPU)
 
 
+# Any task of lm-eval (`eval.tasks`), asked and scored in one step.
+rule own_task:
+    input:
+        task=own_task_inputs,
+        model=model_inputs,
+    output:
+        scores="<results>/{task}_{run}.json",
+    log:
+        "<logs>/{run}/own_task_{task}.log",
+    benchmark:
+        "<benchmarks>/{run}/own_task_{task}.tsv"
+    wildcard_constraints:
+        run=ANSWERING,
+        task=OWN_TASKS,
+    conda:
+        ENV
+    threads: THREADS
+    resources:
+        **room("own_"),
+        gpu=GPU,
+        mem_mb=asks("mem_mb", "own_"),
+        runtime=asks("runtime", "own_"),
+        disk_mb=asks("disk_mb", "own_"),
+    params:
+        step=signed(lambda wildcards: PLAN.score(wildcards.task, wildcards.run)),
+    shell:
+        call("own_task", "scores", ON_GPU)
+
+
 rule eval_rm:
     input:
         model=model_inputs,

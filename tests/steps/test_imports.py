@@ -22,7 +22,8 @@ MAY_LOAD = {
     ("score_gsm8k", "score_ifeval"): set(),
     ("select",): {"numpy", "scipy.stats"},
     ("slice_data",): {*TORCH, "numpy"},
-    ("generate", "judge_answers", "lm_eval_task", "make_base", "merge"): ANSWER,  # peft where there is an adapter, and not before
+    # peft where there is an adapter, and not before
+    ("generate", "judge_answers", "lm_eval_task", "make_base", "merge", "own_task"): ANSWER,
     ("eval_rm",): {*TRAIN, "scipy.stats"} - {"trl"},
     ("train_dpo", "train_grpo", "train_kto", "train_ppo", "train_rloo", "train_rm", "train_sft"): TRAIN,
     ("report",): {"matplotlib", "numpy", "pandas", "pyarrow", "scipy.stats", "statsmodels"},

@@ -38,6 +38,8 @@ MACHINE = BASE | of("train", "merge", "eval_rm") | ANSWERS
 IN_4_BIT = trained(*(run for run in RUNS if RUNS[run].method != "dpo"), "dpo_4bit") | {("eval_rm", "rm")}
 NOTHING: set[Phase] = set()
 SAME = "the value that it has"
+ARC = {"task": "arc_easy", "revision": "a" * 40, "num_fewshot": 0, "chat_template": False, "fewshot_as_multiturn": False}
+ARC |= {"system": None, "limit": None}
 
 # Key -> (values that it does not have, the phases in whose step it stands).
 KEYS: dict[str, tuple[list, set[Phase]]] = {
@@ -94,6 +96,7 @@ KEYS: dict[str, tuple[list, set[Phase]]] = {
     "rewards.brief.function": (["polite"], trained("rloo")),
     "rewards.brief.strip_think": ([True], trained("rloo")),
     # Decide nothing, or not in this config
+    "eval.tasks": ([{"arc": {"metric": "acc", "lm_eval": ARC}}], NOTHING),  # phases of its own
     "eval.batch_size": ([7, 31], NOTHING),  # of generation.backend: hf
     "generation.slots": ([7, 31], NOTHING),
     "methods.rloo.missing_eos_penalty": ([0.5], trained("rloo")),
@@ -216,13 +219,14 @@ NO_STEP = """steps/cli plumbing/cards plumbing/content_cache plumbing/gpus plumb
 plumbing/startup artifacts/runinfo artifacts/work artifacts/fingerprint artifacts/own_code config/declared data/hub
 evaluation/rows config/__init__ config/config config/schema_errors
 config/yaml_files config/bases config/comparison config/choices config/judged config/names config/sweep config/written
-config/tuning config/schema config/experiments config/references config/slices plan/__init__ plan/plan plan/places plan/graph
-plan/steps plan/records plan/estimate plan/gpu_memory plan/passes plan/patterns plan/shape plumbing/environment models/sources
-models/templates""".split()
-# The report, which is no target here, and multiple choice and tuning, which this config has not
+config/tuning config/own_tasks config/schema config/experiments config/references config/slices plan/__init__ plan/plan
+plan/places plan/graph plan/steps plan/records plan/estimate plan/gpu_memory plan/passes plan/patterns plan/shape
+plumbing/environment models/sources models/templates""".split()
+# The report, which is no target here, and multiple choice, tasks of lm-eval and tuning, which this config has not
 REPORT = """steps/select stats/selection report/__init__ report/capacity report/collect report/figures report/judge report/page
 report/sections report/sensitivity report/trained report/winning steps/report evaluation/lm_tasks steps/lm_eval_task
-steps/judge_answers stats/__init__ stats/accuracy stats/components stats/family stats/moderated stats/power""".split()
+steps/judge_answers steps/own_task evaluation/own_tasks data/task_files stats/__init__ stats/accuracy stats/components
+stats/family stats/moderated stats/power""".split()
 PAGE = [f"report/templates/report.{ending}" for ending in ("html.jinja", "css", "js")]
 # File of the package -> the steps that can run it.
 CODE: dict[str, list[str]] = {
@@ -283,6 +287,7 @@ PLANNING = set(NO_STEP) - {"models/templates"}
 PLANNING |= {
     "data/slicing",
     "data/questions",
+    "data/task_files",
     "data/formats",
     "data/parts",
     "data/words",

@@ -53,7 +53,7 @@ def make(folder: Path, config: Path, accuracy: dict[str, float] | None = None, s
         plan = Plan(configs.load(config))
         for run in comparison.runs(plan.config):
             experiment = run.partition(".")[0]
-            for task in plan.config.evaluations:
+            for task in plan.config.scored:
                 share = numpy.clip(
                     known.get(experiment, 0.5) + (0 if run in plan.config.models else rng.normal(0, seed_sd)), 0.01, 0.99
                 )
@@ -97,6 +97,10 @@ def _score(plan: Plan, task: str, run: str, passes: numpy.ndarray) -> None:
     ]
     mean = float(numpy.mean(passes))
     score = {"fingerprint": plan.fingerprint(f"score_{task}", run), "files": {}, "n_prompts": len(rows), "per_prompt": rows}
+    if task in plan.config.own_tasks:
+        name = plan.config.own_tasks[task]["metric"].partition(",")[0]
+        _write(Path(f"{plan.results}/{task}_{run}.json"), score | {"metric": name, name: mean, f"{name}_stderr": 0.03})
+        return
     if task in CHOICE:
         if task == "truthfulqa":
             score |= {"mc2": 0.5, "per_prompt": [row | {"mc2": 0.5} for row in rows]}

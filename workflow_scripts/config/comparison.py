@@ -23,7 +23,7 @@ def answering(config: Config) -> list[str]:
 
 def verdict_tasks(config: Config) -> list[str]:
     """The tasks that have verdicts: all but the rewards of a judge."""
-    return [task for task in config.evaluations if task != JUDGED]
+    return [task for task in config.scored if task != JUDGED]
 
 
 def controls(config: Config) -> list[tuple[str, str, str]]:
@@ -66,6 +66,9 @@ def check(config: Config) -> None:
         if family["task"] not in judged:
             tasks = ", ".join(judged)
             raise config.fail(["report", *path, "task"], f"found {family['task']!r}, expected what `eval:` has: {tasks}")
+        if "group_by" in config.own_tasks.get(family["task"], {}):
+            problem = f"found {family['task']!r}, whose items come in groups (group_by): a family's errors take each for itself"
+            raise config.fail(["report", *path, "task"], problem)
         for key in ("runs", "pairs"):
             named([*path, key], *family.get(key, []))
         named([*path, "reference"], *([family["reference"]] if "reference" in family else []))
@@ -95,7 +98,7 @@ def _check_placebos(config: Config) -> None:
     placebo, path = config.data["report"]["controls"].get("placebo"), ["report", "controls", "placebo"]
     if placebo is None:
         return
-    tasks = [task for task in config.evaluations if task != JUDGED]
+    tasks = verdict_tasks(config)
     if placebo["task"] not in tasks:
         problem = f"found {placebo['task']!r}, expected what `eval:` has: {', '.join(tasks)}"
         raise config.fail([*path, "task"], problem)

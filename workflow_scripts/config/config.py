@@ -7,7 +7,7 @@ node plans.
 from functools import cached_property
 from pathlib import Path
 
-from workflow_scripts.config import declared, experiments, references, schema, sweep, tuning
+from workflow_scripts.config import declared, experiments, own_tasks, references, schema, sweep, tuning
 from workflow_scripts.config.names import RUN_NAME, VIEWS, view_of
 from workflow_scripts.config.written import Written, merge_all
 from workflow_scripts.config.yaml_files import read_yaml
@@ -41,6 +41,7 @@ class Config(Written):
                 raise self.fail(
                     ["experiments", name], f"the endings {', '.join(VIEWS)} say how a run is judged; take another name"
                 )
+        own_tasks.check_names(self, self.judged)
 
     def place(self, name: str, path: list) -> list:
         name = self.copies.get(name, name)

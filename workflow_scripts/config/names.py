@@ -27,8 +27,13 @@ def view_of(name: str) -> tuple[str, str]:
 
 
 def answered(tasks: Iterable[str]) -> list[str]:
-    """Of these tasks, those whose prompts a model answers in text."""
-    return [task for task in tasks if task not in CHOICE]
+    """Of these tasks, those whose prompts a model answers in text, in a step of its own."""
+    return [task for task in tasks if task in (*EVALUATED, DEVELOPMENT) and task not in CHOICE]
+
+
+def metric_of(task: str, scores: dict) -> str:
+    """The metric that stands for a task; that of one that only the config knows is told in its scores."""
+    return METRIC[task] if task in METRIC else scores["metric"]
 
 
 def run_name(experiment: str, seed: int) -> str:

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable
 
-from workflow_scripts.config import bases, choices, declared, judged, slices
+from workflow_scripts.config import bases, choices, declared, judged, own_tasks, slices
 from workflow_scripts.config.experiments import RANDOM, SHUFFLED, VERIFIERS, follow, rewards, slice_kinds
 from workflow_scripts.config.names import EVALUATED
 from workflow_scripts.config.written import Written
@@ -16,6 +16,7 @@ def check(config: Written, experiments: dict[str, dict], tuned: Iterable[str] = 
     bases.check(config)
     choices.check(config)
     judged.check(config, experiments)
+    own_tasks.check(config)
     if (config.data["device"], config.data["precision"]) == ("cpu", "fp16"):
         raise config.fail(["precision"], "found fp16 with device: cpu, where nothing scales its losses; set fp32")
     known = config.data["data"]["slices"]

@@ -123,6 +123,16 @@ class Written:
         return {task: self.data["eval"][task]["prompts"] for task in EVALUATED if task in self.data["eval"]}
 
     @property
+    def own_tasks(self) -> dict[str, dict]:
+        """The tasks of lm-eval that `eval.tasks` names: they bring rows of their own, so no slice stands behind them."""
+        return self.data["eval"].get("tasks", {})
+
+    @property
+    def scored(self) -> list[str]:
+        """Every task that gives a score file for each run."""
+        return [*self.evaluations, *self.own_tasks]
+
+    @property
     def development(self) -> dict[str, str]:
         """`task` and `prompts` by which trials are chosen; {} where nothing is tuned, or only by the methods' own objectives."""
         choose = self.data.get("tune", {}).get("choose")

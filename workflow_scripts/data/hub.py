@@ -22,6 +22,8 @@ def needed(step: dict) -> tuple[str, str, str, str | None] | None:
     config, source = step["config"], step["config"].get("source")
     if source == "hub":
         return "hub", "model", config["hub"]["id"], config["hub"].get("revision")
+    if hub := config.get("lm_eval", {}).get("hub"):
+        return f"eval.tasks.{config['task']}", "dataset", hub["id"], hub.get("revision")
     source = source["composed"]["questions"] if isinstance(source, dict) and "composed" in source else source
     if isinstance(source, dict) and "hub" in source:
         body: Any = source["hub"] if isinstance(source["hub"], dict) else {**source, "id": source["hub"]}
@@ -32,6 +34,7 @@ def needed(step: dict) -> tuple[str, str, str, str | None] | None:
 def unreachable(place: str, kind: str, name: str, revision: str | None, why: str) -> str:
     """The one error of a run whose hub cannot be reached: what is needed, and three ways to have it."""
     other = "the model's `path:` with `source: path`" if kind == "model" else "the slice's `source: {path: ...}`"
+    other = "the task's `data_files`" if place.startswith("eval.tasks") else other
     return (
         f"{place}: the {kind} {name} at revision {revision or 'main'} is not here and cannot be fetched: {why}. Either (1) use a "
         f"local copy: name its folder or file under {other}; or (2) point HF_HOME at a cache that holds it, or HF_ENDPOINT at a "

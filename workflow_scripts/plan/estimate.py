@@ -15,6 +15,7 @@ import math
 from functools import cache, cached_property
 from pathlib import Path
 
+from workflow_scripts.config import own_tasks
 from workflow_scripts.plan.gpu_memory import Memory
 from workflow_scripts.plan.plan import Plan
 from workflow_scripts.plumbing.gpus import WHOLE, share
@@ -36,6 +37,7 @@ DECODE = {"cpu": 0.003, "cuda": 0.003}  # seconds for one layer, of one token of
 GRAPHS = {"cpu": 0.003, "cuda": 0.00015}  # the same by the generator's own steps
 START = {"cpu": 5.0, "cuda": 20.0}  # seconds until a step computes
 ASKED = {"mmlu": (120, 1), "truthfulqa": (190, 12)}  # task -> tokens of a question (or shot), passes for its options
+ITEMS, ITEM, OPTIONS = 2000, 150, 4  # of a task of `eval.tasks`: items, where no limit says how many; tokens of one; its options
 FILLED = 0.4  # mean length of a row, as a share of the longest allowed
 CHECKPOINTING = 1.4  # time of a step with activation checkpointing
 RANK = 16  # of the adapters that were measured
@@ -82,7 +84,7 @@ class Estimates:
     def of(self, kind: str, name: str) -> dict[str, float]:
         """memory_mb (of the host), seconds, disk_mb of a step; kind as plan/plan.py names it."""
         verb, _, task = kind.partition("_")
-        if verb in ("generate", "score", "choice"):
+        if verb in ("generate", "score", "choice", "own"):
             return getattr(self, f"_{verb}")(task, name)
         return getattr(self, f"_{kind}")(name)
 
@@ -199,6 +201,24 @@ class Estimates:
             "memory_mb": self._libraries("generate") + 6 * self.parameters / MB + self._batch_mb(batch, False) + 0.04 * prompts,
             "seconds": 2 * START[self.device] + self._forward(prompts * passes, body["batch_size"], length) + 0.01 * prompts,
             "disk_mb": 10,
+        }
+
+    def _own(self, task: str, name: str) -> dict[str, float]:
+        """A task of `eval.tasks`, of which only its kind and its limit are known before its rows are read."""
+        asked = self.config.own_tasks[task]["lm_eval"]
+        items, length = asked["limit"] or ITEMS, ITEM * (1 + asked["num_fewshot"])
+        if own_tasks.output_type(self.config, task) == "generate_until":
+            size, new = self.config.at_once(), own_tasks.max_new_tokens(self.config, task)
+            batches = math.ceil(items / size)
+            seconds = self._decode(batches, batches * size, new, self.config.generation()["backend"])
+        else:
+            size = min(self.config.data["eval"]["batch_size"], items)
+            seconds = self._forward(items * OPTIONS, size, length)
+        batch = self._batch_mb(2 * min(size, items) * length, False)
+        return {
+            "memory_mb": self._libraries("generate") + 6 * self.parameters / MB + batch + 0.05 * items,
+            "seconds": 2 * START[self.device] + seconds + 0.01 * items,
+            "disk_mb": 10 + 0.01 * items,
         }
 
     def _eval_rm(self, name: str) -> dict[str, float]:

@@ -9,6 +9,7 @@ plan/passes.py (activations, the LM head, generation).
 from dataclasses import dataclass, field
 from typing import Any
 
+from workflow_scripts.config import own_tasks
 from workflow_scripts.config.config import Config
 from workflow_scripts.config.experiments import rewards
 from workflow_scripts.config.names import CHOICE
@@ -69,7 +70,7 @@ class Memory:
                 found.append(self.eval_rm(name, body))
         for task in self.config.asked:
             found.append(self.choose(task) if task in CHOICE else self.generate(task, self.config.at_once()))
-        return found
+        return found + [self.own(task) for task in self.config.own_tasks]
 
     def of(self, kind: str, name: str) -> Phase:
         """The phase of a step, as plan/plan.py names kinds; name: an experiment's, or a model's that is only scored."""
@@ -80,6 +81,8 @@ class Memory:
         if kind == "judge":
             model = self.config.data["eval"]["judge"]["reward"]
             return self.eval_rm(model, self.config.experiments[model])
+        if verb == "own":
+            return self.own(task)
         return self.choose(task) if verb == "choice" else self.generate(task, self.config.at_once())
 
     def _block(self, body: dict) -> dict:
@@ -179,14 +182,16 @@ class Memory:
 
     def generate(self, task: str, rows: int) -> Phase:
         """Answers to a task, so many at once: by the base with its adapter beside it."""
-        how, fixed = self._judged()
         rows = min(rows, self.config.data["data"]["slices"][self.config.asked[task]]["rows"])
-        new = self.config.task(task)["max_new_tokens"]
+        return self._answers(task, rows, EVAL_PROMPT, self.config.task(task)["max_new_tokens"])
+
+    def _answers(self, task: str, rows: int, prompt: int, new: int) -> Phase:
+        how, fixed = self._judged()
         if self.config.generation()["backend"] == "graphs":
             ranks = [self._block(body)["r"] for body in self.config.experiments.values()]
-            answering = fixed + in_slots(how, rows, EVAL_PROMPT + new, False, max(ranks))
+            answering = fixed + in_slots(how, rows, prompt + new, False, max(ranks))
         else:
-            answering = fixed + decoding(how, rows, EVAL_PROMPT, new)
+            answering = fixed + decoding(how, rows, prompt, new)
         return Phase("generate", task, {"answers": answering})
 
     def choose(self, task: str, row: int = 0, tail: int = OPTIONS) -> Phase:
@@ -194,10 +199,20 @@ class Memory:
 
         lm-eval keeps those logits, their log-softmax in fp32 and that of the batch before; torch makes an fp32 copy of bf16.
         """
-        how, fixed = self._judged()
         body = self.config.data["eval"][task]
-        row = row or EVAL_PROMPT * (1 + body.get("shots", 0))
         rows = min(body["batch_size"], self.config.data["data"]["slices"][body["prompts"]]["rows"])
+        return self._options(task, rows, row or EVAL_PROMPT * (1 + body.get("shots", 0)), tail)
+
+    def own(self, task: str) -> Phase:
+        """A task of `eval.tasks`: answers, or the logits of what a model may say."""
+        asked = self.config.own_tasks[task]["lm_eval"]
+        prompt, limit = EVAL_PROMPT * (1 + asked["num_fewshot"]), asked["limit"] or self.config.at_once()
+        if own_tasks.output_type(self.config, task) == "generate_until":
+            return self._answers(task, min(self.config.at_once(), limit), prompt, own_tasks.max_new_tokens(self.config, task))
+        return self._options(task, self.config.data["eval"]["batch_size"], prompt, OPTIONS)
+
+    def _options(self, task: str, rows: int, row: int, tail: int) -> Phase:
+        how, fixed = self._judged()
         each = how.e + 4 + 4 + (4 if self.config.data["eval"]["precision"] == "bf16" else 0)
         logits = rows * tail * self.shape.vocabulary * each
         asked = fixed + max(how.forward(rows * row, row), logits)

@@ -1,10 +1,10 @@
 """What depends on what: the runs and slices that a run is made from, and the files of them that each step reads."""
 
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 
 from workflow_scripts.artifacts import own_code
-from workflow_scripts.config import choices, comparison
+from workflow_scripts.config import choices, comparison, own_tasks
 from workflow_scripts.config.config import Config
 from workflow_scripts.config.experiments import rewards
 from workflow_scripts.config.names import DEVELOPMENT, JUDGED, run_name
@@ -18,6 +18,7 @@ class Graph(Places):
 
     def __init__(self, config: Config):
         super().__init__(config)
+        self._task_files = cache(lambda task: own_tasks.inputs(config, task))
         self._behind: dict[str, list[str]] = {}
         self._own: dict[str, own_code.Own] = {}
 
@@ -136,6 +137,10 @@ class Graph(Places):
         fewshot = choices.fewshot(self.config.data["eval"], task)
         return self.slice_inputs(self.config.asked[task]) + (self.slice_inputs(fewshot) if fewshot else [])
 
+    def own_task_inputs(self, task: str) -> list[str]:
+        """Files of a task of `eval.tasks`: its definition, and rows that are no hub's."""
+        return self._task_files(task)
+
     def start_inputs(self, run: str) -> list[str]:
         """Files of the full-precision model that `run` starts from: the base or a merged experiment.
 
@@ -178,7 +183,7 @@ class Graph(Places):
 
     def report_inputs(self) -> list[str]:
         """Every score file that the report reads. Answers, manifests and curves lie beside them."""
-        scores = [f"{self.results}/{task}_{run}.json" for run in comparison.runs(self.config) for task in self.config.evaluations]
+        scores = [f"{self.results}/{task}_{run}.json" for run in comparison.runs(self.config) for task in self.config.scored]
         scores += [f"{self.results}/{task}_{run}.json" for task, run in self.trial_scores()]
         return scores + [f"{self.results}/{run}/rm_eval.json" for run in comparison.reward_models(self.config)]
 

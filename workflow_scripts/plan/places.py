@@ -49,7 +49,7 @@ class Places:
         """The files that tell how good a run is: its scores, or for a reward model how well it tells answers apart."""
         if self.is_reward_model(run):
             return [f"{self.results}/{run}/rm_eval.json"]
-        return [f"{self.results}/{task}_{run}.json" for task in self.config.evaluations]
+        return [f"{self.results}/{task}_{run}.json" for task in self.config.scored]
 
     def is_reward_model(self, run: str) -> bool:
         return run not in self.config.models and self.experiment(run)["method"] == "rm"

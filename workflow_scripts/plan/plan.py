@@ -89,7 +89,7 @@ class Plan(Graph):
         for name in self.config.data["data"]["slices"]:
             self._text("slice", name)
         for name in [*self.config.models, *self.config.experiments]:
-            for kind in ["eval_rm"] if self.is_reward_model(name) else [f"score_{task}" for task in self.config.evaluations]:
+            for kind in ["eval_rm"] if self.is_reward_model(name) else [f"score_{task}" for task in self.config.scored]:
                 self._text(kind, name)
 
     def _text(self, kind: str, name: str) -> str:

@@ -22,6 +22,7 @@ METADATA = Path(".snakemake/metadata")
 INCOMPLETE = Path(".snakemake/incomplete")  # an entry here: the job was begun and not recorded; Snakemake runs it again
 FORMAT = 6  # of Snakemake 9.27
 CHECKSUM_LIMIT = 1_000_000  # bytes; Snakemake compares larger inputs by time
+STEP_BYTES = 2**16  # of the end of a manifest, in which its step stands
 LEFT_OUT = "phaseline: "  # begins the parameter of a record that never matches
 
 
@@ -71,13 +72,30 @@ def kinds_of(run: str) -> list[str]:
     ]
 
 
+def own_task_of(file: Path) -> str | None:
+    """The task of `eval.tasks` whose scores of a run this file holds; None for any other file.
+
+    Its end alone is read, where the step stands: what each item scored may be megabytes.
+    """
+    try:
+        with open(file, "rb") as opened:
+            opened.seek(max(0, os.path.getsize(file) - STEP_BYTES))
+            end = opened.read().decode("utf-8", errors="replace")
+        step = json.loads(end.rpartition('\n "step": ')[2].partition("\n }")[0] + "\n }")
+        task = step["config"]["task"] if step["step"] == "own_task" else ""
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return task if task and file.stem.startswith(f"{task}_") and RUN_NAME.fullmatch(file.stem.removeprefix(f"{task}_")) else None
+
+
 def find(results: str) -> Iterator[Place]:
     """The artifacts in a results folder whose manifest is there, parents before children except between runs.
 
-    Only names are looked at. A folder that is no run, such as results/qwen05b, holds the results of another config and is
-    left out (see `folders`).
+    Only names are looked at, but of scores of a task that only some config knows (`eval.tasks`): they say what they are of. A
+    folder that is no run, such as results/qwen05b, holds the results of another config and is left out (see `folders`).
     """
     folder, runs = Path(results), set()
+    own: dict[str, list[str]] = {}  # run -> its tasks of `eval.tasks`
     for path in sorted(folder.glob("data/*.manifest.json")):
         yield place_of(results, "slice", path.name.removesuffix(".manifest.json"))
     for entry in os.scandir(folder) if folder.is_dir() else ():
@@ -86,8 +104,12 @@ def find(results: str) -> Iterator[Place]:
             runs.add(entry.name)
         elif entry.name.endswith(".json") and task in (*EVALUATED, DEVELOPMENT) and RUN_NAME.fullmatch(run):
             runs.add(run)  # a score file stands when the run's folder is gone
+        elif entry.name.endswith(".json") and (known := own_task_of(Path(entry.path))):
+            run = entry.name.removesuffix(".json").removeprefix(f"{known}_")
+            runs.add(run)
+            own.setdefault(run, []).append(known)
     for run in sorted(runs - {"data", "report"}, key=lambda name: (name != "base", name)):
-        for kind in kinds_of(run):
+        for kind in [*kinds_of(run), *(f"score_{task}" for task in sorted(own.get(run, [])))]:
             if kind == "base" != run and not (folder / run / "tokenizer_config.json").exists():
                 continue  # no model: some other file of this name
             place = place_of(results, kind, run)

@@ -10,13 +10,14 @@ from pathlib import Path
 from typing import Any
 
 from workflow_scripts.artifacts import fingerprint
-from workflow_scripts.config import bases, choices, comparison, judged
+from workflow_scripts.config import bases, choices, comparison, judged, own_tasks
 from workflow_scripts.config.experiments import VERIFIERS, rewards
 from workflow_scripts.config.names import CHOICE, DEVELOPMENT, JUDGED, run_name
 from workflow_scripts.config.tuning import GROUPS, OBJECTIVES, Tuned
-from workflow_scripts.data import questions, slicing
+from workflow_scripts.data import questions, slicing, task_files
 from workflow_scripts.models import sources
 from workflow_scripts.plan.graph import Graph
+from workflow_scripts.plumbing.content_cache import ContentCache
 from workflow_scripts.plumbing.messages import InputError
 
 STEPS = "workflow_scripts.steps."
@@ -30,6 +31,7 @@ class Steps:
         self.graph, self.config, self.fingerprint = graph, graph.config, fingerprint_of
         # The same for every step of a module: thousands of steps share one mapping, which nobody changes.
         self._code, self._packages = cache(fingerprint.code), cache(fingerprint.packages)
+        self._of_own_task = cache(self._own_task_alone)
 
     def make(self, kind: str, name: str) -> dict:
         """kind: slice, base, train, merge, generate_TASK, score_TASK, eval_rm, report; name: a slice's or a run's."""
@@ -219,6 +221,11 @@ class Steps:
         parents = {"prompts": self.fingerprint("slice", self.config.asked[task])}
         if fewshot := choices.fewshot(self.config.data["eval"], task):
             parents["fewshot"] = self.fingerprint("slice", fewshot)
+        return parents | self._model(run)
+
+    def _model(self, run: str) -> dict[str, str]:
+        """The parents that what is judged is made of."""
+        parents: dict[str, str] = {}
         run, view = self.config.view(run)
         if run in self.config.models:
             return parents | {"start": self.fingerprint("base", run)}
@@ -226,7 +233,31 @@ class Steps:
             return parents | {"start": self.fingerprint("merge", run)}
         return parents | {"start": self._start_fingerprint(run), "adapter": self.fingerprint("train", run)}
 
+    def _own_task(self, task: str, run: str) -> dict:
+        """A task of `eval.tasks`, which is asked and scored in one step."""
+        config, external = self._of_own_task(task)
+        config, precision = config | self._quantised(run), self.config.data["eval"]["precision"]
+        return self._step("own_task", config, self._model(run), external=external, **self._machine(precision))
+
+    def _own_task_alone(self, task: str) -> tuple[dict, dict]:
+        """(config, what its files hold) of a task, whoever is asked."""
+        evaluation, config = self.config.data["eval"], own_tasks.step_config(self.config, task)
+        if own_tasks.output_type(self.config, task) == "generate_until":
+            config |= {"decoding": evaluation["decoding"], "generation": self.config.generation()}
+        else:
+            config["batch_size"] = evaluation["batch_size"]
+        external = {}
+        definition = own_tasks.definition(self.config, task)
+        if "file" in config["lm_eval"]:  # lm-eval's own are of its version
+            external["definition"] = definition.sha256()
+        if files := task_files.data_files(definition.data):
+            kept = ContentCache(f"{self.graph.work}/content_cache.json")
+            external["rows"] = kept.hash_of(files, lambda: task_files.sha256(files), ["eval.tasks"])
+        return config, external
+
     def _score(self, task: str, run: str) -> dict:
+        if task in self.config.own_tasks:
+            return self._own_task(task, run)
         if task in CHOICE:
             evaluation = self.config.data["eval"]
             config = choices.step_config(evaluation, task) | self._quantised(run)
@@ -285,7 +316,7 @@ class Steps:
         parents = {
             f"{task} {run}": self.fingerprint(f"score_{task}", run)
             for run in comparison.runs(self.config)
-            for task in self.config.evaluations
+            for task in self.config.scored
         }
         if self.config.tuned:
             config["tune"] = self._tuned()

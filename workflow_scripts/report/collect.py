@@ -16,7 +16,7 @@ import pandas
 
 from workflow_scripts.artifacts import manifests
 from workflow_scripts.artifacts.manifests import Job
-from workflow_scripts.config.names import DEVELOPMENT, METRIC, answered, run_name, view_of
+from workflow_scripts.config.names import DEVELOPMENT, METRIC, answered, metric_of, run_name, view_of
 from workflow_scripts.plumbing.messages import InputError
 from workflow_scripts.stats.selection import passed as verdict
 
@@ -66,6 +66,18 @@ class World:
     def arm(self, task: str, experiment: str, seeds: list[int] | None = None) -> numpy.ndarray:
         """Verdicts of an experiment's runs: 0 or 1, seeds x prompts, prompts in one order for all."""
         return numpy.array([self.verdicts(task, run) for run in self.seeded(experiment, seeds)], dtype=float)
+
+    def label(self, task: str) -> str:
+        """A task with its metric, for people."""
+        metrics = {score["metric"] for (one, _), score in self.scores.items() if one == task and task not in LABEL}
+        return LABEL.get(task) or f"{task}, {', '.join(sorted(metrics))}"
+
+    def clusters(self, task: str, run: str) -> list[list[float]]:
+        """Verdicts by what belongs together: each prompt for itself, but for a task whose items come in groups (`group_by`)."""
+        found: dict[object, list[float]] = {}
+        for row in self.scores[task, run]["per_prompt"]:
+            found.setdefault(("group", row["group"]) if "group" in row else row["key"], []).append(float(verdict(row)))
+        return list(found.values())
 
     def verdicts(self, task: str, run: str) -> list[bool]:
         return [verdict(row) for row in self.scores[task, run]["per_prompt"]]
@@ -123,7 +135,8 @@ def check_decoding(world: World) -> None:
         task, acted = family["task"], {}
         for experiment in dict.fromkeys([*family.get("runs", []), *family.get("pairs", []), family.get("reference")]):
             for run in world.seeded(experiment) if experiment else []:
-                found = _json(world.runs[run].folder / f"{task}_responses.manifest.json").get("generation_config")
+                said = _json(world.runs[run].folder / f"{task}_responses.manifest.json")
+                found = (world.scores[task, run] | said).get("generation_config")  # in the scores, of a task of `eval.tasks`
                 if found is not None:
                     acted[run] = {key: value for key, value in found.items() if key not in NO_SETTING}
         for run, settings in acted.items():
@@ -148,10 +161,11 @@ def check_comparable(scores: dict[str, dict], task: str, results: Path) -> None:
             raise InputError(
                 f"{place}: says {score['n_prompts']} prompts and has {len(keys[run])}; delete it and run snakemake again"
             )
-        mean, stated = float(numpy.mean([verdict(row) for row in score["per_prompt"]])), score[METRIC[task]]
+        metric = metric_of(task, score)
+        mean, stated = float(numpy.mean([verdict(row) for row in score["per_prompt"]])), score[metric]
         if abs(mean - stated) > 1e-9:
             raise InputError(
-                f"{place}: {METRIC[task]} is {stated:.6f}, and its verdicts make {mean:.6f}: altered since it was made; delete "
+                f"{place}: {metric} is {stated:.6f}, and its verdicts make {mean:.6f}: altered since it was made; delete "
                 "it and run snakemake again"
             )
     first, *others = keys

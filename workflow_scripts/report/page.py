@@ -12,9 +12,9 @@ from pathlib import Path
 import pandas
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from workflow_scripts.config.names import CHOICE
+from workflow_scripts.config.names import answered
 from workflow_scripts.report import capacity, figures, sections, sensitivity, winning
-from workflow_scripts.report.collect import LABEL, World
+from workflow_scripts.report.collect import World
 from workflow_scripts.report.judge import Control, Judged, hollow, mixed, turned, unevenly_tuned
 from workflow_scripts.report.trained import PLACEBO
 
@@ -61,9 +61,9 @@ def render(world: World, families: list[Judged], controls: list[Control]) -> str
         costs=sections.costs(world),
         tree=sections.tree(world),
         viewer=sections.viewer(world),
-        label=LABEL,
+        label={task: world.label(task) for task in world.config["tasks"]},
         placebo=PLACEBO,
-        choice=[LABEL[task].split(",")[0] for task in world.config["tasks"] if task in CHOICE],
+        choice=[world.label(task).split(",")[0] for task in world.config["tasks"] if task not in answered(world.config["tasks"])],
     )
 
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy
 
-from workflow_scripts.config.names import CHOICE, METRIC, answered
+from workflow_scripts.config.names import METRIC, answered, metric_of
 from workflow_scripts.report import collect, figures
 from workflow_scripts.report.collect import Run, World
 from workflow_scripts.report.judge import contrasts
@@ -37,8 +37,8 @@ def scores(world: World) -> list[dict]:
         runs = list(dict.fromkeys(world.seeded(name)))
         row: dict[str, Any] = {"name": name, "tasks": {}, "mc2": None}
         for task in world.config["tasks"]:
-            values = [world.scores[task, run][METRIC[task]] for run in runs]
-            clusters = [[[float(passed)] for passed in world.verdicts(task, run)] for run in runs]
+            values = [world.scores[task, run][metric_of(task, world.scores[task, run])] for run in runs]
+            clusters = [world.clusters(task, run) for run in runs]
             row["tasks"][task] = {"mean": mean_and_error(clusters), "each": ", ".join(map(percent, values))}
         if "truthfulqa" in world.config["tasks"]:
             row["mc2"] = mean_and_error([[[one["mc2"]] for one in world.scores["truthfulqa", run]["per_prompt"]] for run in runs])
@@ -275,7 +275,7 @@ def viewer(world: World) -> dict:
 
     Of tasks with answers: a choice between options has no text to show.
     """
-    families = [family for family in world.config["report"]["families"] if family["task"] not in CHOICE]
+    families = [family for family in world.config["report"]["families"] if answered([family["task"]])]
     pairs = list(dict.fromkeys((family["task"], *pair) for family in families for pair in contrasts(family)))
     seed = world.seeds[0]
     texts: dict[str, dict] = {task: {} for task in answered(world.config["tasks"])}

@@ -69,7 +69,8 @@ def _needs_hub(step: dict) -> bool:
     """True if the step takes its model or its rows from a hub."""
     source = step["config"].get("source")
     source = source["composed"]["questions"] if isinstance(source, dict) and "composed" in source else source
-    return source == "hub" or (isinstance(source, dict) and "hub" in source)
+    own_task = "hub" in step["config"].get("lm_eval", {})
+    return own_task or source == "hub" or (isinstance(source, dict) and "hub" in source)
 
 
 # Variables by which accelerate and torch compute in another precision, or look for other processes, than the step's JSON says.

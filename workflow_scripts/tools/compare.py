@@ -45,6 +45,8 @@ def read(files: list[Path]) -> dict[str, dict]:
 
 
 def metrics_of(scores: dict, name: str) -> tuple[str, ...]:
+    if "metric" in scores and "per_prompt" in scores:  # of a task of `eval.tasks`
+        return (scores["metric"],)
     for first, metrics in METRICS.items():
         if first in scores and "per_prompt" in scores:
             return tuple(metric for metric in metrics if metric in scores)  # MMLU has no mc2
@@ -82,7 +84,7 @@ def table(scores: dict[str, dict]) -> pandas.DataFrame:
             row[metric.removesuffix("_acc")] = f"{100 * score[metric]:5.1f} +- {100 * score[metric + '_stderr']:.1f}"
         if before is not None:
             difference, stderr = paired(score, before)
-            row[f"{AGAINST[metrics_of(score, name)[0]]}, against the row above"] = (
+            row[f"{AGAINST.get(first := metrics_of(score, name)[0], first)}, against the row above"] = (
                 f"{100 * difference:+5.1f} +- {100 * stderr:.1f} pp"
             )
         row["prompts"] = score["n_prompts"]

@@ -9,6 +9,7 @@ import json
 from typing import Any
 
 from workflow_scripts.artifacts import fingerprint
+from workflow_scripts.config import own_tasks
 from workflow_scripts.config.config import Config
 from workflow_scripts.config.names import CHOICE, DEVELOPMENT, JUDGED
 from workflow_scripts.config.schema import CONSTANT_BLOCKS
@@ -100,6 +101,8 @@ def place(config: Config, kind: str, name: str, path: list[str]) -> str:
         if top == "source":
             path = ["source", *({"file": "path", "files": "paths"}.get(key, key) for key in path[1:])]
         return dotted(["data", "slices", name, *path])
+    if verb == "score" and task in config.own_tasks and top not in ALL_TASKS:
+        return dotted(["eval", "tasks", task, *path])
     if verb in ("generate", "score"):
         return dotted(["eval", *([] if top in ALL_TASKS and task not in CHOICE else [task]), *path])
     return dotted([kind, *path])
@@ -145,9 +148,13 @@ def _external(config: Config, kind: str, name: str, old: dict, new: dict) -> lis
             source = source["composed"]["questions"] if "composed" in source else source
             files = source.get("paths") or [source["path"]]
             lines.append(f"external content: candidate rows of {', '.join(files)} changed")
+        elif key == "definition" and after != UNSET:
+            lines.append(f"external content: {config.own_tasks[kind.partition('_')[2]]['lm_eval']['file']}, or its code, changed")
+        elif key == "rows" and after != UNSET:
+            lines.append(f"external content: rows of {', '.join(own_tasks.rows(config, kind.partition('_')[2]))} changed")
         elif key == "content" and after != UNSET:
             lines.append(f"external content: files of {config.data['base']['path']} changed")
-        elif key in ("candidate_rows", "content"):
+        elif key in ("candidate_rows", "content", "definition", "rows"):
             lines.append("external content: none any more")
         elif key == "rewards" and len(rest) == 2:
             what = "added" if before == UNSET else "removed" if after == UNSET else "changed"

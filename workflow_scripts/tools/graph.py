@@ -52,9 +52,7 @@ def parents(plan: Plan, phase: Phase) -> dict[str, Phase]:
     verb, _, task = kind.partition("_")
     if kind == "report":
         scores = {
-            f"{task} {run}": Phase(f"score_{task}", run)
-            for run in comparison.runs(plan.config)
-            for task in plan.config.evaluations
+            f"{task} {run}": Phase(f"score_{task}", run) for run in comparison.runs(plan.config) for task in plan.config.scored
         }
         scores |= {f"{task} {run}": Phase(f"score_{task}", run) for task, run in plan.trial_scores()}
         return scores | {f"rm {run}": Phase("eval_rm", run) for run in comparison.reward_models(plan.config)}
@@ -64,13 +62,14 @@ def parents(plan: Plan, phase: Phase) -> dict[str, Phase]:
         return avoided | ({"base": BASE} if plan.config.trains_on(run) else {})
     if kind == "base":
         return {"prompts": Phase("slice", plan.prompts_slice)} if plan.base_needs(run) else {}
-    if verb == "score" and task not in CHOICE:
+    own = task in plan.config.own_tasks
+    if verb == "score" and task not in CHOICE and not own:
         found = {"prompts": prompts[task], "responses": Phase(f"generate_{task}", run)}
         if task != JUDGED:
             return found
         model = plan.config.data["eval"][JUDGED]["reward"]
         return found | {"start": start(plan, model), "adapter": Phase("train", model)}
-    found = {"prompts": prompts[task]} if verb in ("generate", "score") else {}
+    found = {"prompts": prompts[task]} if verb in ("generate", "score") and not own else {}
     if verb == "score" and (fewshot := choices.fewshot(plan.config.data["eval"], task)):
         found["fewshot"] = Phase("slice", fewshot)
     run, view = plan.config.view(run)
@@ -100,7 +99,7 @@ def phases_by_file(plan: Plan, named: Iterable[str]) -> dict[str, Phase]:
         *(Phase("slice", name) for name in plan.config.data["data"]["slices"]),
     ]
     words = {match[0] for path in named for match in re.finditer(r"[a-z][a-z0-9_]*(\.seed[1-9][0-9]*)?", path)}
-    words |= {name.removeprefix(f"{task}_") for name in words for task in plan.config.asked}
+    words |= {name.removeprefix(f"{task}_") for name in words for task in [*plan.config.asked, *plan.config.own_tasks]}
     known = {*plan.config.experiments, *plan.config.judged}
     extra = [name for name in sorted(words - {*models}) if name.split(".")[0] in known and not name.endswith(".seed1")]
     if "report" in plan.config.data:
@@ -108,7 +107,7 @@ def phases_by_file(plan: Plan, named: Iterable[str]) -> dict[str, Phase]:
         extra += comparison.runs(plan.config)
     for run in dict.fromkeys([*models, *plan.runs(), *extra]):
         kinds = [f"{verb}_{task}" for verb in ("generate", "score") for task in plan.config.asked]
-        kinds = [kind for kind in kinds if kind not in NEVER]
+        kinds = [kind for kind in kinds if kind not in NEVER] + [f"score_{task}" for task in plan.config.own_tasks]
         if run not in models:
             if plan.config.view(run)[1]:
                 pass  # judged alone

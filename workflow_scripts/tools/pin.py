@@ -10,13 +10,14 @@ layout stay. Needs the hub: it is asked, and nothing is guessed.
 
 import argparse
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from workflow_scripts.config.yaml_files import read_yaml
+from workflow_scripts.data import task_files
 from workflow_scripts.plumbing.jsonl import write_atomically
 from workflow_scripts.plumbing.messages import InputError
 from workflow_scripts.tools import runs
@@ -42,7 +43,7 @@ class Place:
 
 
 def places(text: str) -> list[Place]:
-    """Everything of a hub in a config: `hub: {id: ..., revision: ...}`, or `hub: ...` with `revision: ...` beside it."""
+    """Everything of a hub in a config: `hub: {id, revision}`, `hub` with `revision` beside it, the rows of a task of lm-eval."""
     root = yaml.compose(text, Loader=yaml.SafeLoader)
     return _below(text, root, []) if isinstance(root, yaml.MappingNode) else []
 
@@ -55,9 +56,21 @@ def _below(text: str, node: yaml.MappingNode, path: list[str]) -> list[Place]:
             mapping, name = (value, "id") if isinstance(value, yaml.MappingNode) else (node, "hub")
             place = _place(text, mapping, name, here)
             found += [place] if place else []
+        elif key.value == "lm_eval" and isinstance(value, yaml.MappingNode):
+            found += _of_task(text, value, here)
         elif isinstance(value, yaml.MappingNode):
             found += _below(text, value, here)
     return found
+
+
+def _of_task(text: str, mapping: yaml.MappingNode, path: list[str]) -> list[Place]:
+    """The hub's data set of a task of `eval.tasks`, which only the task's definition names."""
+    keys = {key.value: value.value for key, value in mapping.value}
+    name = "task" if "task" in keys else "file"
+    place = None if "data_files" in keys else _place(text, mapping, name, path)
+    file = place and (task_files.own_file(place.id) if name == "task" else Path(place.id))
+    hub = task_files.hub_of(task_files.read(file).data) if file else None
+    return [replace(place, id=hub["id"])] if place and hub and "revision" not in hub else []
 
 
 def _place(text: str, mapping: yaml.MappingNode, name: str, path: list[str]) -> Place | None:

@@ -10,6 +10,7 @@ answers. Rows are those of the slices that are there; a slice that is made anew 
 import contextlib
 import json
 import sys
+import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from typing import Any
 from workflow_scripts.config.experiments import VERIFIERS, rewards
 from workflow_scripts.config.names import CHOICE, DEVELOPMENT, EVALUATED
 from workflow_scripts.data import formats, slicing
-from workflow_scripts.evaluation import gsm8k, ifeval, lm_tasks
+from workflow_scripts.evaluation import gsm8k, ifeval, lm_tasks, own_tasks
 from workflow_scripts.evaluation import rows as judging
 from workflow_scripts.plan.plan import Plan
 from workflow_scripts.plumbing.jsonl import read_jsonl
@@ -38,6 +39,7 @@ TRIED: dict[str, tuple[dict, str]] = {
     "gsm8k": ({"final": "18"}, "He has 20 and gives away 2.\n#### 18"),
 }
 DECLARED = "declared"  # judges by a reward of the config's own
+OWN = "own"  # by a task of `eval.tasks`
 QUESTION = {"key": 1, "question": "Which one flies?", "choices": ["a", "b", "c", "d"], "answer": 0, "subject": "anatomy"}
 TARGETS = {"choices": ["a bird", "a stone"], "labels": [1, 0]}
 TRUTH = {"key": 1, "question": "What flies?", "mc1_targets": TARGETS, "mc2_targets": TARGETS}
@@ -51,7 +53,7 @@ def parts(plan: Plan, jobs: Iterable[Any]) -> list[dict]:
     jobs = list(jobs)
     evaluation, slices = plan.config.data["eval"], plan.config.data["data"]["slices"]
     anew = {job.wildcards.slice for job in jobs if job.rule.name == "slice_data"}
-    if not any(job.rule.name.startswith(("train_", "generate", "make_base", "lm_eval")) for job in jobs):
+    if not any(job.rule.name.startswith(("train_", "generate", "make_base", "lm_eval", "own_task")) for job in jobs):
         return []
 
     def rows(name: str) -> str:
@@ -73,6 +75,10 @@ def parts(plan: Plan, jobs: Iterable[Any]) -> list[dict]:
             names = {"asked": evaluation[task]["prompts"], "solved": evaluation[task].get("fewshot")}
             given = {key: {"made": rows(name), **source(name)} for key, name in names.items() if name}
             found[f"eval.{task}"] = {"judge": task, "shots": evaluation[task].get("shots", 0), **given}
+        elif job.rule.name == "own_task":
+            step = json.loads(job.params.step)
+            if "hub" not in step["config"]["lm_eval"]:  # those of a hub would be fetched for it
+                found[f"eval.tasks.{task}"] = {"judge": OWN, "config": step["config"], "inputs": plan.own_task_inputs(task)}
         elif job.rule.name.startswith("train_"):
             body = plan.experiment(job.wildcards.run)
             for name, settings in plan.declared(job.wildcards.run).items():
@@ -161,6 +167,24 @@ def first_two(asked: dict, kind: str) -> list[dict]:
     return found
 
 
+def own(judge: str, of: str, config: dict, inputs: list[str]) -> None:
+    """Make a task of `eval.tasks` with its rows, and ask its metric of an answer to the first."""
+    with tempfile.TemporaryDirectory() as cache:
+        _, task = own_tasks.load(config, [Path(file) for file in inputs], Path(cache))
+        doc = task.task_docs[0]
+        if task.OUTPUT_TYPE == "generate_until":
+            found = task.process_results(doc, [""])
+        else:
+            found = task.process_results(
+                doc, [(-1.0, False)] * (len(task.doc_to_choice(doc)) if task.config.doc_to_choice else 1)
+            )
+    name = config["metric"].partition(",")[0]
+    if found.get(name) not in (0, 1):
+        raise InputError(
+            f"{of}.metric: {name} of the first item is {found.get(name)!r}, expected 0 or 1: a verdict for each item"
+        )
+
+
 def questions_of(task: str, given: dict) -> list[dict]:
     """The rows of a slice that is there, or that its files will give; none where it comes from a hub."""
     if given["made"]:
@@ -173,7 +197,7 @@ def questions_of(task: str, given: dict) -> list[dict]:
 def main() -> None:
     for part in json.loads(sys.argv[1]):
         try:
-            judges: dict[str, Callable] = {DECLARED: declared_reward, **dict.fromkeys(CHOICE, choices)}
+            judges: dict[str, Callable] = {DECLARED: declared_reward, OWN: own, **dict.fromkeys(CHOICE, choices)}
             judges.get(part["judge"], answers)(**part)
         except (InputError, formats.Unusable) as error:
             sys.exit(str(error))

@@ -22,6 +22,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from workflow_scripts.artifacts.manifests import WEIGHTS
+from workflow_scripts.plan import records
 from workflow_scripts.tools import runs
 
 METRIC = runs.METRICS["ifeval"]
@@ -80,7 +81,11 @@ def describe(folder: Path, results: Path, now: float) -> dict:
     main = "rm" if files["rm"].exists() else "ifeval"  # a reward model answers nothing: its pairs are its score
     phases["scores"] = state_of_scores(files[main], runs.METRICS[main])
     scores = metrics["ifeval"]
-    size, changed = disk([folder, *files.values()])
+    others = {
+        task: path for path in sorted(folder.parent.glob(f"*_{folder.name}.json")) if (task := records.own_task_of(path))
+    }  # of `eval.tasks`
+    own = {task: runs.read_json(path) or {} for task, path in others.items() if path == runs.scores_file(folder, task)}
+    size, changed = disk([folder, *files.values(), *(runs.scores_file(folder, task) for task in own)])
     return {
         "run": str(folder.relative_to(results)),
         "phases": phases,
@@ -88,6 +93,7 @@ def describe(folder: Path, results: Path, now: float) -> dict:
         "stderr": scores.get(f"{METRIC}_stderr"),
         "prompts": scores.get("n_prompts"),
         **{task: metrics[task].get(metric) for task, metric in runs.METRICS.items() if task != "ifeval"},
+        "tasks": {task: found.get(found.get("metric", "")) for task, found in own.items()},
         "bytes": size,
         "age_s": None if changed is None else max(0, round(now - changed)),
     }
@@ -145,8 +151,9 @@ def table(found: list[dict]) -> str:
         row["prompt strict, %"] = "" if run["score"] is None else f"{100 * run['score']:.1f}{spread}"
         for task, title in TITLES.items():
             row[title] = "" if run[task] is None else f"{100 * run[task]:.1f}"
+        row |= {f"{task}, %": "" if share is None else f"{100 * share:.1f}" for task, share in run["tasks"].items()}
         rows.append(row | {"size": human_bytes(run["bytes"]), "age": human_age(run["age_s"])})
-    frame = pandas.DataFrame(rows)
+    frame = pandas.DataFrame(rows).fillna("")
     shown = [name for name in frame.columns if (frame[name] != "").any()]
     return frame[shown].to_string(index=False)
 

@@ -173,7 +173,7 @@ def check_records(finding: Finding, artifact: Artifact) -> None:
 def check_scores(finding: Finding, artifact: Artifact) -> None:
     """Score the responses again, by the same code and versions: equal scores, number by number."""
     step = artifact.data["step"]
-    if step["step"] in ("lm_eval_task", "judge_answers"):
+    if step["step"] in ("lm_eval_task", "judge_answers", "own_task"):
         finding.notes.append("not scored again: it takes a model")
         return
     places = {role: Path(path) for role, path in parent_places(finding.place, artifact).items()}

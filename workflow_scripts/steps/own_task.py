@@ -1,0 +1,76 @@
+"""Put a task of `eval.tasks` to a model and score it, by lm-eval's prompts, filters and metrics (evaluation/own_tasks.py).
+
+The model is the one that answers every other prompt: an adapter beside the weights that it was trained on, these in
+`eval.precision`; answers come from the same generator (steps/generate.py), log-likelihoods from the runner of MMLU. Both are one
+step: the scores, with the answers under `per_prompt`, are what it writes.
+
+    python -m workflow_scripts.steps.own_task --step results/arc_easy_dpo.json --out trial/arc_easy_dpo.json \\
+        --inputs results/sft_v2/merged/manifest.json results/dpo/adapter/manifest.json data/arc_easy.jsonl
+"""
+
+from typing import Any
+
+from workflow_scripts.artifacts import manifests
+from workflow_scripts.artifacts.fingerprint import fingerprint
+from workflow_scripts.steps import cli, generate, scoring
+
+
+def main(job: manifests.Job) -> None:
+    from workflow_scripts.evaluation import lm_tasks, own_tasks
+    from workflow_scripts.models import chat, device, distance, loading
+
+    config, step, parents = job.config, job.step, job.parents()
+    start, adapter, quant = parents["start"], parents.get("adapter"), config.get("quant")
+    device.prepare(step)
+    kept = job.work / fingerprint(step)
+    kept.mkdir(parents=True, exist_ok=True)
+    manager, task = own_tasks.load(config, job.inputs, kept / "rows")
+    model, with_adapter = loading.evaluated(start, adapter, job.work, step["device"], step["precision"], quant)
+    tokenizer = chat.tokenizer_of(start)
+    facts: dict[str, Any] = {"unpinned": True} if "revision" not in config["lm_eval"].get("hub", {"revision": ""}) else {}
+    if "generation" in config:
+        chat.decode_as_declared(model, tokenizer, config["decoding"])
+        lm = own_tasks.answering(
+            model, tokenizer, lambda *asked: _say(job, model, with_adapter, adapter, tokenizer, facts, *asked)
+        )
+    else:
+        if adapter is not None:
+            facts["distance"] = loading.check(distance.Peft(with_adapter), adapter, step["precision"], quant)
+        lm = lm_tasks.runner(model, tokenizer, config["batch_size"], job.out.stem)
+    samples = own_tasks.evaluate(lm, manager, task, config)
+    cut = lm.cut if isinstance(lm.cut, int) else sum(one["arguments"][0][0] in lm.cut for one in samples)
+    scores = own_tasks.score(config, task, samples, getattr(lm, "answers", []), cut)
+    print(table(scores))
+    with manifests.complete(job, "scores", parents) as draft:
+        draft.manifest |= scores | facts
+
+
+def _say(
+    job: manifests.Job, model: Any, with_adapter: Any, adapter: Any, tokenizer: Any, facts: dict,
+    texts: list[str], ids: list[list[int]], new: int,
+) -> list[dict]:  # fmt: skip
+    """The generator's answers; notes in `facts` who answered, and that the adapter does on that path what it did in training."""
+    from workflow_scripts.generation import generator
+    from workflow_scripts.generation.answers import Asked
+    from workflow_scripts.models import chat, distance, loading
+
+    config, step = job.config, job.step
+    who = generator.of(model, tokenizer, config["generation"], min(job.slots, len(ids)), max(map(len, ids)) + new)
+    facts["answered_by"] = "graphs" if isinstance(who, generator.InSlots) else f"hf, {who.size} at a time"
+    facts["generation_config"] = model.generation_config.to_diff_dict()
+    if adapter is not None:
+        path = who if isinstance(who, generator.InSlots) else distance.Peft(with_adapter)
+        facts["distance"] = loading.check(path, adapter, step["precision"], config.get("quant"))
+    saved = job.work / fingerprint(step) / "answers.jsonl"
+    asked = Asked(tuple(chat.ends(tokenizer, model)), new)
+    return generate.answer(who, tokenizer, asked, texts, ids, f"answers of {job.out.stem}", saved)
+
+
+def table(scores: dict) -> str:
+    """The metric that counts, then the others."""
+    lines = [scoring.line(scores, scores["metric"], scores["n_prompts"], "items")]
+    return "\n".join([*lines, *(f"{name:<24}{value:7.4f}" for name, value in scores["other"].items())])
+
+
+if __name__ == "__main__":
+    cli.run(main, __doc__)
