@@ -10,7 +10,7 @@ STAMP := $(VENV)/.installed
 DEV_STAMP := $(VENV)/.installed-dev
 QUIET := $(shell test -t 2 || echo --quiet)# on a terminal pip shows its progress
 
-.PHONY: demo setup setup-dev setup-cuda setup-mac test-quick test test-all test-gpu test-slurm test-study test-processors lint report lock clean clean-checkpoints smollm2 status fits why accept adopt verify chat push pin
+.PHONY: demo setup setup-dev setup-cuda setup-mac test-quick test test-all test-gpu test-slurm test-study test-processors lint report study lock clean clean-checkpoints smollm2 status fits why accept adopt verify chat push pin
 
 demo: setup
 	@$(BIN)/python -c "import os; print(f'phaseline: {os.cpu_count()} cores; about five minutes on two, six or seven without AVX512')"
@@ -117,6 +117,10 @@ lint: setup-dev
 # The comparison of all methods:  make report [CONFIG="config/config.yaml config/three_seeds.yaml"]
 report: setup
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/snakemake report $(if $(CONFIG),--configfile $(CONFIG))
+
+# The published comparison, made again from its files (docs/studies/smollm2): says of each page whether it is as it was.
+study: setup
+	@$(BIN)/python -m workflow_scripts.tools.study rebuild docs/studies/smollm2 --check
 
 # What there is:  make status [RESULTS=results]
 status: setup

@@ -1,7 +1,8 @@
 """What the user wrote: the config files laid over each other, and in which of them each key stands. Nothing is judged here.
 
 `config/methods.yaml` comes first (the methods' defaults and the constant LoRA and quantisation blocks), then the files that the
-user named, each merged over the one before, then what stands on the command line.
+user named, each merged over the one before, then what stands on the command line. An experiment, a model, an evaluation, a family
+or a control that is `null` there is left out.
 """
 
 import copy
@@ -16,6 +17,8 @@ from workflow_scripts.config.yaml_files import read_yaml
 from workflow_scripts.plumbing.messages import InputError
 
 METHODS_FILE = ROOT / "config" / "methods.yaml"
+# Blocks whose entries have names of the user's: `name: null` in a file leaves out what a file before it has there.
+NAMED = (("experiments",), ("models",), ("eval",), ("tune", "experiments"), ("report", "families"), ("report", "controls"))
 
 
 def merge(base: dict, over: dict) -> dict:
@@ -76,6 +79,13 @@ def _source(sources: list[tuple[str, dict]], path: list) -> str:
     return sources[-1][0]
 
 
+def _at(data: dict, path: tuple[str, ...]) -> dict:
+    """The mapping at `path`, {} where there is none."""
+    for key in path:
+        data = found if isinstance(found := data.get(key), dict) else {}
+    return data
+
+
 class Written:
     """The merged tree (`data`), the file of each key, and what follows from single blocks of it."""
 
@@ -94,6 +104,10 @@ class Written:
             more = {key: _read_again(value) if isinstance(value, dict | list) else value for key, value in more.items()}
             self._sources.append(("--config", more))
         self.data: dict[str, Any] = merge(methods, merge(copy.deepcopy(user), more))
+        for path in NAMED:
+            named, before = _at(self.data, path), [_at(data, path) for _, data in self._sources]
+            for name in [name for name, body in named.items() if body is None and any(one.get(name) for one in before)]:
+                del named[name]
 
     def fail(self, path: list, problem: str) -> InputError:
         """The error of a key: its file, its path, and what is wrong."""

@@ -8,6 +8,7 @@ import io
 import re
 
 import matplotlib
+import pandas
 
 matplotlib.use("svg")
 matplotlib.rcParams |= {
@@ -64,6 +65,27 @@ def forest(rows: list[dict], level: str, title: str) -> str:
     axes.set_xlabel(f"difference in percentage points; thick: {level} % interval, thin: all of this family at once")
     axes.grid(axis="x", color=INK, alpha=0.12, linewidth=0.6)
     return svg(figure, title)
+
+
+def arms(rows: pandas.DataFrame, labels: dict[str, str]) -> str:
+    """A file of its own: each experiment's mean, interval and seeds. rows: of `sections.arms`; labels: of the tasks."""
+    count = rows["experiment"].nunique()
+    figure, grid = pyplot.subplots(1, len(labels), figsize=(0.6 + 6.4 * len(labels), 0.9 + 0.26 * count), squeeze=False)
+    for axes, (task, label) in zip(grid.flat, labels.items(), strict=True):
+        shown = rows[rows["task"] == task]
+        for y, row in enumerate(reversed(list(shown.itertuples()))):
+            axes.plot([100 * row.low, 100 * row.high], [y, y], color=LINES[0], linewidth=3, alpha=0.35, solid_capstyle="butt")
+            axes.plot([100 * float(one) for one in row.each.split()], [y] * row.seeds, "o", color=LINES[0], markersize=3)
+            axes.plot([100 * row.mean], [y], "|", color=LINES[0], markersize=11, markeredgewidth=2)
+            if row.experiment == "base":
+                axes.axvline(100 * row.mean, color=INK, linewidth=0.8, linestyle=":")
+        axes.set_yticks(range(len(shown)), list(reversed(list(shown["experiment"]))))
+        axes.tick_params(axis="y", length=0)
+        axes.set_xlabel(f"{label}, %; points: seeds, bands: 95 % over prompts and seeds", fontsize=8)
+        axes.grid(axis="x", color=INK, alpha=0.12, linewidth=0.6)
+    figure.tight_layout()
+    text = svg(figure, "scores with intervals").replace("currentColor", NEUTRAL)  # as an image it has no page to follow
+    return text + "\n"
 
 
 def curves(panels: dict[str, dict[str, list]], title: str) -> str:

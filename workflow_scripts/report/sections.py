@@ -5,6 +5,7 @@ from collections import Counter
 from typing import Any
 
 import numpy
+import pandas
 
 from workflow_scripts.config.names import METRIC, answered, metric_of
 from workflow_scripts.report import collect, figures
@@ -46,6 +47,20 @@ def scores(world: World) -> list[dict]:
         loose = [world.scores["ifeval", run]["prompt_level_loose_acc"] for run in runs]
         rows.append(row | {"loose": percent(float(numpy.mean(loose))), "instructions": mean_and_error(followed)})
     return rows
+
+
+def arms(world: World) -> pandas.DataFrame:
+    """A row for each task and experiment: mean over its seeds, 95 % interval over prompts and seeds, and each seed's score."""
+    rows = []
+    for task in world.config["tasks"]:
+        for name in models(world):
+            found = list(dict.fromkeys(world.seeded(name)))
+            clusters: list = [world.clusters(task, run) for run in found]
+            arm = accuracy.of_arm(clusters)
+            each = " ".join(f"{world.scores[task, run][metric_of(task, world.scores[task, run])]:.6g}" for run in found)
+            rows.append({"task": task, "experiment": name, "mean": arm.mean, "stderr": arm.stderr, "low": arm.low,
+                         "high": arm.high, "seeds": arm.seeds, "prompts": arm.prompts, "each": each})  # fmt: skip
+    return pandas.DataFrame(rows)
 
 
 def mean_and_error(runs: list) -> str:

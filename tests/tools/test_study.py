@@ -1,0 +1,115 @@
+"""A comparison that is published: frozen from results that were drawn, rebuilt without them; and the one in docs/studies."""
+
+import contextlib
+import json
+import re
+import shutil
+from pathlib import Path
+
+import numpy
+import pytest
+
+from tests.conftest import ROOT
+from tests.support import report_world
+from workflow_scripts.plumbing.messages import InputError
+from workflow_scripts.tools import study
+
+NUMBER = r"(\d+\.\d+)"  # whole numbers are counts, seeds and colours: those are equal
+PAGES = {"main.html", "main.csv", "main_scores.csv", "main.svg"}
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory) -> Path:
+    """A folder with a config and its results, each with the step that it would have had on another machine."""
+    folder = tmp_path_factory.mktemp("made")
+    plan = report_world.make(folder, report_world.write_config(folder))
+    with contextlib.chdir(folder):
+        for role in plan.step("report", "")["parents"]:
+            for path, kind, run in study.phases(plan, role):
+                data = json.loads(path.read_text())
+                step = plan.step(kind, run)
+                data |= {"step": step | {"code": {"elsewhere": "1"}}, "fingerprint": "f" * 32}
+                path.write_text(json.dumps(data))
+    return folder
+
+
+@pytest.fixture
+def copy(made, tmp_path) -> Path:
+    shutil.copytree(made, tmp_path / "copy")
+    return tmp_path / "copy"
+
+
+def freeze(folder: Path, *more: Path) -> None:
+    with contextlib.chdir(folder):
+        study.freeze(Path("study"), {"main": [Path("world.yaml"), *more]}, [])
+
+
+def test_what_was_made_elsewhere_is_frozen_and_rebuilt_without_results_or_config(copy, tmp_path, capsys):
+    freeze(copy)
+    (tmp_path / "there").mkdir()
+    shutil.move(copy / "study", tmp_path / "there/study")
+    shutil.rmtree(copy)
+    assert not study.rebuild(tmp_path / "there/study", tmp_path / "there/study")
+    assert {path.name for path in (tmp_path / "there/study").iterdir()} == PAGES | {"main.step.json", study.ARCHIVE}
+    assert capsys.readouterr().out.count("new") == 4
+    assert study.rebuild(tmp_path / "there/study", tmp_path / "there/study")
+    said = capsys.readouterr().out
+    assert (
+        said.count("as it was") == 4
+        and "null control: passed" in said
+        and "primary: dpo against sft_v2_merged: better by" in said
+    )
+
+
+def test_the_same_results_give_the_same_archive(copy):
+    freeze(copy)
+    first = (copy / "study" / study.ARCHIVE).read_bytes()
+    for path in (copy / "results").rglob("*.json"):
+        path.touch()
+    freeze(copy)
+    assert (copy / "study" / study.ARCHIVE).read_bytes() == first
+
+
+def test_a_changed_verdict_is_another_page(copy, capsys):
+    freeze(copy)
+    study.rebuild(copy / "study", copy / "study")
+    path = copy / "results/ifeval_dpo.json"
+    data = json.loads(path.read_text())
+    row = next(row for row in data["per_prompt"] if row["follow_instruction_list_strict"] == [True])
+    row["follow_instruction_list_strict"] = [False]
+    data["prompt_level_strict_acc"] -= 1 / data["n_prompts"]
+    path.write_text(json.dumps(data))
+    freeze(copy)
+    capsys.readouterr()
+    assert not study.rebuild(copy / "study", copy / "study")
+    assert "main_scores.csv: another than it was" in capsys.readouterr().out
+
+
+def test_a_phase_of_another_config_is_not_frozen(copy):
+    (copy / "other.yaml").write_text("methods: {dpo: {train: {learning_rate: 0.123}}}\n")
+    with pytest.raises(InputError, match=r"results/dpo/adapter/manifest.json: train.learning_rate: made with .*, planned 0.123"):
+        freeze(copy, Path("other.yaml"))
+    assert not (copy / "study").exists()
+
+
+def test_a_missing_score_is_one_line(copy):
+    (copy / "results/ifeval_kto.seed2.json").unlink()
+    with pytest.raises(InputError, match=r"results/ifeval_kto\.seed2\.json"):
+        freeze(copy)
+
+
+def test_a_folder_that_is_none_is_one_line(tmp_path):
+    with pytest.raises(InputError, match="no results.tar.xz with a NAME.step.json"):
+        study.rebuild(tmp_path, tmp_path)
+
+
+def test_the_published_study_is_what_its_files_say(tmp_path):
+    """`make study`: the same bytes, but for what another processor's arithmetic does to a last digit. After a change of the
+    report's code: make study, and look at what changed."""
+    folder = ROOT / "docs/studies/smollm2"
+    study.rebuild(folder, tmp_path)
+    assert len(list(tmp_path.iterdir())) == 8
+    for path in tmp_path.iterdir():
+        new, old = (re.split(NUMBER, (where / path.name).read_text(encoding="utf-8")) for where in (tmp_path, folder))
+        assert new[::2] == old[::2], f"{path.name}: run make study"
+        assert numpy.allclose(numpy.array(new[1::2], float), numpy.array(old[1::2], float), rtol=1e-4, atol=0.11), path.name
