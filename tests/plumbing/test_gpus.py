@@ -216,6 +216,7 @@ def test_what_others_use_is_not_given_away(host, named):
         assert host.waits("b")
         host.release("a")
         assert host.until("end", "b") == first
+    assert "others use 15.6 GiB" in host.begun["b"].communicate()[1]
 
 
 @pytest.mark.slow
