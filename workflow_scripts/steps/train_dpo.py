@@ -39,10 +39,7 @@ def main(job: manifests.Job) -> None:
     model = loading.load(start, job.work, step["device"], step["precision"], config.get("quant"))
     speed.unpad(model, job)
 
-    fields = ("id", "prompt", "chosen", "rejected")
-    given = tuple(trainers.data_set([{key: row[key] for key in fields} for row in short[heldout]]) for heldout in (False, True))
-    if config.get("flip_labels"):  # held-out rows stay as they are: on them the objective has to go the wrong way
-        given = (given[0].rename_columns({"chosen": "rejected", "rejected": "chosen"}), given[1])
+    given = trainers.pairs(short, config)
     trainer = DPOTrainer(
         model=model,
         args=DPOConfig(**trainers.arguments(job), **config["train"], disable_dropout=False),
