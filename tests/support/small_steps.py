@@ -129,7 +129,7 @@ def train_config(experiment: str, **more) -> dict:
     if "reward" in body:
         config |= {"reward": rewards(body), "generation": CONFIG.data["generation"]["rollouts"]}
     for key, value in more.items():
-        (config if key in config else config["train"])[key] = value
+        (config if key in config or key == "flip_labels" else config["train"])[key] = value
     if config["quantise"] != "none":
         config["quant"] = QUANT
     return config
