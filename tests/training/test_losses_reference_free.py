@@ -5,6 +5,7 @@ Each check is also held against losses that are broken on purpose, and has to re
 
 import importlib
 from functools import partial
+from types import SimpleNamespace
 
 import numpy
 import pytest
@@ -36,6 +37,23 @@ def test_the_loss_of_a_pair_equals_the_one_worked_by_hand(method):
     found, better, worse = loss(*PAIRS)
     assert found.tolist() == pytest.approx(wanted, abs=1e-5)
     assert (better - worse).tolist() == pytest.approx(margins, abs=1e-5)
+
+
+def test_the_formulas_are_those_of_trls_own_trainers():
+    """What is left of these trainers here; their likelihood term is another mean, which is left out of the comparison."""
+    from trl.experimental.cpo import CPOTrainer
+    from trl.experimental.orpo import ORPOTrainer
+
+    chosen, rejected, n_chosen, n_rejected = PAIRS
+    common = {"accelerator": SimpleNamespace(device="cpu"), "label_smoothing": 0.0, "alpha": 0.0, "simpo_gamma": 1.0}
+    theirs, *_ = CPOTrainer.cpo_loss(
+        SimpleNamespace(**common, loss_type="simpo", beta=2.0), chosen / n_chosen, rejected / n_rejected
+    )
+    assert BY_HAND["simpo"][0](*PAIRS)[0].tolist() == pytest.approx(theirs.tolist(), rel=1e-6)
+    theirs, *_ = CPOTrainer.cpo_loss(SimpleNamespace(**common, loss_type="sigmoid", beta=0.1), chosen, rejected)
+    assert train_cpo.loss(*PAIRS, beta=0.1, alpha=0.0)[0].tolist() == pytest.approx(theirs.tolist(), rel=1e-6)
+    theirs, *_ = ORPOTrainer.odds_ratio_loss(SimpleNamespace(**common, beta=0.1), chosen / n_chosen, rejected / n_rejected)
+    assert train_orpo.loss(*PAIRS, beta=0.1)[0].tolist() == pytest.approx((-chosen / n_chosen - theirs).tolist(), rel=1e-5)
 
 
 def test_an_answer_that_is_certain_has_finite_odds_and_a_gradient():

@@ -3,10 +3,10 @@
 TRL 1.16 has trainers of its own for these, `trl.experimental.cpo` and `.orpo`. They are from before its DPO trainer was
 rewritten, and none of what makes two methods comparable here holds in them: the rendered conversation gets a second end of
 turn, behind the line break that a template writes after the first; ORPO's likelihood counts the prompt; what is longer than
-`max_length` is cut; on a 4-bit base the adapter is bf16 and norms and embeddings are made fp32; no batch says which of its
-tokens are the answer; the logits of a whole batch are in memory at once. What is left of them is the loss, a few lines that
-each step says for itself (steps/train_simpo.py, train_cpo.py, train_orpo.py). All else, from the tokens to the mask, is what
-DPO has, so that a comparison with DPO is one of losses.
+`max_length` is cut; on a 4-bit base the adapter is bf16 and norms and embeddings are made fp32; and the logits of a whole batch
+are in memory at once. What is left of them is the loss, a few lines that each step says for itself (steps/train_simpo.py,
+train_cpo.py, train_orpo.py). All else, from the tokens to the mask, is what DPO has, so that a comparison with DPO is one of
+losses.
 
 A mixture of experts trains without its auxiliary loss.
 """
@@ -32,7 +32,7 @@ class PairsTrainer(DPOTrainer):
         self.loss_of_pairs = loss
 
     def _compute_loss(self, model: Any, inputs: dict[str, Tensor], return_outputs: bool) -> Tensor:
-        """In place of TRL's. A batch holds all chosen answers, then all rejected ones; logs what TRL logs for DPO."""
+        """In place of TRL's. A batch holds all chosen answers, then all rejected ones."""
         assert not return_outputs
         labels = inputs["input_ids"].masked_fill(inputs["completion_mask"] == 0, IGNORE)
         taken = {"input_ids": inputs["input_ids"], "attention_mask": inputs["attention_mask"], "use_cache": False}
