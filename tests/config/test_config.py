@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 from workflow_scripts.config.config import Config, load
-from workflow_scripts.config.experiments import rewards
+from workflow_scripts.config.experiments import REFERENCE_FREE, rewards
 from workflow_scripts.config.names import run_name
 from workflow_scripts.config.schema import SCHEMA
 from workflow_scripts.config.written import METHODS_FILE, merge
@@ -24,7 +24,7 @@ SWEEP = ROOT / "config" / "rank_sweep.yaml"
 # What names a base stands alone; the others are overlays.
 ALONE = sorted(path for path in (ROOT / "config").glob("*.yaml") if re.search(r"^  source: ", path.read_text(), flags=re.M))
 SHIPPED = [files for path in ALONE for files in ([path], [path, SWEEP])]
-OVER = {"qwen05b": ("qwen7b", "large_gpu"), "smollm2": ("smollm2_quick", "large_gpu")}
+OVER = {"config": ("reference_free",), "qwen05b": ("qwen7b", "large_gpu"), "smollm2": ("smollm2_quick", "large_gpu")}
 SHIPPED += [[ROOT / f"config/{name}.yaml", ROOT / f"config/{over}.yaml"] for name, overs in OVER.items() for over in overs]
 shipped = pytest.mark.parametrize("files", SHIPPED, ids=lambda files: " ".join(path.stem for path in files))
 HUB = "hub: a/b, split: train, shuffle_buffer: 9"
@@ -53,14 +53,14 @@ def mistakes(tmp_path):
 LORA = "one block for all methods.*Set the global `lora:` on top"
 TRL_CONFIGS = {
     "sft": "SFTConfig",
-    "dpo": "DPOConfig",
+    **dict.fromkeys(("dpo", "simpo", "cpo", "orpo"), "DPOConfig"),
     "kto": "KTOConfig",
     "rm": "RewardConfig",
-    "ppo": "GRPOConfig",
-    "grpo": "GRPOConfig",
+    **dict.fromkeys(("ppo", "grpo"), "GRPOConfig"),
     "rloo": "RLOOConfig",
 }
 
+OF_CPO = {"simpo_gamma", "cpo_alpha"}  # fields of TRL's CPOConfig, which goes with a trainer that is not used
 MISTAKES = {
     # overlay: (key path, what the line says, remedy included)
     "experiments: {dpo: {lora: {r: 8}}}": ("experiments.dpo.lora.r", LORA),
@@ -95,7 +95,7 @@ MISTAKES = {
     "experiments: {dpo: {betta: 0.2}}": ("experiments.dpo.betta", "unknown key; known here: class_weights, extends"),
     "experiments: {dpo: {train: {betta: 0.2}}}": ("experiments.dpo.train.betta", "unknown key for method dpo; .* beta,"),
     "methods: {dpo: {train: {betta: 0.2}}}": ("methods.dpo.train.betta", "unknown key; known here: .*beta"),
-    "methods: {orpo: {}}": ("methods.orpo", "unknown key; known here: dpo, grpo, kto, ppo, rloo, rm, sft"),
+    "methods: {orpoo: {}}": ("methods.orpoo", "unknown key; known here: cpo, dpo, grpo, kto, orpo, ppo, rloo, rm, sft"),
     "experiments: {ppo: {ppo: {lambda: 1}}}": ("experiments.ppo.ppo.lambda", "unknown key for method ppo; .* lam,"),
     "experiments: {ppo: {train: {num_generations: 4}}}": ("experiments.ppo.train.num_generations", "unknown key for method ppo"),
     "data: {slices: {sft: {heldot: 3}}}": ("data.slices.sft.heldot", "unknown key; known here: format, group_by, heldout, kind"),
@@ -116,7 +116,7 @@ MISTAKES = {
     "experiments: {w: {extends: x}, x: {extends: y}, y: {extends: x}}": ("experiments.y.extends", "a loop: x -> y -> x"),
     "experiments: {x: {extends: nothing}}": ("experiments.x.extends", "found 'nothing', expected one of dpo"),
     "experiments: {x: {train: {}}}": ("experiments.x.method", "missing; name a method, or an experiment with `extends:`"),
-    "experiments: {x: {method: orpo}}": ("experiments.x.method", "found the string 'orpo', expected one of sft, dpo, kto"),
+    "experiments: {x: {method: spo}}": ("experiments.x.method", "found the string 'spo', expected one of sft, dpo, simpo"),
     "experiments: {x: {method: sft, slice: pairs}}": (
         "experiments.x.slice", "found 'pairs', expected a slice of kind sft to train on: sft"),
     "methods: {dpo: {slice: pears}}": ("methods.dpo.slice", "found 'pears', expected a slice of kind preference to"),
@@ -350,10 +350,11 @@ def test_every_key_of_the_schema_is_a_field_of_the_trl_config_that_it_goes_to():
     import trl
 
     parts = {method: [f"train_{method}", "train_rollouts"][: 2 if method in ("grpo", "rloo") else 1] for method in TRL_CONFIGS}
+    parts |= {method: ["train_reference_free", f"train_{method}"][: 2 if method != "orpo" else 1] for method in REFERENCE_FREE}
     for method, name in TRL_CONFIGS.items():
         fields = {field.name for field in dataclasses.fields(getattr(trl, name))}
         keys = {key for part in ("train", *parts[method]) for key in SCHEMA["$defs"][part]["properties"]}
-        assert keys <= fields, sorted(keys - fields)
+        assert keys - OF_CPO <= fields, sorted(keys - fields)
         assert "learning_rate" in keys
         required = SCHEMA["$defs"][f"method_{method}"]["properties"]["train"]["allOf"]
         assert {one["$ref"].rsplit("/", 1)[-1] for one in required} == {"train", *parts[method]}
@@ -371,9 +372,10 @@ def test_each_experiment_of_a_shipped_config_makes_its_real_trl_config(files, tm
         step = plan.step("train", name) | {"device": "cpu", "precision": "fp32"}
         step["config"] = step["config"] | {"optim": "adamw_torch"}
         job = SimpleNamespace(step=step, config=step["config"], work=tmp_path, track="none", run=name)
-        made = getattr(trl, TRL_CONFIGS[step["config"]["method"]])(**trainers.arguments(job), **step["config"]["train"])
+        train = {key: value for key, value in step["config"]["train"].items() if key not in OF_CPO}
+        made = getattr(trl, TRL_CONFIGS[step["config"]["method"]])(**trainers.arguments(job), **train)
         assert made.use_cpu and made.seed == made.data_seed == 1 and made.report_to == [] and not made.bf16
-        for key, value in step["config"]["train"].items():
+        for key, value in train.items():
             given = getattr(made, key)
             assert given == value or given == [value], (name, key, given)  # TRL keeps DPO's losses as a list
             assert not isinstance(given, str) or isinstance(value, str), (name, key)

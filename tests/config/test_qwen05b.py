@@ -42,7 +42,10 @@ def test_the_study_has_the_numbers_of_its_design(study):
     experiments = study.config.experiments
     others = {"kto", "rm", "ppo", "grpo", "rloo", "grpo_if", "rloo_if", "grpo_rm", "rloo_rm"}
     others |= {"grpo_random", "grpo_shuffled"}
-    assert set(experiments) == {"sft_v1", "sft_v2", "dpo", "dpo_ipo", "dpo_hinge", "dpo_4bit", "dpo_flipped"} | others
+    assert (
+        set(experiments)
+        == {"sft_v1", "sft_v2", "dpo", "dpo_ipo", "dpo_hinge", "dpo_4bit", "dpo_flipped", "simpo", "orpo"} | others
+    )
     common = {"num_train_epochs": 1, "warmup_steps": 0.03, "lr_scheduler_type": "cosine", "gradient_checkpointing": True}
     for name, body in experiments.items():
         train = body["train"]
@@ -58,8 +61,10 @@ def test_the_study_has_the_numbers_of_its_design(study):
             room = 1024 if name in ("grpo_if", "rloo_if") else 512  # the longest instruction asks for 500 words
             assert "reward" not in body or train["max_completion_length"] == room
         else:
-            assert (train["learning_rate"], shape, train["max_length"], train["beta"]) == (5.0e-6, (2, 8), 1024, 0.1)
-            assert body["quantise"] == ("nf4" if name == "dpo_4bit" else "none") and body["start_from"] == "sft_v2"
+            assert (train["learning_rate"], shape, train["max_length"]) == (5.0e-6, (2, 8), 1024)
+            assert train["beta"] == (2.0 if name == "simpo" else 0.1)
+            nf4 = name in ("dpo_4bit", "simpo", "orpo")
+            assert body["quantise"] == ("nf4" if nf4 else "none") and body["start_from"] == "sft_v2"
     assert [experiments[name]["train"]["assistant_only_loss"] for name in ("sft_v1", "sft_v2")] == [False, True]
     assert experiments["kto"]["train"]["beta"] == 0.1 and experiments["kto"]["class_weights"] == "ratio"
     for name in ("grpo", "rloo"):

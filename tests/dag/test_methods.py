@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from tests.conftest import WORLD, Clone
+from tests.conftest import MICRO, WORLD, Clone
 from tests.support import gains
 
 
@@ -42,3 +42,17 @@ def test_each_method_in_the_micro_world_and_a_reward_model_that_learned_nothing(
     assert clone.plan(*targets, "results/rm/rm_eval.json", configs=configs) == {}
     weak = clone.snakemake("results/ifeval_grpo.json", configs=clone.overlay("experiments: {grpo: {reward: rm}}"), check=False)
     assert weak.returncode == 1 and "not above chance" in weak.stderr
+
+
+@pytest.mark.long
+def test_losses_on_pairs_in_the_micro_world_and_a_control_with_flipped_labels(clone):
+    configs = [*MICRO, "config/reference_free.yaml"]
+    names = ("simpo", "cpo", "orpo", "simpo_flipped", "dpo_mpo")
+    targets = [f"results/ifeval_{name}.json" for name in names]
+    clone.snakemake(*targets, configs=configs)
+    read = {name: json.loads((clone.folder / f"results/{name}/adapter/manifest.json").read_text()) for name in names}
+    assert len({manifest["step"]["parents"]["rows"] for manifest in read.values()}) == 1  # the same pairs
+    assert len({manifest["rows"]["ids_sha256"] for manifest in read.values()}) == 1
+    assert read["simpo"]["objective"]["before"] == read["simpo_flipped"]["objective"]["before"]  # held-out labels stay right
+    assert read["simpo"]["objective"]["after"] != read["simpo_flipped"]["objective"]["after"]
+    assert all((clone.folder / target).exists() for target in targets) and clone.plan(*targets, configs=configs) == {}

@@ -22,7 +22,7 @@ OTHERS = {
     "precision",
     "eval.precision",
     "data.max_drop",
-    *(f"methods.{method}.max_left_out" for method in ("dpo", "kto", "rm")),
+    *(f"methods.{method}.max_left_out" for method in ("dpo", "simpo", "orpo", "kto", "rm")),
     "methods.ppo.require_reward_above_chance",
 }
 

@@ -11,7 +11,18 @@ PAGE = (ROOT / "docs/methods.md").read_text(encoding="utf-8")
 SHIPPED = yaml.safe_load((ROOT / "config/methods.yaml").read_text(encoding="utf-8"))
 SECTION = PAGE[PAGE.index("## Departures from the published recipes") :]
 DEPARTURES = dict(part.split("\n", 1) for part in SECTION.split("\n### ")[1:])
-HEADINGS = {"SFT": "sft", "DPO": "dpo", "KTO": "kto", "Reward model": "rm", "PPO": "ppo", "GRPO": "grpo", "RLOO": "rloo"}
+HEADINGS = {
+    "SFT": "sft",
+    "DPO": "dpo",
+    "SimPO": "simpo",
+    "CPO": "cpo",
+    "ORPO": "orpo",
+    "KTO": "kto",
+    "Reward model": "rm",
+    "PPO": "ppo",
+    "GRPO": "grpo",
+    "RLOO": "rloo",
+}
 
 
 @pytest.mark.parametrize(("heading", "method"), HEADINGS.items())
@@ -27,8 +38,8 @@ def test_the_table_of_what_is_common_says_what_is_shipped():
     table, lora = DEPARTURES["All methods"], SHIPPED["lora"]
     assert f"r {lora['r']}, alpha {lora['alpha']}, dropout {lora['dropout']} |" in table
     train = {name: block["train"] for name, block in SHIPPED["methods"].items()}
-    sampled = {train[name]["learning_rate"] for name in ("dpo", "kto", "ppo", "grpo", "rloo")}
-    assert sampled == {5e-6} and "5e-6 for DPO, KTO, PPO, GRPO and RLOO" in table
+    sampled = {train[name]["learning_rate"] for name in ("dpo", "simpo", "cpo", "orpo", "kto", "ppo", "grpo", "rloo")}
+    assert sampled == {5e-6} and "5e-6 for DPO, KTO, PPO, GRPO and RLOO, and for SimPO, CPO and ORPO" in table
     common = {(t["lr_scheduler_type"], t["warmup_steps"], t["num_train_epochs"], t["max_grad_norm"]) for t in train.values()}
     assert common == {("cosine", 0.03, 1, 1.0)} and "cosine to 0, warm-up 3 %, 1 epoch" in table
     full = {name for name, block in SHIPPED["methods"].items() if block["quantise"] == "none"}

@@ -110,7 +110,7 @@ WAYS = {"unpadded": {"unpadded": True}, "dequantised": {"unpadded": True, "dequa
         "compiled": {"unpadded": True, "dequantised": True, "compiled": 1}}  # fmt: skip
 
 
-@pytest.mark.parametrize("experiment", ["sft_v2", "dpo", "kto", "rm"])
+@pytest.mark.parametrize("experiment", ["sft_v2", "dpo", "simpo", "kto", "rm"])
 def test_each_way_of_speed_has_the_loss_trajectory_of_the_plain_one(experiment, folder, base, slices, chain):
     start = base if experiment == "sft_v2" else chain[1].path
     rows = slices["sft" if experiment == "sft_v2" else "dpo"]

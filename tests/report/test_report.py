@@ -73,7 +73,7 @@ def test_a_family_that_compares_data_too_says_so_from_the_config(html, made):
     families = configs.load(ROOT / "config/smollm2.yaml").data["report"]["families"]
     assert {name: bool(judge.mixed(world, family)) for name, family in families.items()} == {
         "primary": False, "methods": False, "base": True, "precision": False, "gsm8k": True,
-        "instructions": False, "placebo": True,
+        "instructions": False, "placebo": True, "reference_free": False, "losses": False,
     }  # fmt: skip
 
 

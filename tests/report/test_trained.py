@@ -41,6 +41,9 @@ def test_the_interval_is_students_with_n_minus_1():
         ("rm", {"accuracy": (0.5, 0.6, 0.1, 20), "margin": (0.0, 0.5, 0.1, 20)}, NOT_SEEN),
         ("kto", {"accuracy": (None, None, None, 0), "margin": (0.0, 0.5, 0.1, 20)}, TRAINED),  # no prompt with both answers
         ("kto", {"accuracy": (0.0, 0.9, None, 1), "margin": (0.0, 0.0, 0.0, 20)}, NOT_SEEN),  # one that failed is enough
+        ("simpo", {"accuracy": (0.7, 0.7, 0.1, 20), "margin": (1.0, 1.5, 0.1, 20), "nll": (2.0, 2.1, 0.1, 20)}, TRAINED),
+        ("orpo", {"accuracy": (0.7, 0.9, 0.01, 20), "margin": (1.0, 1.0, 0.1, 20)}, NOT_SEEN),  # ordered before: the margin
+        ("cpo", {"margin": (1.0, 0.5, 0.1, 20)}, WRONG_WAY),
         ("grpo", {"reward": (0.2, 0.4, 0.05, 20), "tokens": (9, 1, 0.1, 20)}, TRAINED),
         ("ppo", {"reward": (0.4, 0.2, 0.05, 20)}, WRONG_WAY),
         ("dpo", {"accuracy": (0.0, 0.2, 0.05, 20), "margin": (0.0, -0.5, 0.1, 20)}, WRONG_WAY),

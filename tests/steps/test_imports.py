@@ -26,6 +26,7 @@ MAY_LOAD = {
     ("generate", "judge_answers", "lm_eval_task", "make_base", "merge", "own_task"): ANSWER,
     ("eval_rm",): {*TRAIN, "scipy.stats"} - {"trl"},
     ("train_dpo", "train_grpo", "train_kto", "train_ppo", "train_rloo", "train_rm", "train_sft"): TRAIN,
+    ("train_cpo", "train_orpo", "train_simpo"): TRAIN,
     ("report",): {"matplotlib", "numpy", "pandas", "pyarrow", "scipy.stats", "statsmodels"},
 }
 

@@ -219,8 +219,8 @@ NO_STEP = """steps/cli plumbing/cards plumbing/content_cache plumbing/gpus plumb
 plumbing/startup artifacts/runinfo artifacts/work artifacts/fingerprint artifacts/own_code config/declared data/hub
 evaluation/rows config/__init__ config/config config/schema_errors
 config/yaml_files config/bases config/comparison config/choices config/judged config/names config/sweep config/written
-config/tuning config/own_tasks config/schema config/experiments config/references config/slices plan/__init__ plan/plan
-plan/places plan/graph plan/steps plan/records plan/estimate plan/gpu_memory plan/passes plan/patterns plan/shape
+config/tuning config/own_tasks config/losses config/schema config/experiments config/references config/slices plan/__init__
+plan/plan plan/places plan/graph plan/steps plan/records plan/estimate plan/gpu_memory plan/passes plan/patterns plan/shape
 plumbing/environment models/sources models/templates""".split()
 # The report, which is no target here, and multiple choice, tasks of lm-eval and tuning, which this config has not
 REPORT = """steps/select stats/selection report/__init__ report/capacity report/collect report/figures report/judge report/page
@@ -261,6 +261,7 @@ CODE: dict[str, list[str]] = {
     "steps/scoring.py": SCORE,
     "evaluation/gsm8k.py": ["score_gsm8k"],
     "data/unpaired.py": ["train_kto"],
+    **dict.fromkeys(("training/reference_free.py", *(f"steps/train_{method}.py" for method in ("simpo", "cpo", "orpo"))), []),
     "evaluation/ifeval.py": ["score_ifeval", *ROLLOUTS],
     "evaluation/nltk_data/tokenizers/punkt_tab/english/abbrev_types.txt": ["score_ifeval", *ROLLOUTS],
     "rl/__init__.py": ["eval_rm", "train_rm", *ROLLOUTS],

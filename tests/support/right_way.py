@@ -22,6 +22,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "sft_v2": {"learning_rate": 3.0e-3, "per_device_eval_batch_size": 5},
     "dpo": {"learning_rate": 2.0e-3, "per_device_eval_batch_size": 5},
     "kto": {"learning_rate": 2.0e-3, "per_device_eval_batch_size": 5},
+    **dict.fromkeys(("simpo", "cpo", "orpo"), {"learning_rate": 2.0e-3}),
     "rm": {"learning_rate": 3.0e-3, "per_device_eval_batch_size": 5, "num_train_epochs": 2},
     "ppo_ifeval": {"learning_rate": 2.0e-3, "max_steps": 40, "max_completion_length": 36},
     "grpo": {"learning_rate": 3.0e-3, "max_steps": 6, "max_completion_length": 36},
@@ -51,7 +52,8 @@ ROWS = {
     "few_pairs": lambda: world.preference_rows(200 + HELDOUT["few_pairs"], seed=1),
     "instructions": lambda: instructions(80 + HELDOUT["instructions"]),
 }
-KIND = {"sft_v2": "sft", "dpo": "few_pairs", "kto": "pairs", "rm": "pairs"} | dict.fromkeys(ROLLOUTS, "instructions")
+KIND = {"sft_v2": "sft", "kto": "pairs", "rm": "pairs"} | dict.fromkeys(("dpo", "simpo", "cpo", "orpo"), "few_pairs")
+KIND |= dict.fromkeys(ROLLOUTS, "instructions")
 
 
 class RightWay:

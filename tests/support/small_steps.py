@@ -1,6 +1,7 @@
 """A base model of a few thousand weights, slices and jobs made by hand: enough to run the real steps in-process, in seconds.
 
-The settings are the tiny world's own, read from config/config.yaml, so that a test sees what a step is really given.
+The settings are the tiny world's own, read from config/config.yaml and config/reference_free.yaml, so that a test sees what a
+step is really given.
 """
 
 import copy
@@ -20,7 +21,7 @@ from workflow_scripts.config.experiments import rewards
 from workflow_scripts.tiny import world
 
 ROOT = Path(__file__).resolve().parents[2]
-CONFIG = config.load(ROOT / "config" / "config.yaml")
+CONFIG = config.load(ROOT / "config" / "config.yaml", ROOT / "config" / "reference_free.yaml")
 LORA, QUANT = CONFIG.data["lora"], CONFIG.data["quant"]
 SHAPE = {
     "hidden_size": 32,
@@ -128,7 +129,7 @@ def train_config(experiment: str, **more) -> dict:
     if "reward" in body:
         config |= {"reward": rewards(body), "generation": CONFIG.data["generation"]["rollouts"]}
     for key, value in more.items():
-        (config if key in config else config["train"])[key] = value
+        (config if key in config or key == "flip_labels" else config["train"])[key] = value
     if config["quantise"] != "none":
         config["quant"] = QUANT
     return config

@@ -11,6 +11,8 @@ import pytest
 
 from tests.conftest import ROOT
 from tests.support import report_world
+from workflow_scripts.config import config as configs
+from workflow_scripts.plan.plan import Plan
 from workflow_scripts.plumbing.messages import InputError
 from workflow_scripts.tools import study
 
@@ -113,3 +115,15 @@ def test_the_published_study_is_what_its_files_say(tmp_path):
         new, old = (re.split(NUMBER, (where / path.name).read_text(encoding="utf-8")) for where in (tmp_path, folder))
         assert new[::2] == old[::2], f"{path.name}: run make study"
         assert numpy.allclose(numpy.array(new[1::2], float), numpy.array(old[1::2], float), rtol=1e-4, atol=0.11), path.name
+
+
+def test_the_published_study_s_config_still_names_what_it_ran():
+    """config/smollm2.yaml grows; what was not run then is null in study.yaml."""
+    folder = ROOT / "docs/studies/smollm2"
+    for name, more in (("ifeval", []), ("gsm8k", [folder / "gsm8k.yaml"])):
+        plan = Plan(configs.load(ROOT / "config/smollm2.yaml", folder / "study.yaml", *more))
+        plan.check()
+        ran, step = json.loads((folder / f"{name}.step.json").read_text()), plan.step("report", "")
+        assert set(step["parents"]) == set(ran["parents"])
+        families = [{family["name"] for family in one["config"]["report"]["families"]} for one in (step, ran)]
+        assert families[0] == families[1]

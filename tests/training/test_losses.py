@@ -105,8 +105,9 @@ def test_the_loss_of_sft_is_the_mean_over_the_tokens_that_have_a_label(base, sli
     assert loss == pytest.approx(-log_probs(policy, batch)[on].mean(), rel=1e-5)
 
 
-def test_dropout_acts_while_dpo_trains(base, pairs, tmp_path):
-    trainer = small_steps.built_trainer(tmp_path, "dpo", base, pairs)
+@pytest.mark.parametrize("method", ["dpo", "simpo"])
+def test_dropout_acts_while_pairs_are_trained_on(base, pairs, tmp_path, method):
+    trainer = small_steps.built_trainer(tmp_path, method, base, pairs)
     stir(trainer)
     batch = trainer.data_collator([trainer.train_dataset[i] for i in range(6)])
     trainer.model.train()
@@ -114,10 +115,10 @@ def test_dropout_acts_while_dpo_trains(base, pairs, tmp_path):
     assert one != two
 
 
-@pytest.mark.parametrize("experiment", ["sft_v2", "dpo"])
+@pytest.mark.parametrize("experiment", ["sft_v2", "dpo", "orpo"])
 def test_an_effective_batch_of_16_is_one_step_whether_16_x_1_or_4_x_4(base, folder, tmp_path, experiment):
     """At dropout 0, since other micro-batches draw other dropout masks. Answers differ in length: a mean of means would show."""
-    slice_ = (small_steps.pairs_slice if experiment == "dpo" else small_steps.sft_slice)(folder / "data")
+    slice_ = (small_steps.sft_slice if experiment == "sft_v2" else small_steps.pairs_slice)(folder / "data")
     rows = []
     for size, steps in ((16, 1), (4, 4)):
         lora = small_steps.LORA | {"dropout": 0.0}

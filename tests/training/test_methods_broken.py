@@ -56,6 +56,20 @@ def test_flipped_labels_move_the_objective_the_other_way(right_way, method, tmp_
     figure("accuracy, labels flipped", flipped["after"]["accuracy"], at_most=0.42)
 
 
+@pytest.mark.trained
+@pytest.mark.parametrize("method", sample("simpo", "orpo", "cpo"))
+def test_flipped_labels_move_the_margin_the_other_way_without_a_reference(right_way, method, tmp_path, figure):
+    """Pairs are ordered before training, by their likelihood: what there is to see is by how much that moves."""
+    right = right_way(method).data["objective"]
+    flipped = right_way.train(tmp_path, method, flip_labels=True).data["objective"]
+    assert right["before"] == flipped["before"]
+    for name, one, least in (("labels right", right, 0.1), ("labels flipped", flipped, -0.1)):
+        moved = one["change"]["margin"]["mean"]
+        figure(f"margin, {name}", moved, **({"at_least": least} if least > 0 else {"at_most": least}))
+        assert abs(moved) > 4 * one["change"]["margin"]["stderr"]
+    figure("loss, labels right", right["after"]["loss"] - right["before"]["loss"], at_most=-0.02)
+
+
 # -- reward negated ---------------------------------------------------------------------------------------------------
 
 
@@ -116,7 +130,7 @@ def test_sft_on_a_template_whose_mask_leaves_out_the_end_of_turn_stops(base, fol
         small_steps.train(tmp_path / "run", "sft_v2", broken, rows)
 
 
-@pytest.mark.parametrize("method", ["sft_v2", "dpo", "kto", "rm", *ROLLOUTS])
+@pytest.mark.parametrize("method", ["sft_v2", "dpo", "simpo", "kto", "rm", *ROLLOUTS])
 def test_a_template_without_an_end_of_turn_stops_every_method(base, tmp_path, method):
     rows = rows_for(method, tmp_path)
     closed = END_OUTSIDE[0]
@@ -126,7 +140,7 @@ def test_a_template_without_an_end_of_turn_stops_every_method(base, tmp_path, me
 
 
 @pytest.mark.parametrize("off, says", [("all", "no token with a loss"), ("end", "does not train the end-of-turn token")])
-@pytest.mark.parametrize("method", ["sft_v2", "dpo", "kto"])
+@pytest.mark.parametrize("method", ["sft_v2", "dpo", "simpo", "kto"])
 def test_a_mask_that_is_off_stops_the_training(base, tmp_path, monkeypatch, method, off, says):
     """Whatever spoils the collator's mask, the first batch does not pass."""
 
@@ -166,7 +180,7 @@ def settle_then(monkeypatch, spoil):
     monkeypatch.setattr(lora, "settle", settle)
 
 
-@pytest.mark.parametrize("method", sample("kto", "ppo_ifeval", "rm", "grpo", "rloo", n=2))
+@pytest.mark.parametrize("method", sample("kto", "ppo_ifeval", "rm", "simpo", "grpo", "rloo", n=2))
 def test_an_adapter_that_gets_no_gradient_is_seen_in_the_manifest(base, tmp_path, monkeypatch, method):
     rows = rows_for(method, tmp_path)
     more = short(method)
@@ -185,14 +199,14 @@ def test_an_adapter_that_gets_no_gradient_is_seen_in_the_manifest(base, tmp_path
         assert frozen.data["objective"]["after"] == frozen.data["objective"]["before"] != right.data["objective"]["after"]
 
 
-@pytest.mark.parametrize("method", ["kto", "rm", *ROLLOUTS])
+@pytest.mark.parametrize("method", ["kto", "simpo", "rm", *ROLLOUTS])
 def test_an_adapter_that_is_switched_off_stops_before_training(base, tmp_path, monkeypatch, method):
     settle_then(monkeypatch, lambda model: model.requires_grad_(False))
     with pytest.raises(AssertionError, match="nothing is trainable"):
         small_steps.train(tmp_path / "run", method, base, rows_for(method, tmp_path), **short(method))
 
 
-@pytest.mark.parametrize("method, dropout", [("kto", 0.0), ("rm", 0.0), *((one, 0.05) for one in ROLLOUTS)])
+@pytest.mark.parametrize("method, dropout", [("kto", 0.0), ("simpo", 0.0), ("rm", 0.0), *((one, 0.05) for one in ROLLOUTS)])
 def test_dropout_that_is_not_the_declared_one_stops_before_training(base, tmp_path, monkeypatch, method, dropout):
     def turn(model):
         for name, module in model.named_modules():

@@ -168,7 +168,7 @@ def test_rows_of_asks_every_reward_of_a_mixture_and_keeps_the_whole_row(slices):
     assert len(found) == 8 and [json.loads(text) for text in found["row"]] == rows.rows(heldout=True)
 
 
-@pytest.mark.parametrize("method", ["dpo", "kto", "rm"])
+@pytest.mark.parametrize("method", ["dpo", "simpo", "kto", "rm"])
 def test_pairs_that_are_all_longer_than_max_length_are_refused_before_a_model_is_loaded(base, slices, tmp_path, no_model, method):
     says = r"40 of 40 rows .* beyond train.max_length \(8 tokens\), no row .* is left; max_left_out allows 20%"
     with pytest.raises(InputError, match=says):
@@ -177,7 +177,7 @@ def test_pairs_that_are_all_longer_than_max_length_are_refused_before_a_model_is
         small_steps.train(tmp_path, method, base, slices["pairs"], max_length=8, max_left_out=1.0)
 
 
-def test_dpo_kto_and_the_reward_model_leave_out_the_same_pairs_up_to_the_share_that_is_allowed(base, slices, tmp_path):
+def test_all_on_pairs_leave_out_the_same_ones_up_to_the_share_that_is_allowed(base, slices, tmp_path):
     """A cut pair loses the end of its answer, or all that its sides differ in; and two methods of one slice compare one thing."""
     tokenizer, rows = chat.tokenizer_of(manifests.read(base)), manifests.read(slices["pairs"])
     both = {held: rows.rows(heldout=held) for held in (False, True)}
@@ -197,13 +197,13 @@ def test_dpo_kto_and_the_reward_model_leave_out_the_same_pairs_up_to_the_share_t
     with pytest.raises(InputError, match=rf"^here: {sum(out.values())} of 40 rows .*\. Raise one of them for dpo_long, or"):
         fitting.fitting(tokenizer, both, limit, share - 0.01, "here", "dpo_long")
     seen = {}
-    for method in ("dpo", "kto", "rm"):
+    for method in ("dpo", "simpo", "kto", "rm"):
         limits = {"max_length": limit, "max_left_out": 0.9, "max_steps": 1}
         made = small_steps.train(tmp_path / method, method, base, slices["pairs"], **limits)
         seen[method] = {key: made.data[key] for key in ("left_out", "rows")}
         trained = json.loads((made.folder / "run.json").read_text())["rows"]
         assert trained == facts["rows"]["train"] * (2 if method == "kto" else 1), method
-    assert seen["dpo"] == seen["kto"] == seen["rm"] == facts
+    assert seen["dpo"] == seen["simpo"] == seen["kto"] == seen["rm"] == facts
     assert facts["left_out"] == {"train": out[False], "heldout": out[True]}
     assert made.data["objective"]["after"]["n"] == 8 - out[True]
 
@@ -337,6 +337,7 @@ MORE = {
     "grpo": {"max_steps": 2, "max_completion_length": 16, "per_device_train_batch_size": 16, "per_device_eval_batch_size": 16},
     "rm": {},
     "rloo": {"max_steps": 2, "max_completion_length": 16, "per_device_train_batch_size": 16, "per_device_eval_batch_size": 16},
+    "orpo": {},
 }
 
 

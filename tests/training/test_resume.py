@@ -17,6 +17,7 @@ from workflow_scripts.training import checkpoints
 METHODS = {
     "sft_v2": {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2, "logging_steps": 3},
     "dpo": {"per_device_train_batch_size": 4, "logging_steps": 3},
+    "simpo": {"per_device_train_batch_size": 4, "logging_steps": 3},
     "kto": {"per_device_train_batch_size": 8, "logging_steps": 3},
     "rm": {"per_device_train_batch_size": 4, "logging_steps": 3},
     "ppo_ifeval": {"max_steps": 8, "per_device_train_batch_size": 4, "steps_per_generation": 1, "max_completion_length": 12},
@@ -48,7 +49,7 @@ def outcome(adapter: manifests.Artifact) -> tuple:
     return weights, adapter.data["objective"], (adapter.folder / "metrics.csv").read_text()
 
 
-@pytest.mark.parametrize("method", sample("sft_v2", "ppo_ifeval", "grpo", "dpo", "kto", "rm", "rloo", n=3))
+@pytest.mark.parametrize("method", sample("sft_v2", "ppo_ifeval", "grpo", "simpo", "dpo", "kto", "rm", "rloo", n=4))
 def test_ended_by_sigterm_twice_and_resumed_is_as_if_never_ended(method, base, slices, tmp_path, capsys):
     job, handler = step_of(method, base, slices, tmp_path / "run"), signal.getsignal(signal.SIGTERM)
     saved = (2, 4) if method == "ppo_ifeval" else (1, 3)  # two epochs on each rollout: saved where the second ends

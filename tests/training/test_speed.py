@@ -32,7 +32,11 @@ def slices(here):
     }
 
 
-ROWS = {"sft_v2": "sft"} | dict.fromkeys(("dpo", "kto", "rm"), "pairs") | dict.fromkeys(("ppo_ifeval", "grpo", "rloo"), "ifeval")
+ROWS = (
+    {"sft_v2": "sft"}
+    | dict.fromkeys(("dpo", "simpo", "kto", "rm"), "pairs")
+    | dict.fromkeys(("ppo_ifeval", "grpo", "rloo"), "ifeval")
+)
 
 
 def trained(experiment, out, base, slices, **how):

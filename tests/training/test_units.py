@@ -15,6 +15,7 @@ ROLLOUT = ("reward", "completions/mean_length", "rewards/ifeval/mean")
 METHODS = {
     "sft_v2": (("loss", "mean_token_accuracy"), 8),
     "dpo": (("loss", "rewards/accuracies", "rewards/margins"), 4),
+    "simpo": (("loss", "rewards/accuracies", "rewards/margins", "nll"), 4),
     "kto": (("loss",), 8),  # 8 pairs taken apart
     "ppo_ifeval": (ROLLOUT, 8),
     "grpo": (ROLLOUT, 8),

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable
 
-from workflow_scripts.config import bases, choices, declared, judged, own_tasks, slices
+from workflow_scripts.config import bases, choices, declared, judged, losses, own_tasks, slices
 from workflow_scripts.config.experiments import RANDOM, SHUFFLED, VERIFIERS, follow, rewards, slice_kinds
 from workflow_scripts.config.names import EVALUATED
 from workflow_scripts.config.written import Written
@@ -34,6 +34,7 @@ def check(config: Written, experiments: dict[str, dict], tuned: Iterable[str] = 
         follow(config, name, "start_from", lambda one: _start(experiments, one), tuned)
         _check_start(config, experiments, name)
         _check_reward(config, experiments, name)
+        losses.check(config, name, body)
         kinds, chosen = slice_kinds(body), body["slice"]
         fitting = ", ".join(sorted(key for key in known if config.trains_on(key) and known[key]["kind"] in kinds))
         if chosen not in known or not config.trains_on(chosen) or known[chosen]["kind"] not in kinds:

@@ -8,6 +8,7 @@ import math
 from jsonschema import Draft202012Validator, validators
 
 from workflow_scripts.artifacts.fingerprint import ROOT
+from workflow_scripts.config.experiments import REFERENCE_FREE
 from workflow_scripts.config.schema_errors import explain
 from workflow_scripts.config.written import Written
 from workflow_scripts.config.yaml_files import read_yaml
@@ -66,7 +67,17 @@ def of_method(body: dict) -> list[tuple[list, str]]:
     schema = {"$defs": SCHEMA["$defs"], "$ref": f"#/$defs/method_{body['method']}"}
     own = {key: value for key, value in body.items() if key not in ("method", "sweep", "placebo")}
     unknown = f"unknown key for method {body['method']};"
-    return [(path, problem.replace("unknown key;", unknown)) for path, problem in _violations(schema, own)]
+    found = [(path, problem.replace("unknown key;", unknown)) for path, problem in _violations(schema, own)]
+    free = body["method"] in REFERENCE_FREE
+    return [
+        (path, f"no reference model in {body['method']}; {problem}" if free and _of_a_reference(path) else problem)
+        for path, problem in found
+    ]
+
+
+def _of_a_reference(path: list) -> bool:
+    """Whether a key is of what DPO's or KTO's policy is held against."""
+    return str(path[-1]).startswith(("precompute_ref", "f_divergence")) or path[-1] == "ref_model"
 
 
 def check_experiments(config: Written, experiments: dict[str, dict]) -> None:

@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from workflow_scripts.artifacts.fingerprint import canonical
+from workflow_scripts.config.experiments import PAIRED
 from workflow_scripts.config.names import EVALUATED, OBJECTIVE, RUN_NAME
 from workflow_scripts.config.schema import CONSTANT_BLOCKS, of_method
 from workflow_scripts.config.schema_errors import dotted
@@ -19,7 +20,7 @@ from workflow_scripts.config.written import Written, merge
 GROUPS = ("train", "ppo")
 # What a method is chosen by where no task chooses: one value of its held-out objective, and which way is good. Of preferences the
 # accuracy: the loss of another beta is another loss, and a margin grows with the rate.
-OBJECTIVES = {"sft": ("loss", "down"), **dict.fromkeys(("dpo", "kto", "rm"), ("accuracy", "up"))} | dict.fromkeys(
+OBJECTIVES = {"sft": ("loss", "down"), **dict.fromkeys((*PAIRED, "kto"), ("accuracy", "up"))} | dict.fromkeys(
     ("ppo", "grpo", "rloo"), ("reward", "up")
 )
 

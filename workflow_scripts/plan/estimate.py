@@ -16,6 +16,7 @@ from functools import cache, cached_property
 from pathlib import Path
 
 from workflow_scripts.config import own_tasks
+from workflow_scripts.config.experiments import PAIRED
 from workflow_scripts.plan.gpu_memory import Memory
 from workflow_scripts.plan.plan import Plan
 from workflow_scripts.plumbing.gpus import WHOLE, share
@@ -254,7 +255,7 @@ class Estimates:
         train, rows = body["train"], self.config.data["data"]["slices"][body["slice"]]
         held, size = rows["heldout"], train["per_device_train_batch_size"]
         answers = train.get("num_generations", 1)
-        copies = 2 if body["method"] in ("dpo", "kto", "rm") else 1  # sequences of a row
+        copies = 2 if body["method"] in (*PAIRED, "kto") else 1  # sequences of a row
         length = FILLED * (train.get("max_length") or train["max_completion_length"])
         updates = train.get("num_iterations", 1)
         micro = math.ceil((rows["rows"] - held) * answers * updates * train.get("num_train_epochs", 1) / size)
@@ -262,7 +263,7 @@ class Estimates:
             micro *= 2  # a pair is two rows
         if train.get("max_steps", -1) > 0:
             micro = train["max_steps"] * train["gradient_accumulation_steps"]
-        tokens = micro * size * length * (2 if body["method"] in ("dpo", "rm") else 1)
+        tokens = micro * size * length * (2 if body["method"] in PAIRED else 1)
         slow = CHECKPOINTING if train["gradient_checkpointing"] else 1.0
         seconds = START[self.device] + slow * (
             micro * self.shape["num_hidden_layers"] * LAUNCH[self.device] + self._compute(tokens, 4)
@@ -281,7 +282,7 @@ class Estimates:
             seconds += (2 if body["method"] == "kto" else 1) * self._forward(copies * rows["rows"], judged, length)
         # An adapter is a few per cent of the base: on disk twice with the optimiser's state, in memory with its gradients too.
         larger = max(0.0, self.config.lora(name)["r"] / RANK - 1) * self.parameters / MB
-        widest = max(size * (2 if body["method"] in ("dpo", "rm") else 1), judged / 2)
+        widest = max(size * (2 if body["method"] in PAIRED else 1), judged / 2)
         return {
             "memory_mb": self._libraries("train")
             + 4 * self.parameters / MB

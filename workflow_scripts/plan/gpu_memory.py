@@ -11,7 +11,7 @@ from typing import Any
 
 from workflow_scripts.config import own_tasks
 from workflow_scripts.config.config import Config
-from workflow_scripts.config.experiments import rewards
+from workflow_scripts.config.experiments import PAIRED, rewards
 from workflow_scripts.config.names import CHOICE
 from workflow_scripts.plan.passes import Pass, decoding, in_slots, lm_head, step
 from workflow_scripts.plan.shape import lora_parameters, shape_of, weights
@@ -133,8 +133,8 @@ class Memory:
     def _supervised(self, phase: Phase, body: dict, fixed: float) -> None:
         train, method, how = body["train"], body["method"], self._pass(body)
         row, size, judged = train["max_length"], train["per_device_train_batch_size"], train["per_device_eval_batch_size"]
-        sides = 2 if method in ("dpo", "rm") else 1  # chosen and rejected in one batch
-        tokens, eval_tokens = sides * size * row, (2 if method == "dpo" else 1) * judged * row
+        sides = 2 if method in PAIRED else 1  # chosen and rejected in one batch
+        tokens, eval_tokens = sides * size * row, (1 if method == "rm" else sides) * judged * row
         phase.stages["step"] = fixed + step(how, tokens, row, train["gradient_checkpointing"], 0 if method == "rm" else tokens)
         held = how.forward(eval_tokens, row) + (0 if method == "rm" else lm_head(self.shape, self.e, eval_tokens, False))
         phase.stages["objective"] = fixed + held

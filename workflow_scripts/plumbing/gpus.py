@@ -184,7 +184,9 @@ def _place(ids: list[str], asks: int, before: list[Claim]) -> tuple[str, int, in
         holders = [one for one in all_holders if gpu in one.gpus]
         left, others, bytes = _room(card, holders, asks)
         taken = "; ".join(f"{one.who}: {_gib(one.bytes, card.capacity)}" for one in holders)
-        full.append(f"{gpu}: " + "; ".join(filter(None, [taken, f"others use {others / 2**30:.1f} GiB" if others > 2**30 else ""])))
+        full.append(
+            f"{gpu}: " + "; ".join(filter(None, [taken, f"others use {others / 2**30:.1f} GiB" if others > 2**30 else ""]))
+        )
         if bytes is not None and not any(gpu in one.gpus for one in before) and (best is None or left > best[3]):
             best = gpu, bytes, others, left
     return best[:3] if best else ". ".join(full)

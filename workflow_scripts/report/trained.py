@@ -2,16 +2,19 @@
 
 from typing import Any
 
+from workflow_scripts.config.experiments import REFERENCE_FREE
 from workflow_scripts.plumbing.messages import InputError
 
 UP, DOWN = "up", "down"
 # Method -> its objective and which way is good. The loss of DPO, KTO and RM is left out: accuracy and margin say the same in
 # terms that compare, whatever the loss type. DPO and KTO need both: before training policy and reference are one, every pair is
 # a tie and a tie counts as wrong, so that any change at all, even rounding, moves the accuracy up; the margin it does not move.
+# Without a reference pairs are ordered from the start, and the accuracy moves by those few that cross: the margin alone is asked.
 OBJECTIVES: dict[str, dict[str, str]] = {
     "sft": {"loss": DOWN},
     "dpo": {"accuracy": UP, "margin": UP},
     "kto": {"accuracy": UP, "margin": UP},
+    **dict.fromkeys(REFERENCE_FREE, {"margin": UP}),
     "rm": {"accuracy": UP, "margin": UP},
     "ppo": {"reward": UP},
     "grpo": {"reward": UP},

@@ -3,7 +3,18 @@
 The loss of a pair is -log sigmoid(beta * margin), margin = [log pi(chosen) - log ref(chosen)] - [log pi(rejected) -
 log ref(rejected)], each log-probability summed over the completion's tokens. `loss_type: ipo` is (margin - 1/(2 beta))^2 on
 length-normalised log-probabilities (Azar et al. 2023, arXiv:2310.12036, eq. 17), `hinge` is max(0, 1 - beta * margin) (Zhao
-et al. 2023, arXiv:2305.10425).
+et al. 2023, arXiv:2305.10425). With r = log pi - log ref of an answer:
+
+    bco_pair    -log sigmoid(beta r(chosen)) - log sigmoid(-beta r(rejected))   (Jung et al. 2024, arXiv:2404.04656)
+    sppo_hard   (r(chosen) - 1/(2 beta))^2 + (r(rejected) + 1/(2 beta))^2       (Wu et al. 2024, arXiv:2405.00675, eq. 4.7)
+    aot         -log sigmoid(beta (d_i - e_i)), d and e the differences of log pi and of log ref of a batch's pairs, sorted
+                                                                                (Melnyk et al. 2024, arXiv:2406.05882)
+
+`bco_pair` is TRL's, without the paper's shift of the rewards by their running mean. `sppo_hard` has no judge's probabilities: the
+better answer wins with 1. `aot` compares distributions, so the micro-batch is part of it, at least two pairs; held-out pairs come
+one by one, and its objective there is that of `sigmoid`. A list of losses with `loss_weights` is their weighted sum, such as MPO
+(Wang et al. 2024, arXiv:2411.10442: 0.8 sigmoid, 0.2 bco_pair, 1.0 sft), `sft` being the mean of -log pi over the tokens of a
+micro-batch's better answers. Weights have no default: TRL would take 1 for each.
 
 The policy starts from the *merged* model of the experiment that it starts from, with a fresh adapter; the reference is the
 same model with the adapter off. It trains in full precision (`quantise: none`), because the study merges first and a merge
@@ -39,10 +50,7 @@ def main(job: manifests.Job) -> None:
     model = loading.load(start, job.work, step["device"], step["precision"], config.get("quant"))
     speed.unpad(model, job)
 
-    fields = ("id", "prompt", "chosen", "rejected")
-    given = tuple(trainers.data_set([{key: row[key] for key in fields} for row in short[heldout]]) for heldout in (False, True))
-    if config.get("flip_labels"):  # held-out rows stay as they are: on them the objective has to go the wrong way
-        given = (given[0].rename_columns({"chosen": "rejected", "rejected": "chosen"}), given[1])
+    given = trainers.pairs(short, config)
     trainer = DPOTrainer(
         model=model,
         args=DPOConfig(**trainers.arguments(job), **config["train"], disable_dropout=False),

@@ -5,7 +5,14 @@ for each of its tokens, is A = (r_i - mean(r)) / (std(r) + 1e-4), std with G - 1
 token is -min(ratio A, clip(ratio, 1 - epsilon, 1 + epsilon) A) + beta KL, with ratio = pi / pi at sampling and the estimate
 KL = exp(log ref - log pi) - (log ref - log pi) - 1 (Schulman's k3). `loss_type: grpo` takes the mean over each answer's
 tokens, then over answers, as the paper does (TRL's default is dapo, a mean over all tokens). With `num_iterations: 1` the
-ratio is 1 and nothing is clipped. A group whose rewards are all equal teaches nothing.
+ratio is 1 and nothing is clipped. A group whose rewards are all equal teaches nothing. In place of the clipped ratio:
+
+    cispo   -sg(min(ratio, epsilon_high)) A log pi, the mean over all tokens             (MiniMax 2025, arXiv:2506.13585)
+    sapo    -4/tau sigmoid(tau (ratio - 1)) A, tau by the sign of A, means as in grpo    (Gao et al. 2025, arXiv:2511.20347)
+
+sg stops the gradient, so that a token whose ratio is bounded still counts; TRL bounds the ratio by `epsilon_high` itself,
+where it adds 1 for the other losses: so it has to be given, at least 1. sapo's tau are `sapo_temperature_pos` and `_neg`,
+without a default here. Both are meant for several updates on a rollout: at a ratio of 1 their gradients are dapo's and grpo's.
 
 The policy starts from the merged model with a fresh adapter on its 4-bit copy; the reference is the same model with the
 adapter off.

@@ -66,6 +66,18 @@ def whole(tokenizer: Any, rows: Artifact, config: dict) -> tuple[dict[bool, list
     return fitting(tokenizer, found, config["train"]["max_length"], config["max_left_out"], str(rows.path))
 
 
+def pairs(short: dict[bool, list[dict]], config: dict) -> tuple[Any, Any]:
+    """`whole` pairs as data sets, to train on and held out; `flip_labels` makes those to train on prefer the worse answer.
+
+    Held-out pairs stay as they are: on them the objective has to go the wrong way.
+    """
+    fields = ("id", "prompt", "chosen", "rejected")
+    train, heldout = (data_set([{key: row[key] for key in fields} for row in short[held]]) for held in (False, True))
+    if config.get("flip_labels"):
+        train = train.rename_columns({"chosen": "rejected", "rejected": "chosen"})
+    return train, heldout
+
+
 def data_set(rows: list[dict]) -> Any:
     from datasets import Dataset
 
