@@ -94,6 +94,7 @@ class Written:
             more = {key: _read_again(value) if isinstance(value, dict | list) else value for key, value in more.items()}
             self._sources.append(("--config", more))
         self.data: dict[str, Any] = merge(methods, merge(copy.deepcopy(user), more))
+        self.slice_copies: dict[str, str] = {}  # slice of a later round, or of a rank sweep -> the slice that it is a copy of
 
     def fail(self, path: list, problem: str) -> InputError:
         """The error of a key: its file, its path, and what is wrong."""
@@ -153,7 +154,11 @@ class Written:
         """The models that are not trained here: the base, which experiments are made from, and those only scored beside it."""
         return {"base": self.data["base"], **self.data.get("models", {})}
 
+    def slice_body(self, name: str) -> dict:
+        """The block of a slice; of one that is of a seed, `best_of_8.seed2`, that of all seeds."""
+        return self.data["data"]["slices"][name.partition(".")[0]]
+
     def trains_on(self, slice_name: str) -> bool:
         """False for prompts that are only answered and scored: taken whole, without `heldout`."""
-        body = self.data["data"]["slices"][slice_name]
+        body = self.slice_body(slice_name)
         return "heldout" in body or body["kind"] not in EVALUATED.values()
