@@ -61,6 +61,8 @@ def runs_of(*methods, chosen=True):
 
 
 MODELS = any_of(PLAN.config.models)
+SLICES = list(PLAN.config.data["data"]["slices"])
+SAMPLED = any_of([name for name in SLICES if PLAN.is_sampled(name)]) + SEED  # of a seed, as the runs that answer
 # What is trained to answer: every run but reward models.
 TRAINED = runs_of(*(set(PLAN.config.data["methods"]) - {"rm"}))
 # ... in whatever way it is judged.
@@ -110,15 +112,22 @@ def asks(key, kind):
     return signed(ask)
 
 
-def room(kind):
+def by_model(wildcards):
+    """Whether a reward model chooses the rows of a sampled slice."""
+    return bool(PLAN.judges(wildcards.slice))
+
+
+def room(kind, needed=lambda wildcards: True):
     """The MiB of a GPU that a job asks for, as a resource; all of one where jobs do not share it, or it has no more.
 
-    Not detected: where a run begins, what its host has bounds it (rules/turn.smk).
+    Not detected: where a run begins, what its host has bounds it (rules/turn.smk). needed: whether a job takes a GPU at all.
     """
 
     def ask(wildcards):
+        if not needed(wildcards):
+            return 0
         whole = kind + wildcards.task if kind.endswith("_") else kind
-        asked = ESTIMATES.gpu_mb(whole, wildcards.run) if SHARE else gpus.WHOLE
+        asked = ESTIMATES.gpu_mb(whole, wildcards.get("slice") or wildcards.run) if SHARE else gpus.WHOLE
         return min(asked, max(OFFERED.values(), default=asked))
 
     return {"gpu_mb": signed(ask)} if GPU else {}
@@ -209,4 +218,4 @@ def report_inputs(wildcards):
 
 wildcard_constraints:
     run=any_of({*PLAN.config.models, *PLAN.config.experiments, *PLAN.config.judged}) + SEED,
-    slice="|".join(sorted(PLAN.config.data["data"]["slices"])),
+    slice=any_of(SLICES) + SEED,

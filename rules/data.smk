@@ -12,6 +12,8 @@ rule slice_data:
         "<logs>/data/{slice}.log",
     benchmark:
         "<benchmarks>/data/{slice}.tsv"
+    wildcard_constraints:
+        slice=any_of([name for name in SLICES if not PLAN.is_sampled(name)]),
     localrule: True
     conda:
         ENV
@@ -25,3 +27,58 @@ rule slice_data:
         step=signed(lambda wildcards: PLAN.slice(wildcards.slice)),
     shell:
         call("slice_data", "manifest", LIMITS)
+
+
+# A slice whose rows a run makes: its answers, on the device, and the choice among them, which only a reward model does there.
+rule sample:
+    input:
+        signed(lambda wildcards: edges(PLAN.sample_inputs(wildcards.slice))),
+    output:
+        manifest="<results>/data/{slice}.answers.manifest.json",
+        answers="<results>/data/{slice}.answers.jsonl",
+    log:
+        "<logs>/data/{slice}.answers.log",
+    benchmark:
+        "<benchmarks>/data/{slice}.answers.tsv"
+    wildcard_constraints:
+        slice=SAMPLED,
+    conda:
+        ENV
+    threads: THREADS
+    resources:
+        **room("samples"),
+        gpu=GPU,
+        mem_mb=asks("mem_mb", "samples"),
+        runtime=asks("runtime", "samples"),
+        disk_mb=asks("disk_mb", "samples"),
+    params:
+        step=signed(lambda wildcards: PLAN.samples(wildcards.slice)),
+    shell:
+        call("sample", "manifest", ON_GPU)
+
+
+rule choose_rows:
+    input:
+        signed(lambda wildcards: edges(PLAN.choice_inputs(wildcards.slice))),
+    output:
+        manifest="<results>/data/{slice}.manifest.json",
+        rows="<results>/data/{slice}.jsonl",
+    log:
+        "<logs>/data/{slice}.log",
+    benchmark:
+        "<benchmarks>/data/{slice}.tsv"
+    wildcard_constraints:
+        slice=SAMPLED,
+    conda:
+        ENV
+    threads: THREADS
+    resources:
+        **room("slice", by_model),
+        gpu=signed(lambda wildcards: GPU if by_model(wildcards) else 0),
+        mem_mb=asks("mem_mb", "slice"),
+        runtime=asks("runtime", "slice"),
+        disk_mb=asks("disk_mb", "slice"),
+    params:
+        step=signed(lambda wildcards: PLAN.slice(wildcards.slice)),
+    shell:
+        call("choose_rows", "manifest", LIMITS, ON_GPU)

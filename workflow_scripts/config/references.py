@@ -41,7 +41,7 @@ def check(config: Written, experiments: dict[str, dict], tuned: Iterable[str] = 
             problem = f"found {chosen!r}, expected a slice of kind {' or '.join(kinds)} to train on: "
             problem += fitting or "there is none yet"
             raise config.fail(config.place(name, ["slice"]), problem)
-    for name, body in known.items():
+    for name in known:
         if found := sampled.block(config, name):
             check_names(config, experiments, ["data", "slices", name, "source", "sampled", "reward"], found)
     sampled.check_circles(config, experiments)

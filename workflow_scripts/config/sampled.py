@@ -1,7 +1,7 @@
 """Slices whose rows a run of this config makes itself: `source: {sampled: ...}`. What they ask of other keys, circles, rounds.
 
-Two steps stand behind one: the answers (steps/sample.py) and the choice among them (steps/choose_rows.py). With `answers_of` a slice
-takes the answers of another one. Such a slice is of a seed, as the run that answers: the rows of `dpo.seed2` come from
+Two steps stand behind one: the answers (steps/sample.py) and the choice among them (steps/choose_rows.py). With `answers_of` a
+slice takes the answers of another one. Such a slice is of a seed, as the run that answers: the rows of `dpo.seed2` come from
 `sft_v2.seed2`, judged by `rm.seed2`.
 """
 
@@ -98,7 +98,9 @@ def _check_prompts(config: Written, name: str, path: list) -> None:
     owner, asked = asking(config, name)
     known, place = _known(config), ["data", "slices", owner, "source", "sampled", "prompts"]
     judged, chosen = {slice_: task for task, slice_ in config.asked.items()}, asked["prompts"]
-    fitting = [one for one, body in known.items() if body["kind"] in ASKED and one not in judged and "sampled" not in body["source"]]
+    fitting = [
+        one for one, body in known.items() if body["kind"] in ASKED and one not in judged and "sampled" not in body["source"]
+    ]
     if chosen in judged:
         raise config.fail(place, f"found {chosen!r}, the prompts of {judged[chosen]}: what is judged there can't be trained on")
     if chosen not in fitting:
@@ -167,7 +169,9 @@ def in_rounds(config: Written, resolved: dict[str, dict]) -> tuple[dict[str, dic
         _, asked = asking(config, slice_)
         run, view = view_of(asked.get("run", ""))
         if run != body["start_from"]:
-            problem = f"found {count}, but {slice_} has answers of {run}, and {name} starts from {body['start_from']}: name one run"
+            problem = (
+                f"found {count}, but {slice_} has answers of {run}, and {name} starts from {body['start_from']}: name one run"
+            )
             raise config.fail(place, problem)
         before = name
         for number in range(2, count + 1):
