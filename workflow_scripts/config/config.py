@@ -31,7 +31,7 @@ class Config(Written):
         self.experiments, self.rounds = sampled.in_rounds(self, self.experiments)
         schema.check_experiments(self, self.experiments)
         self.experiments, self.tuned = tuning.expand(self, self.experiments)
-        references.check(self, self.experiments, self.tuned)
+        references.check(self, self.experiments, [*self.tuned, *self.rounds])
         self.experiments, self.copies = sweep.expand(self, self.experiments)
         self.tuned = tuning.swept(self.tuned, self.copies)
         models = self.models
@@ -63,7 +63,6 @@ class Config(Written):
             if run not in self.judged:
                 known = ", ".join([*self.models, *(one for one in self.experiments if one in self.judged)])
                 raise self.fail(path, f"found {run!r}, expected who answers: {known}, or a view of one (_merged, _nf4)")
-            self.view(run)
 
     def run(self, name: str) -> tuple[str, int]:
         """(experiment, seed) of a run's name, such as `dpo` (seed 1) or `dpo.seed2`. InputError if there is none."""

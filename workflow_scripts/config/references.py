@@ -11,7 +11,7 @@ from workflow_scripts.config.written import Written
 def check(config: Written, experiments: dict[str, dict], tuned: Iterable[str] = ()) -> None:
     """InputError on the first reference that leads nowhere, in a loop, or to something of another kind.
 
-    tuned: experiments that `tune:` makes, and others may start from.
+    tuned: experiments that `tune:` and `rounds:` make, and others may start from.
     """
     bases.check(config)
     choices.check(config)

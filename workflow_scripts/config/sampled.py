@@ -45,6 +45,15 @@ def _known(config: Written) -> dict[str, dict]:
     return config.data["data"]["slices"]
 
 
+def place(config: Written, name: str, path: list[str]) -> list[str]:
+    """Where a key of a sampled slice was written: a copy's in what it is a copy of, that of the answers in their slice."""
+    name = name.partition(".")[0]
+    name = config.slice_copies.get(name, name)
+    if path[-1] in (*ASKING, *MAY_ASK):
+        name = asking(config, name)[0]
+    return ["data", "slices", name, *path]
+
+
 # -- checks --------------------------------------------------------------------------------------------------------------
 
 
