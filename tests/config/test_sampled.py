@@ -44,6 +44,8 @@ REFUSED = {
     "another kind": (user(BEST_OF, kind="preference"), "data.slices.best.kind: found preference, expected sft"),
     "a verifier of other prompts": (user(BEST_OF | {"prompts": "sums"}, rows=9, heldout=2), "reward: found ifeval, .*sums is"),
     "an unknown reward": (user(BEST_OF | {"reward": "x"}), rf"{BEST}.reward: found 'x', expected ifeval, numeric or"),
+    "a model's worth unsaid": (user(BEST_OF | {"reward": "rm"}), rf"{BEST}.require_reward_above_chance: missing: rm is a reward model"),
+    "a worth of no model": (user(BEST_OF | {"require_reward_above_chance": True}), "above_chance: of a reward model; leave it out"),
     "no threshold": (user(ASKED | {"keep": "all_right"}), rf"{BEST}.least: missing: keep: all_right"),
     "a threshold of pairs": (
         user(ASKED | {"keep": "pairs", "pair": "all", "least": 1}, kind="preference"),
@@ -82,7 +84,7 @@ REFUSED = {
     ),
     "a circle by the reward": (
         user(
-            BEST_OF | {"reward": "rm_2"},
+            BEST_OF | {"reward": "rm_2", "require_reward_above_chance": True},
             experiments={
                 "rft": {"method": "sft", "start_from": "sft_v2", "slice": "best"},
                 "rm_2": {"method": "rm", "start_from": "rft"},
@@ -162,7 +164,9 @@ def test_a_round_after_answers_that_are_shared_asks_as_they_were_asked(over):
 
 
 def test_a_rank_sweep_copies_a_slice_with_the_run_that_makes_it(over):
-    body = user(ASKED | {"keep": "pairs", "pair": "all", "reward": {"rm": 1.0}}, kind="preference")
+    body = user(
+        ASKED | {"keep": "pairs", "pair": "all", "reward": {"rm": 1.0}, "require_reward_above_chance": True}, kind="preference"
+    )
     body["data"]["slices"]["again"] = {**body["data"]["slices"]["best"], "source": {"sampled": {
         "answers_of": "best", "reward": "ifeval", "keep": "pairs", "pair": "best_worst"}}}  # fmt: skip
     body["data"]["slices"]["of_base"] = {**body["data"]["slices"]["best"], "source": {"sampled": {

@@ -1,4 +1,4 @@
-"""Data that a model makes itself, through Snakemake: from its answers to what is trained on them, and what an edit makes run again."""
+"""Data that a model makes itself, through Snakemake: from its answers to what trains on them, and what an edit runs again."""
 
 import json
 

@@ -17,7 +17,9 @@ from workflow_scripts.tools.graph import Phase
 
 FILES = [ROOT / "config/config.yaml", ROOT / "config/self_made.yaml"]
 OWN = "def brief(completions, **columns):\n    return [-float(len(turns[-1]['content'])) for turns in completions]\n"
-MADE = "data: {slices: {best_of_8: {source: {sampled: {reward: {brief: 0.5, rm: 0.5}}}}}}\n"
+MADE = """
+data: {slices: {best_of_8: {source: {sampled: {reward: {brief: 0.5, rm: 0.5}, require_reward_above_chance: true}}}}}
+"""
 
 
 @pytest.fixture
@@ -137,7 +139,12 @@ def test_the_parents_that_explain_names_are_those_of_the_steps(config):
         ("samples", "dpo_onpolicy_round2", sampled(n=4), "data.slices.best_of_8.source.sampled.n: 8 -> 4"),
         ("samples", "best_of_8", {"generation": {"rollouts": "hf"}}, "generation.rollouts: graphs -> hf"),
         ("slice", "best_of_8", sampled(least=0.75), "data.slices.best_of_8.source.sampled.least: 0.5 -> 0.75"),
-        ("slice", "best_of_8", sampled(reward="ifeval"), "best_of_8.source.sampled.reward: {brief: 0.5, rm: 0.5} -> {ifeval: 1}"),
+        (
+            "slice",
+            "best_of_8",
+            sampled(reward={"brief": 2}),
+            "best_of_8.source.sampled.reward: {brief: 0.5, rm: 0.5} -> {brief: 2, rm: 0.5}",
+        ),
         ("slice", "best_of_8", {"data": {"max_drop": 0.5}}, "data.max_drop: 0.05 -> 0.5"),
         ("slice", "pairs_of_8", {"data": {"slices": {"pairs_of_8": {"heldout": 9}}}}, "data.slices.pairs_of_8.heldout: 60 -> 9"),
     ],

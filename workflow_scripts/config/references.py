@@ -44,6 +44,7 @@ def check(config: Written, experiments: dict[str, dict], tuned: Iterable[str] = 
     for name in known:
         if found := sampled.block(config, name):
             check_names(config, experiments, ["data", "slices", name, "source", "sampled", "reward"], found)
+            sampled.check_rewards(config, experiments, name)
     sampled.check_circles(config, experiments)
 
 

@@ -79,6 +79,18 @@ def check(config: Written) -> None:
                 raise config.fail([*path, key], f"of {of}; leave it out")
 
 
+def check_rewards(config: Written, experiments: dict[str, dict], name: str) -> None:
+    """InputError unless a slice that a reward model chooses says what that has to be worth. Its rewards are experiments."""
+    found, key = block(config, name), "require_reward_above_chance"
+    models = [reward for reward in rewards(found) if reward in experiments]
+    if bool(models) != (key in found):
+        problem = (
+            f"missing: {models[0]} is a reward model; true refuses one that is no better than chance" if models else "of a reward"
+        )
+        problem += "" if models else " model; leave it out"
+        raise config.fail(["data", "slices", name, "source", "sampled", key], problem)
+
+
 def _check_answers(config: Written, name: str, path: list, found: dict) -> None:
     """Either the slice says how to ask, or whose answers it takes."""
     if "answers_of" not in found:

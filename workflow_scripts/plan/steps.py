@@ -107,7 +107,7 @@ class Steps:
         config |= {key: config.get(key, data[key]) for key in ("max_drop", "max_prompt_tokens", "decontaminate")}
         config |= {"source": {"sampled": choice}} | rewarded.config(self.graph, found)
         if models := self.graph.judges(name):
-            config["require_reward_above_chance"] = found.get("require_reward_above_chance", True)
+            config["require_reward_above_chance"] = found["require_reward_above_chance"]
         parents |= {"base": self.fingerprint("base", "base"), "answers": self.fingerprint("samples", owner)}
         parents |= {"prompts": self.fingerprint("slice", asked["prompts"])} | self._judges(models)
         more: dict[str, Any] = {"seed": seed_of(name)} if "placebo" in found else {}
