@@ -44,8 +44,8 @@ REFUSED = {
     "another kind": (user(BEST_OF, kind="preference"), "data.slices.best.kind: found preference, expected sft"),
     "a verifier of other prompts": (user(BEST_OF | {"prompts": "sums"}, rows=9, heldout=2), "reward: found ifeval, .*sums is"),
     "an unknown reward": (user(BEST_OF | {"reward": "x"}), rf"{BEST}.reward: found 'x', expected ifeval, numeric or"),
-    "a model's worth unsaid": (user(BEST_OF | {"reward": "rm"}), rf"{BEST}.require_reward_above_chance: missing: rm is a reward model"),
-    "a worth of no model": (user(BEST_OF | {"require_reward_above_chance": True}), "above_chance: of a reward model; leave it out"),
+    "a model's worth unsaid": (user(BEST_OF | {"reward": "rm"}), rf"{BEST}.require_reward_above_chance: missing: rm is a"),
+    "a worth of no model": (user(BEST_OF | {"require_reward_above_chance": True}), "of a reward model; leave it out"),
     "no threshold": (user(ASKED | {"keep": "all_right"}), rf"{BEST}.least: missing: keep: all_right"),
     "a threshold of pairs": (
         user(ASKED | {"keep": "pairs", "pair": "all", "least": 1}, kind="preference"),

@@ -1,10 +1,15 @@
 """Data that a model makes itself, through Snakemake: from its answers to what trains on them, and what an edit runs again."""
 
 import json
+import random
+import shutil
+import time
+from collections import Counter
 
 import pytest
 
 from tests.conftest import Clone, make_clone
+from tests.support import kills
 from workflow_scripts.plumbing.jsonl import read_jsonl
 
 pytestmark = pytest.mark.slow
@@ -96,7 +101,50 @@ def test_results_that_came_without_records_are_adopted_and_verified(made):
         assert planned(made) == {}
     finally:
         if (made.folder / ".snakemake/metadata").exists():
-            import shutil
-
             shutil.rmtree(made.folder / ".snakemake/metadata")
         (made.folder / ".snakemake/kept").rename(made.folder / ".snakemake/metadata")
+
+
+# -- kills ----------------------------------------------------------------------------------------------------------------------
+
+AFTER_SFT = ("rft", "kto_onpolicy", "dpo_onpolicy", "dpo_onpolicy_round2")
+
+
+def at_work(clone: kills.Runs) -> list[str]:
+    """The steps whose working folder says that they have begun."""
+    found = []
+    for where in (clone.folder / "results/.work").glob("*/where.json"):
+        try:
+            found.append(json.loads(where.read_text())["step"]["step"])
+        except (OSError, ValueError):
+            continue  # just removed, or just written
+    return found
+
+
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize("number", [3, pytest.param(20, marks=pytest.mark.long)])
+def test_random_kills_in_sampling_choice_and_training_give_the_same_bytes(made, tmp_path, number):
+    clone = kills.Runs(made.folder).copy(tmp_path / "phaseline")
+    expected = kills.results(clone)
+    for run in AFTER_SFT:
+        shutil.rmtree(clone.folder / f"results/{run}")
+    for path in (clone.folder / "results/data").iterdir():
+        if path.name.split(".")[0] in ("best_of_8", "pairs_of_8", "labels_of_8", "dpo_onpolicy_round2"):
+            path.unlink()
+    shutil.rmtree(clone.folder / "results/.work")
+    assert kills.results(clone) != expected
+    (clone.folder / "often.yaml").write_text("checkpoint_minutes: 1.0e-6\n")
+    configs, draws, killed = [*CONFIGS, "own.yaml", "often.yaml"], random.Random(number), Counter[str]()
+    for _ in range(number):
+        process = clone.start(*ADAPTERS, configs=configs)
+        try:
+            kills.wait_for(lambda: bool(at_work(clone)), process)
+            time.sleep(draws.uniform(0, 12))
+        except kills.Missed:
+            break  # all is made
+        killed.update(step for step in at_work(clone))
+        kills.kill_group(process)
+    print(dict(killed))
+    assert killed["sample"]
+    clone.finish(*ADAPTERS, configs=configs)
+    assert kills.results(clone) == expected
