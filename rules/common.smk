@@ -182,6 +182,13 @@ def slice_inputs(wildcards):
 
 
 @signed
+def choice_inputs(wildcards):
+    """With the base's manifest, whose tokenizer it asks: behind the merge that a reward model starts from, it would be no edge."""
+    found = edges(PLAN.choice_inputs(wildcards.slice))
+    return found + [file for file in PLAN.base_inputs()[:1] if file not in found]
+
+
+@signed
 def train_inputs(wildcards):
     return edges(PLAN.train_inputs(wildcards.run))
 

@@ -59,7 +59,7 @@ rule sample:
 
 rule choose_rows:
     input:
-        signed(lambda wildcards: edges(PLAN.choice_inputs(wildcards.slice))),
+        choice_inputs,
     output:
         manifest="<results>/data/{slice}.manifest.json",
         rows="<results>/data/{slice}.jsonl",

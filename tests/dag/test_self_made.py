@@ -20,10 +20,13 @@ CONFIGS = [
     "tests/support/config/self_made.yaml",
 ]
 ADAPTERS = [f"results/{run}/adapter/manifest.json" for run in ("rft", "kto_onpolicy", "dpo_onpolicy_round2")]
-# The reward of the slice that rft trains on: a function of the user's own.
+# What rft trains on is rewarded by a function of the user's own, pairs by a reward model, which starts from the merge of sft_v2.
 OWN = """
 rewards: {full: {file: full.py, function: full}}
-data: {slices: {best_of_8: {source: {sampled: {reward: {full: 0.5, ifeval: 1.0}}}}}}
+data:
+  slices:
+    best_of_8: {source: {sampled: {reward: {full: 0.5, ifeval: 1.0}}}}
+    pairs_of_8: {source: {sampled: {reward: rm, require_reward_above_chance: false}}}
 """
 FULL = "def full(completions, **columns):\n    return [float(turns[-1]['content'].endswith('.')) for turns in completions]\n"
 

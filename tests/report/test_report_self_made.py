@@ -2,6 +2,7 @@
 
 import json
 import re
+from types import SimpleNamespace
 
 import pytest
 import yaml
@@ -52,6 +53,6 @@ def test_who_learns_from_one_reward_on_one_set_of_prompts_has_one_source(made):
     experiments = json.loads(made[0].report())["config"]["experiments"]
     assert judge.source(experiments, "rft") == judge.source(experiments, "dpo_onpolicy") == judge.source(experiments, "grpo")
     assert judge.source(experiments, "dpo") == "pairs"
-    assert (
-        "dpo_onpolicy_round2" in made[1] and "rft, dpo_onpolicy, dpo_onpolicy_round2 from ifeval on instructions" not in made[1]
-    )
+    world = SimpleNamespace(config={"experiments": experiments})
+    assert judge.mixed(world, {"runs": ["rft", "dpo_onpolicy", "grpo"]}) == ""
+    assert judge.mixed(world, {"runs": ["rft", "dpo"]}) == "rft from ifeval on instructions; dpo from pairs"
