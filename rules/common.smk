@@ -62,7 +62,10 @@ def runs_of(*methods, chosen=True):
 
 MODELS = any_of(PLAN.config.models)
 SLICES = list(PLAN.config.data["data"]["slices"])
-SAMPLED = any_of([name for name in SLICES if PLAN.is_sampled(name)]) + SEED  # of a seed, as the runs that answer
+# Slices that a run makes, of a seed as that run is; those whose answers several jobs share, and the others.
+SAMPLED = any_of([name for name in SLICES if PLAN.is_sampled(name)]) + SEED
+SAMPLED_SHARDED = any_of([name for name in SLICES if PLAN.is_sampled(name) and PLAN.sample_shards(name) > 1]) + SEED
+SAMPLED_WHOLE = any_of([name for name in SLICES if PLAN.is_sampled(name) and PLAN.sample_shards(name) == 1]) + SEED
 # What is trained to answer: every run but reward models.
 TRAINED = runs_of(*(set(PLAN.config.data["methods"]) - {"rm"}))
 # ... in whatever way it is judged.

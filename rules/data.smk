@@ -41,7 +41,7 @@ rule sample:
     benchmark:
         "<benchmarks>/data/{slice}.answers.tsv"
     wildcard_constraints:
-        slice=SAMPLED,
+        slice=SAMPLED_WHOLE,
     conda:
         ENV
     threads: THREADS
@@ -55,6 +55,63 @@ rule sample:
         step=signed(lambda wildcards: PLAN.samples(wildcards.slice)),
     shell:
         call("sample", "manifest", ON_GPU)
+
+
+# With `eval.shards`, as in rules/eval.smk.
+rule sample_shard:
+    input:
+        signed(lambda wildcards: edges(PLAN.sample_inputs(wildcards.slice))),
+    output:
+        answers=temp("<results>/data/{slice}_shards/{shard}of{shards}.json"),
+    log:
+        "<logs>/data/{slice}.answers_{shard}of{shards}.log",
+    benchmark:
+        "<benchmarks>/data/{slice}.answers_{shard}of{shards}.tsv"
+    wildcard_constraints:
+        slice=SAMPLED_SHARDED,
+        shard="[1-9][0-9]*",
+        shards="[1-9][0-9]*",
+    conda:
+        ENV
+    threads: THREADS
+    resources:
+        **room("samples"),
+        gpu=GPU,
+        mem_mb=asks("mem_mb", "samples"),
+        runtime=asks("runtime", "samples"),
+        disk_mb=asks("disk_mb", "samples"),
+    params:
+        step=signed(lambda wildcards: PLAN.sample_shard(wildcards.slice, int(wildcards.shard))),
+    shell:
+        call("sample", "answers", ON_GPU)
+
+
+rule gather_samples:
+    input:
+        made=signed(lambda wildcards: edges(PLAN.sample_inputs(wildcards.slice))),
+        shards=signed(lambda wildcards: PLAN.sample_shard_files(wildcards.slice)),
+    output:
+        manifest="<results>/data/{slice}.answers.manifest.json",
+        answers="<results>/data/{slice}.answers.jsonl",
+    log:
+        "<logs>/data/{slice}.answers.log",
+    benchmark:
+        "<benchmarks>/data/{slice}.answers.tsv"
+    wildcard_constraints:
+        slice=SAMPLED_SHARDED,
+    localrule: True
+    conda:
+        ENV
+    threads: 1
+    resources:
+        gpu=0,
+        mem_mb=asks("mem_mb", "slice"),
+        runtime=asks("runtime", "slice"),
+        disk_mb=asks("disk_mb", "samples"),
+    params:
+        step=signed(lambda wildcards: PLAN.samples(wildcards.slice)),
+    shell:
+        call("sample", "manifest", "--gpus 0")
 
 
 rule choose_rows:

@@ -194,3 +194,12 @@ def test_the_overlay_plans_over_three_seeds():
     }  # fmt: skip
     assert report["experiments"]["dpo_onpolicy_round2"]["sampled"]["answers"] == "dpo_onpolicy_round2"
     assert "sampled" not in report["experiments"]["dpo"]
+
+
+def test_shards_share_the_answers_and_decide_nothing(config):
+    one, four = Plan(Config(config)), Plan(Config(merge(config, {"eval": {"shards": 4}})))
+    assert one.fingerprint("samples", "best_of_8") == four.fingerprint("samples", "best_of_8")
+    assert one.sample_shard_files("best_of_8") == [] and four.sample_shard_files("best_of_8.seed2")[3].endswith(
+        "data/best_of_8.seed2_shards/4of4.json"
+    )
+    assert json.loads(four.sample_shard("best_of_8.seed2", 3))["shard"] == [3, 4]

@@ -99,6 +99,25 @@ def test_a_killed_step_goes_on_and_ends_with_the_same_bytes(speaking_base, promp
     assert resumed.data["files"]["best.answers.jsonl"] == whole.data["files"]["best.answers.jsonl"]
 
 
+def test_three_shards_give_the_bytes_of_one_job(speaking_base, prompts, answers, tmp_path):
+    whole = manifests.read(answers)
+    job = asking(tmp_path / "all", speaking_base, prompts)
+    job.step["out"] = "wherever"
+    parts = []
+    for number in (1, 2, 3):
+        part = asking(tmp_path / "best_shards", speaking_base, prompts)
+        part.step |= {"out": "wherever", "shard": [number, 3]}
+        part.out = tmp_path / f"best_shards/{number}of3.json"
+        small_steps.run(part)
+        parts.append(part.out)
+    assert len(json.loads(parts[0].read_text())["answers"]) == 28  # 7 of 20 prompts
+    job.inputs += parts
+    assert small_steps.run(job).data["files"] == whole.data["files"]
+    job.inputs.pop()
+    with pytest.raises(InputError, match="24 of 80 prompts have no answer"):
+        small_steps.run(job)
+
+
 def test_prompts_are_asked_once_and_drawn_by_the_seed():
     rows = [{"id": i, "prompt": f"ask {i // 2}"} for i in range(40)]
     assert [row["id"] for row in sample.prompts_of(rows, 30, 1)] == list(range(0, 40, 2))  # the first of each

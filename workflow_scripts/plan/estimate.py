@@ -156,7 +156,7 @@ class Estimates:
     def _samples(self, name: str) -> dict[str, float]:
         """Answers to the prompts of a sampled slice."""
         asked, size = sampled.asking(self.config, name)[1], self.config.data["generation"]["slots"]
-        new, answers = asked["max_new_tokens"], asked["rows"] * asked["n"]
+        new, answers = asked["max_new_tokens"], math.ceil(asked["rows"] * asked["n"] / self.plan.sample_shards(name))
         at_once = min(size, answers)
         kept = 8 * self.shape["num_hidden_layers"] * self.shape["hidden_size"] / 3 * at_once * new / MB
         on_cpu = self._batch_mb(at_once, False) + (kept if self.device == "cpu" else 0)

@@ -1,5 +1,6 @@
 """What depends on what: the runs and slices that a run is made from, and the files of them that each step reads."""
 
+import math
 from functools import cache, cached_property
 from pathlib import Path
 
@@ -144,6 +145,16 @@ class Graph(Places):
     def sampled_slices(self, seeds: list[int]) -> list[str]:
         names = [name for name in self.config.data["data"]["slices"] if self.is_sampled(name)]
         return [self.of_seed(name, seed) for name in names for seed in seeds]
+
+    def sample_shards(self, name: str) -> int:
+        """Jobs that share the answers of a sampled slice, as they share a task's (plan/places.py)."""
+        rows, hf = sampled.asking(self.config, name)[1]["rows"], self.config.data["generation"]["rollouts"] == "hf"
+        return min(self.config.data["eval"]["shards"], math.ceil(rows / (self.config.data["eval"]["batch_size"] if hf else 1)))
+
+    def sample_shard_files(self, name: str) -> list[str]:
+        """The answers of each shard, where there are several."""
+        count = self.sample_shards(name)
+        return [f"{self.results}/data/{name}_shards/{n}of{count}.json" for n in range(1, count + 1)] if count > 1 else []
 
     def sample_inputs(self, name: str) -> list[str]:
         """Files that the answers of a sampled slice are made from: the prompts, and what the run is judged as."""

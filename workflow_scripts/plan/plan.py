@@ -73,6 +73,10 @@ class Plan(Graph):
         step = self.step(f"generate_{task}", run)
         return fingerprint.canonical(step | {"shard": [number, self.shards(task)]})
 
+    def sample_shard(self, name: str, number: int) -> str:
+        """The same, of the answers of a sampled slice."""
+        return fingerprint.canonical(self.step("samples", name) | {"shard": [number, self.sample_shards(name)]})
+
     def score(self, task: str, run: str) -> str:
         return self._text(f"score_{task}", run)
 

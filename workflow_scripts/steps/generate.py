@@ -94,6 +94,12 @@ def read_answers(saved: Path | None) -> dict[int, dict]:
     return found
 
 
+def write_shard(job: manifests.Job, parents: dict[str, manifests.Artifact], answers: list[dict], facts: dict) -> None:
+    with manifests.complete(job, "answers", parents) as draft:
+        draft.manifest["answers"] = {str(i): made for i, made in enumerate(answers) if made}
+        draft.manifest["facts"] = facts
+
+
 def gather(job: manifests.Job, prompts: int) -> tuple[list[dict], dict] | None:
     """(answers, facts for the manifest) put together from the shards among a job's inputs; None if there are none.
 
@@ -116,11 +122,17 @@ def gather(job: manifests.Job, prompts: int) -> tuple[list[dict], dict] | None:
 
 
 def respond(
-    job: manifests.Job, parents: dict[str, manifests.Artifact], prompts: list[dict], decoding: str, new: int, **drawn: Any
+    job: manifests.Job,
+    parents: dict[str, manifests.Artifact],
+    prompts: list[dict],
+    label: str,
+    decoding: str,
+    new: int,
+    **drawn: Any,
 ) -> tuple[list[dict], dict]:
     """(answers, facts for the manifest) of the model; of a shard's prompts only, if the step is a shard.
 
-    new: tokens of an answer, at most; drawn: fields of `Asked` for answers that are drawn, not greedy.
+    label: of its progress; new: tokens of an answer, at most; drawn: fields of `Asked` for answers that are drawn, not greedy.
     """
     from workflow_scripts.data import slicing
     from workflow_scripts.generation import generator
@@ -147,7 +159,7 @@ def respond(
     saved.parent.mkdir(parents=True, exist_ok=True)
     asked = Asked(tuple(chat.ends(tokenizer, model)), new, **drawn)
     answers = answer(
-        who, tokenizer, asked, texts, ids, f"answers of {job.run}", saved, tuple(step.get("shard", (1, 1)))
+        who, tokenizer, asked, texts, ids, label, saved, tuple(step.get("shard", (1, 1)))
     )  # fmt: skip
     return answers, facts
 
@@ -159,11 +171,10 @@ def main(job: manifests.Job) -> None:
     prompts = parents["prompts"].rows()
     config = job.config
     found = gather(job, len(prompts))
-    answers, facts = found or respond(job, parents, prompts, config["decoding"], config["max_new_tokens"])
+    label = f"answers of {job.run}"
+    answers, facts = found or respond(job, parents, prompts, label, config["decoding"], config["max_new_tokens"])
     if "shard" in job.step:
-        with manifests.complete(job, "answers", parents) as draft:
-            draft.manifest["answers"] = {str(i): made for i, made in enumerate(answers) if made}
-            draft.manifest["facts"] = facts
+        write_shard(job, parents, answers, facts)
         return
     with manifests.complete(job, "responses", parents) as draft:
         keys = ("response", "tokens", "finish_reason")  # in one order, wherever the answers come from

@@ -2,7 +2,8 @@
 
 The model is put together as an evaluation asks it: the adapter beside the weights of its start, in the config's precision. Each
 answer has a random stream of its own, from the slice's seed, the run's, the prompt's place and the answer's number: it depends
-neither on what is drawn beside it nor on where a killed run was. An answer is kept as soon as it is drawn.
+neither on what is drawn beside it nor on where a killed run was. An answer is kept as soon as it is drawn. With `eval.shards: N`
+the prompts are shared among N jobs, as in steps/generate.py.
 
 Each prompt is asked once, though several rows may have it; of more prompts than `rows`, the slice's seed draws which.
 
@@ -40,9 +41,13 @@ def main(job: manifests.Job) -> None:
     rows = prompts_of(parents["prompts"].rows(), config["rows"], config["seed"])
     n, seed = asked["n"], stream(config["seed"], job.step["seed"])
     cut = {key: asked[key] for key in ("top_p", "top_k") if key in asked}
-    answers, facts = generate.respond(
-        job, parents, rows, "greedy", asked["max_new_tokens"], temperature=asked["temperature"], samples=n, seed=seed, **cut
-    )
+    drawn = {"temperature": asked["temperature"], "samples": n, "seed": seed, **cut}
+    label = f"answers of {job.out.name.partition('.')[0]}"
+    found = generate.gather(job, n * len(rows))
+    answers, facts = found or generate.respond(job, parents, rows, label, "greedy", asked["max_new_tokens"], **drawn)
+    if "shard" in job.step:
+        generate.write_shard(job, parents, answers, facts)
+        return
     with manifests.complete(job, "samples", parents) as draft:
         keys = ("response", "tokens", "finish_reason")
         given = [[{key: one[key] for key in keys} for one in answers[first : first + n]] for first in range(0, len(answers), n)]
