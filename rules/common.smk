@@ -61,6 +61,11 @@ def runs_of(*methods, chosen=True):
 
 
 MODELS = any_of(PLAN.config.models)
+SLICES = list(PLAN.config.data["data"]["slices"])
+# Slices that a run makes, of a seed as that run is; those whose answers several jobs share, and the others.
+SAMPLED = any_of([name for name in SLICES if PLAN.is_sampled(name)]) + SEED
+SAMPLED_SHARDED = any_of([name for name in SLICES if PLAN.is_sampled(name) and PLAN.sample_shards(name) > 1]) + SEED
+SAMPLED_WHOLE = any_of([name for name in SLICES if PLAN.is_sampled(name) and PLAN.sample_shards(name) == 1]) + SEED
 # What is trained to answer: every run but reward models.
 TRAINED = runs_of(*(set(PLAN.config.data["methods"]) - {"rm"}))
 # ... in whatever way it is judged.
@@ -110,15 +115,22 @@ def asks(key, kind):
     return signed(ask)
 
 
-def room(kind):
+def by_model(wildcards):
+    """Whether a reward model chooses the rows of a sampled slice."""
+    return bool(PLAN.judges(wildcards.slice))
+
+
+def room(kind, needed=lambda wildcards: True):
     """The MiB of a GPU that a job asks for, as a resource; all of one where jobs do not share it, or it has no more.
 
-    Not detected: where a run begins, what its host has bounds it (rules/turn.smk).
+    Not detected: where a run begins, what its host has bounds it (rules/turn.smk). needed: whether a job takes a GPU at all.
     """
 
     def ask(wildcards):
+        if not needed(wildcards):
+            return 0
         whole = kind + wildcards.task if kind.endswith("_") else kind
-        asked = ESTIMATES.gpu_mb(whole, wildcards.run) if SHARE else gpus.WHOLE
+        asked = ESTIMATES.gpu_mb(whole, wildcards.get("slice") or wildcards.run) if SHARE else gpus.WHOLE
         return min(asked, max(OFFERED.values(), default=asked))
 
     return {"gpu_mb": signed(ask)} if GPU else {}
@@ -173,6 +185,13 @@ def slice_inputs(wildcards):
 
 
 @signed
+def choice_inputs(wildcards):
+    """With the base's manifest, whose tokenizer it asks: behind the merge that a reward model starts from, it would be no edge."""
+    found = edges(PLAN.choice_inputs(wildcards.slice))
+    return found + [file for file in PLAN.base_inputs()[:1] if file not in found]
+
+
+@signed
 def train_inputs(wildcards):
     return edges(PLAN.train_inputs(wildcards.run))
 
@@ -209,4 +228,4 @@ def report_inputs(wildcards):
 
 wildcard_constraints:
     run=any_of({*PLAN.config.models, *PLAN.config.experiments, *PLAN.config.judged}) + SEED,
-    slice="|".join(sorted(PLAN.config.data["data"]["slices"])),
+    slice=any_of(SLICES) + SEED,

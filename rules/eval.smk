@@ -236,7 +236,7 @@ rule own_task:
 rule eval_rm:
     input:
         model=model_inputs,
-        rows=signed(lambda wildcards: edges(PLAN.slice_inputs(PLAN.experiment(wildcards.run)["slice"]))),
+        rows=signed(lambda wildcards: edges(PLAN.slice_inputs(PLAN.slice_of(wildcards.run)))),
     output:
         scores="<results>/{run}/rm_eval.json",
     log:

@@ -42,10 +42,8 @@ def test_the_study_has_the_numbers_of_its_design(study):
     experiments = study.config.experiments
     others = {"kto", "rm", "ppo", "grpo", "rloo", "grpo_if", "rloo_if", "grpo_rm", "rloo_rm"}
     others |= {"grpo_random", "grpo_shuffled"}
-    assert (
-        set(experiments)
-        == {"sft_v1", "sft_v2", "dpo", "dpo_ipo", "dpo_hinge", "dpo_4bit", "dpo_flipped", "simpo", "orpo"} | others
-    )
+    on_own, on_pairs = {"rft", "dpo_onpolicy"}, {"dpo", "dpo_ipo", "dpo_hinge", "dpo_4bit", "dpo_flipped", "simpo", "orpo"}
+    assert set(experiments) == {"sft_v1", "sft_v2"} | on_pairs | others | on_own
     common = {"num_train_epochs": 1, "warmup_steps": 0.03, "lr_scheduler_type": "cosine", "gradient_checkpointing": True}
     for name, body in experiments.items():
         train = body["train"]
@@ -53,7 +51,7 @@ def test_the_study_has_the_numbers_of_its_design(study):
         shape = (train["per_device_train_batch_size"], train["gradient_accumulation_steps"])
         if body["method"] == "sft":
             assert (train["learning_rate"], shape, train["max_length"]) == (2.0e-4, (4, 4), 2048)
-            assert body["quantise"] == "nf4" and body["start_from"] == "base"
+            assert body["quantise"] == "nf4" and body["start_from"] == ("sft_v2" if name in on_own else "base")
         elif name in others:
             assert body["quantise"] == "nf4" and body["start_from"] == "sft_v2"
             assert train["learning_rate"] == (5.0e-5 if name == "rm" else 5.0e-6)
@@ -78,7 +76,8 @@ def test_the_study_has_the_numbers_of_its_design(study):
     assert (train["num_iterations"], train["epsilon"], train["temperature"]) == (4, 0.2, 1.0)
     assert experiments["ppo"]["reward"] == "rm" and experiments["ppo"]["slice"] == "prompts"
     losses = {name: experiments[name]["train"]["loss_type"] for name in experiments if name.startswith("dpo")}
-    assert losses == {"dpo": "sigmoid", "dpo_ipo": "ipo", "dpo_hinge": "hinge", "dpo_4bit": "sigmoid", "dpo_flipped": "sigmoid"}
+    plain = dict.fromkeys(("dpo", "dpo_4bit", "dpo_flipped", "dpo_onpolicy"), "sigmoid")
+    assert losses == plain | {"dpo_ipo": "ipo", "dpo_hinge": "hinge"}
     slices = study.config.data["data"]["slices"]
     assert (slices["sft"]["source"]["hub"], slices["sft"]["source"]["split"]) == ("HuggingFaceH4/ultrachat_200k", "train_sft")
     assert (slices["pairs"]["source"]["hub"], slices["pairs"]["source"]["split"]) == (

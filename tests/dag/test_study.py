@@ -24,6 +24,8 @@ OTHERS = {
     "data.max_drop",
     *(f"methods.{method}.max_left_out" for method in ("dpo", "simpo", "orpo", "kto", "rm")),
     "methods.ppo.require_reward_above_chance",
+    *(f"data.slices.{name}.source.sampled.require_reward_above_chance" for name in ("best_of_8", "pairs_of_8")),
+    "data.slices.best_of_8.source.sampled.n",
 }
 
 

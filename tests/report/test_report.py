@@ -13,6 +13,7 @@ import yaml
 from tests.conftest import ROOT, make_clone
 from tests.support import report_world
 from workflow_scripts.config import config as configs
+from workflow_scripts.plan.plan import Plan
 from workflow_scripts.plumbing.messages import InputError
 from workflow_scripts.report import collect, judge
 from workflow_scripts.report import page as pages
@@ -68,12 +69,13 @@ def test_a_family_that_compares_data_too_says_so_from_the_config(html, made):
     """GRPO and RLOO learn from a verifier here, DPO and KTO from pairs: that is no comparison of methods alone."""
     said = re.findall(r"<strong>Differs in data</strong>: ([^<]+)\. A difference", html)
     assert said[0] == "dpo, kto from pairs; ppo from rm_pairs; grpo, rloo from ifeval on instructions"
-    experiments = configs.load(ROOT / "config/smollm2.yaml").experiments
-    world = collect.World({"experiments": experiments}, {}, {})
-    families = configs.load(ROOT / "config/smollm2.yaml").data["report"]["families"]
+    config = json.loads(Plan(configs.load(ROOT / "config/smollm2.yaml")).report())["config"]
+    world = collect.World({"experiments": config["experiments"]}, {}, {})
+    families = {family["name"]: family for family in config["report"]["families"]}
     assert {name: bool(judge.mixed(world, family)) for name, family in families.items()} == {
         "primary": False, "methods": False, "base": True, "precision": False, "gsm8k": True,
         "instructions": False, "placebo": True, "reference_free": False, "losses": False,
+        "self_made": False, "on_policy": False,
     }  # fmt: skip
 
 

@@ -217,16 +217,17 @@ EVERY = [*SLICE, "make_base", *MODELS, *SCORE]
 # Plumbing; what plans; what only models from elsewhere need.
 NO_STEP = """steps/cli plumbing/cards plumbing/content_cache plumbing/gpus plumbing/progress plumbing/messages plumbing/signals
 plumbing/startup artifacts/runinfo artifacts/work artifacts/fingerprint artifacts/own_code config/declared data/hub
-evaluation/rows config/__init__ config/config config/schema_errors
-config/yaml_files config/bases config/comparison config/choices config/judged config/names config/sweep config/written
-config/tuning config/own_tasks config/losses config/schema config/experiments config/references config/slices plan/__init__
-plan/plan plan/places plan/graph plan/steps plan/records plan/estimate plan/gpu_memory plan/passes plan/patterns plan/shape
+evaluation/rows config/__init__ config/config config/schema_errors config/yaml_files config/bases config/comparison
+config/choices config/judged config/names config/sweep config/written config/tuning config/own_tasks config/sampled config/losses
+config/schema config/experiments config/references config/slices plan/__init__ plan/plan plan/places plan/graph
+plan/steps plan/rewarded plan/records plan/estimate plan/gpu_memory plan/passes plan/patterns plan/shape
 plumbing/environment models/sources models/templates""".split()
-# The report, which is no target here, and multiple choice, tasks of lm-eval and tuning, which this config has not
-REPORT = """steps/select stats/selection report/__init__ report/capacity report/collect report/figures report/judge report/page
-report/sections report/sensitivity report/trained report/winning steps/report evaluation/lm_tasks steps/lm_eval_task
-steps/judge_answers steps/own_task evaluation/own_tasks data/task_files stats/__init__ stats/accuracy stats/components
-stats/family stats/moderated stats/power""".split()
+# The report, which is no target here, and multiple choice, tasks of lm-eval, tuning and sampled slices, which this config has not
+REPORT = """steps/select steps/sample steps/choose_rows data/choosing stats/selection report/__init__ report/capacity
+report/collect report/figures report/judge report/page report/sections report/sensitivity report/trained
+report/winning steps/report evaluation/lm_tasks steps/lm_eval_task steps/judge_answers steps/own_task
+evaluation/own_tasks data/task_files stats/__init__ stats/accuracy stats/components stats/family stats/moderated
+stats/power""".split()
 PAGE = [f"report/templates/report.{ending}" for ending in ("html.jinja", "css", "js")]
 # File of the package -> the steps that can run it.
 CODE: dict[str, list[str]] = {

@@ -103,6 +103,8 @@ def make_model(folder: Path, end: str, seed: int, qwen: bool) -> None:
             tie_word_embeddings=True, bos_token_id=ids["<|endoftext|>"], eos_token_id=ids[end],
         )
     ).to(torch.bfloat16)  # fmt: skip
+    with torch.no_grad():  # a model of random weights would never end its answers, and of those nothing is kept to train on
+        model.get_input_embeddings().weight[ids["<|im_end|>"]] *= 50
     model.generation_config = GenerationConfig(eos_token_id=ids[end], pad_token_id=ids["<|endoftext|>"])
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)

@@ -4,6 +4,7 @@ from itertools import combinations, product
 
 from workflow_scripts.config.config import Config
 from workflow_scripts.config.names import JUDGED, run_name
+from workflow_scripts.config.tuning import OBJECTIVES
 
 
 def views(config: Config) -> list[str]:
@@ -129,6 +130,23 @@ def ranks(config: Config) -> dict[str, dict]:
     """Of each experiment that a sweep copies, and of each copy: `of`, the experiment itself, and `r`. {} without a sweep."""
     originals = {name: name for name in config.copies.values()} | config.copies
     return {name: {"of": original, "r": config.lora(name)["r"]} for name, original in originals.items()}
+
+
+def tuned(config: Config) -> dict:
+    """What the report is told of `tune:`: who was chosen from what, by what, and whether the evaluation's curve is shown."""
+    tune = config.data["tune"]
+    experiments = {
+        name: {"of": body.of, "trials": list(body.trials.items()), "objective": body.objective, "declared": body.declared}
+        for name, body in config.tuned.items()
+    }
+    objectives = {
+        trial: OBJECTIVES[config.experiments[trial]["method"]][0]
+        for body in config.tuned.values()
+        for trial in body.trials
+        if body.objective
+    }
+    told = {"experiments": experiments, "per_seed": tune["per_seed"], "curve": tune.get("curve", False), "objectives": objectives}
+    return told | config.development
 
 
 def null_runs(config: Config) -> list[str]:

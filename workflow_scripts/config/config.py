@@ -7,7 +7,7 @@ node plans.
 from functools import cached_property
 from pathlib import Path
 
-from workflow_scripts.config import declared, experiments, own_tasks, references, schema, sweep, tuning
+from workflow_scripts.config import declared, experiments, own_tasks, references, sampled, schema, sweep, tuning
 from workflow_scripts.config.names import RUN_NAME, VIEWS, view_of
 from workflow_scripts.config.written import Written, merge_all
 from workflow_scripts.config.yaml_files import read_yaml
@@ -25,11 +25,13 @@ class Config(Written):
         super().__init__(user, files)
         self.copies: dict[str, str] = {}  # of a rank sweep -> the experiment that each is a copy of
         self.tuned: dict[str, tuning.Tuned] = {}
+        self.rounds: dict[str, str] = {}  # experiment of a later round -> the one with `rounds:`
         schema.check(self)
         self.experiments: dict[str, dict] = experiments.resolve(self)
+        self.experiments, self.rounds = sampled.in_rounds(self, self.experiments)
         schema.check_experiments(self, self.experiments)
         self.experiments, self.tuned = tuning.expand(self, self.experiments)
-        references.check(self, self.experiments, self.tuned)
+        references.check(self, self.experiments, [*self.tuned, *self.rounds])
         self.experiments, self.copies = sweep.expand(self, self.experiments)
         self.tuned = tuning.swept(self.tuned, self.copies)
         models = self.models
@@ -42,11 +44,25 @@ class Config(Written):
                     ["experiments", name], f"the endings {', '.join(VIEWS)} say how a run is judged; take another name"
                 )
         own_tasks.check_names(self, self.judged)
+        self._check_who_answers()
 
     def place(self, name: str, path: list) -> list:
         name = self.copies.get(name, name)
+        if name in self.rounds and path in (["start_from"], ["slice"]):
+            return super().place(self.rounds[name], ["rounds"])
         origin = tuning.trials(self.tuned) | {made: body.of for made, body in self.tuned.items()}
+        origin |= self.rounds
         return tuning.place(self, self.tuned, name, path) or super().place(origin.get(name, name), path)
+
+    def _check_who_answers(self) -> None:
+        """InputError where the `run` of a sampled slice writes no answers."""
+        for name, body in self.data["data"]["slices"].items():
+            if (run := body["source"].get("sampled", {}).get("run")) is None:
+                continue
+            path = ["data", "slices", name, "source", "sampled", "run"]
+            if run not in self.judged:
+                known = ", ".join([*self.models, *(one for one in self.experiments if one in self.judged)])
+                raise self.fail(path, f"found {run!r}, expected who answers: {known}, or a view of one (_merged, _nf4)")
 
     def run(self, name: str) -> tuple[str, int]:
         """(experiment, seed) of a run's name, such as `dpo` (seed 1) or `dpo.seed2`. InputError if there is none."""

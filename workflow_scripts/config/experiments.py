@@ -49,10 +49,10 @@ def _resolve(config: Written, name: str) -> dict:
     body.pop("extends", None)
     if "method" not in body:
         raise config.fail(["experiments", name, "method"], "missing; name a method, or an experiment with `extends:`")
-    return _with_placebo(lay(config.data["methods"][body["method"]], body))
+    return with_placebo(lay(config.data["methods"][body["method"]], body))
 
 
-def _with_placebo(body: dict) -> dict:
+def with_placebo(body: dict) -> dict:
     """A reward that is shuffled stands under its own name, with `placebo` beside it, so that it is read as any other."""
     reward = body.get("reward")
     if reward == RANDOM:

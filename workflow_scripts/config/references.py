@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable
 
-from workflow_scripts.config import bases, choices, declared, judged, losses, own_tasks, slices
+from workflow_scripts.config import bases, choices, declared, judged, losses, own_tasks, sampled, slices
 from workflow_scripts.config.experiments import RANDOM, SHUFFLED, VERIFIERS, follow, rewards, slice_kinds
 from workflow_scripts.config.names import EVALUATED
 from workflow_scripts.config.written import Written
@@ -11,7 +11,7 @@ from workflow_scripts.config.written import Written
 def check(config: Written, experiments: dict[str, dict], tuned: Iterable[str] = ()) -> None:
     """InputError on the first reference that leads nowhere, in a loop, or to something of another kind.
 
-    tuned: experiments that `tune:` makes, and others may start from.
+    tuned: experiments that `tune:` and `rounds:` make, and others may start from.
     """
     bases.check(config)
     choices.check(config)
@@ -29,6 +29,7 @@ def check(config: Written, experiments: dict[str, dict], tuned: Iterable[str] = 
                 raise config.fail(["data", "slices", slice_name, key], problem)
     for name, body in known.items():
         slices.check(config, name, body)
+    sampled.check(config)
     slices.check_parts(config, {body["slice"] for body in experiments.values()})
     for name, body in experiments.items():
         follow(config, name, "start_from", lambda one: _start(experiments, one), tuned)
@@ -41,6 +42,11 @@ def check(config: Written, experiments: dict[str, dict], tuned: Iterable[str] = 
             problem = f"found {chosen!r}, expected a slice of kind {' or '.join(kinds)} to train on: "
             problem += fitting or "there is none yet"
             raise config.fail(config.place(name, ["slice"]), problem)
+    for name in known:
+        if found := sampled.block(config, name):
+            check_names(config, experiments, ["data", "slices", name, "source", "sampled", "reward"], found)
+            sampled.check_rewards(config, experiments, name)
+    sampled.check_circles(config, experiments)
 
 
 def _start(experiments: dict[str, dict], name: str) -> str | None:
@@ -59,9 +65,7 @@ def _check_reward(config: Written, experiments: dict[str, dict], name: str) -> N
     """The rewards of an experiment are verifiers, declared, or reward models; none of them is made from the experiment itself."""
     body = experiments[name]
     place = config.place(name, ["reward"])
-    if len(verifiers := [reward for reward in rewards(body) if reward in VERIFIERS]) > 1:
-        problem = f"found {' and '.join(verifiers)} in one mixture, but no row has what both need; take one experiment for each"
-        raise config.fail(place, problem)
+    check_names(config, experiments, place, body)
     if "reward" in body:
         _check_rollouts(config, name, body["train"])
     if "placebo" in body:
@@ -69,6 +73,23 @@ def _check_reward(config: Written, experiments: dict[str, dict], name: str) -> N
         if found := (body["ppo"] if body["method"] == "ppo" else body)["missing_eos_penalty"]:
             problem = f"found {found} with a placebo ({body['placebo']}): a penalty says something of the answer; set it to 0"
             raise config.fail(config.place(name, path), problem)
+    for reward in rewards(body):
+        if reward in VERIFIERS or reward in declared.names(config):
+            continue
+        if name in (chain := _made_from(experiments, reward)):
+            loop = " -> ".join([name, *chain[: chain.index(name) + 1]])
+            raise config.fail(place, f"a loop: {loop}; the reward model must start elsewhere")
+        for key in ("start_from", "quantise") if body["method"] == "ppo" else ():
+            if (theirs := experiments[reward][key]) != body[key]:
+                problem = f"found {reward!r}, whose {key} is {theirs}, and that of {name} is {body[key]}; give both the same: "
+                raise config.fail(place, problem + "PPO's policy and reward model lie on one backbone")
+
+
+def check_names(config: Written, experiments: dict[str, dict], place: list, body: dict) -> None:
+    """InputError where what an experiment, or a sampled slice, names under `reward` is no reward."""
+    if len(verifiers := [reward for reward in rewards(body) if reward in VERIFIERS]) > 1:
+        problem = f"found {' and '.join(verifiers)} in one mixture, but no row has what both need; take one experiment for each"
+        raise config.fail(place, problem)
     for reward in rewards(body):
         if reward in VERIFIERS or reward in declared.names(config):
             continue
@@ -80,13 +101,6 @@ def _check_reward(config: Written, experiments: dict[str, dict], name: str) -> N
             raise config.fail(place, f"found {reward!r}, {known}")
         if (method := experiments[reward]["method"]) != "rm":
             raise config.fail(place, f"found {reward!r}, an experiment of method {method}, which is no reward model; {known}")
-        if name in (chain := _made_from(experiments, reward)):
-            loop = " -> ".join([name, *chain[: chain.index(name) + 1]])
-            raise config.fail(place, f"a loop: {loop}; the reward model must start elsewhere")
-        for key in ("start_from", "quantise") if body["method"] == "ppo" else ():
-            if (theirs := experiments[reward][key]) != body[key]:
-                problem = f"found {reward!r}, whose {key} is {theirs}, and that of {name} is {body[key]}; give both the same: "
-                raise config.fail(place, problem + "PPO's policy and reward model lie on one backbone")
 
 
 def _check_rollouts(config: Written, name: str, train: dict) -> None:

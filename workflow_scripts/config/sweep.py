@@ -10,6 +10,7 @@ themselves have its rank, and nothing of a sweep stands in their steps.
 import copy
 from functools import cache
 
+from workflow_scripts.config import sampled
 from workflow_scripts.config.names import RUN_NAME
 from workflow_scripts.config.written import Written
 
@@ -19,11 +20,12 @@ def expand(config: Written, resolved: dict[str, dict]) -> tuple[dict[str, dict],
 
     InputError where a rank or a name can't be used, or PPO would meet a reward model of another rank.
     """
-    swept = _swept(resolved)
+    swept = _swept(config, resolved)
     experiments = {name: {key: body[key] for key in body if key != "sweep"} for name, body in resolved.items()}
     originals: dict[str, str] = {}
     for rank, block in _blocks(config).items() if swept else ():
         names = {name: f"{name}_r{rank}" for name in swept}
+        slices = sampled.copied(config, names, f"_r{rank}")
         for name, made in names.items():
             if made in resolved:
                 problem = f"`sweep: rank` gives this name to the copy of {name} with rank {rank}; rename this experiment, or "
@@ -34,13 +36,14 @@ def expand(config: Written, resolved: dict[str, dict]) -> tuple[dict[str, dict],
             _check_reward_models(config, resolved, name, swept)
             body = copy.deepcopy(experiments[name])
             body |= {"lora": block, "start_from": names.get(body["start_from"], body["start_from"])}
+            body["slice"] = slices.get(body["slice"], body["slice"])
             if "reward" in body:
-                body["reward"] = _renamed(body["reward"], names)
+                body["reward"] = sampled.renamed(body["reward"], names)
             experiments[made], originals[made] = body, name
     return experiments, originals
 
 
-def _swept(experiments: dict[str, dict]) -> list[str]:
+def _swept(config: Written, experiments: dict[str, dict]) -> list[str]:
     """What is copied: by their own word, else where something that they are made from is, and nothing is left out."""
 
     @cache
@@ -48,7 +51,7 @@ def _swept(experiments: dict[str, dict]) -> list[str]:
         body = experiments[name]
         if "sweep" in body:
             return body["sweep"] == "rank"
-        above = [told(parent) for parent in (body["start_from"], *_names(body.get("reward", {}))) if parent in experiments]
+        above = [told(parent) for parent in sampled.made_from(config, body) if parent in experiments]
         return False if False in above else True if True in above else None
 
     return [name for name in experiments if told(name)]
@@ -81,10 +84,3 @@ def _check_reward_models(config: Written, resolved: dict[str, dict], name: str, 
 
 def _names(reward: str | dict) -> list[str]:
     return [reward] if isinstance(reward, str) else list(reward)
-
-
-def _renamed(reward: str | dict, names: dict[str, str]) -> str | dict:
-    """A reward or a mixture with the reward models of the same rank; a verifier, and what has no copy, stays."""
-    if isinstance(reward, str):
-        return names.get(reward, reward)
-    return {names.get(name, name): weight for name, weight in reward.items()}

@@ -108,6 +108,7 @@ class Written:
             named, before = _at(self.data, path), [_at(data, path) for _, data in self._sources]
             for name in [name for name, body in named.items() if body is None and any(one.get(name) for one in before)]:
                 del named[name]
+        self.slice_copies: dict[str, str] = {}  # slice of a later round, or of a rank sweep -> the slice that it is a copy of
 
     def fail(self, path: list, problem: str) -> InputError:
         """The error of a key: its file, its path, and what is wrong."""
@@ -167,7 +168,11 @@ class Written:
         """The models that are not trained here: the base, which experiments are made from, and those only scored beside it."""
         return {"base": self.data["base"], **self.data.get("models", {})}
 
+    def slice_body(self, name: str) -> dict:
+        """The block of a slice; of one that is of a seed, `best_of_8.seed2`, that of all seeds."""
+        return self.data["data"]["slices"][name.partition(".")[0]]
+
     def trains_on(self, slice_name: str) -> bool:
         """False for prompts that are only answered and scored: taken whole, without `heldout`."""
-        body = self.data["data"]["slices"][slice_name]
+        body = self.slice_body(slice_name)
         return "heldout" in body or body["kind"] not in EVALUATED.values()

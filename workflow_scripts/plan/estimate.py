@@ -15,7 +15,7 @@ import math
 from functools import cache, cached_property
 from pathlib import Path
 
-from workflow_scripts.config import own_tasks
+from workflow_scripts.config import own_tasks, sampled
 from workflow_scripts.config.experiments import PAIRED
 from workflow_scripts.plan.gpu_memory import Memory
 from workflow_scripts.plan.plan import Plan
@@ -57,9 +57,11 @@ class Estimates:
 
     def _ask(self, kind: str, name: str, attempt: int) -> dict[str, int]:
         """mem_mb, runtime (minutes), disk_mb that a job asks for; name: a slice's, or a run's, and "" for the report."""
-        if kind != "slice" and name and name.partition(".")[0] not in self.config.experiments:
+        of_slice = kind in ("slice", "samples")
+        if not of_slice and name and name.partition(".")[0] not in self.config.experiments:
             name = self.config.view(name)[0]
-        name = name if kind == "slice" or name in ("", *self.config.models) else self.config.run(name)[0]
+        name = name.partition(".")[0] if of_slice else name
+        name = name if of_slice or name in ("", *self.config.models) else self.config.run(name)[0]
         found = self.of(kind, name)
         return {
             "mem_mb": _up(attempt * self.requests["memory"] * found["memory_mb"], 100),
@@ -69,7 +71,8 @@ class Estimates:
 
     def _gpu_mb(self, kind: str, name: str) -> int:
         """MiB of a GPU that a step asks for beside others; a whole card's where nothing says of what shape its model is."""
-        experiment = self.config.view(name)[0].partition(".")[0]
+        of_slice = kind in ("slice", "samples")
+        experiment = (name if of_slice else self.config.view(name)[0]).partition(".")[0]
         if self.memory is None or experiment in self.config.models and experiment != "base":
             return WHOLE
         return math.ceil(share(self.memory.of(kind, experiment).peak) / 2**20)
@@ -142,12 +145,39 @@ class Estimates:
     def _slice(self, name: str) -> dict[str, float]:
         body = self.config.data["data"]["slices"][name]
         rows, trains = body["rows"], self.config.trains_on(name)
+        if self.plan.is_sampled(name):
+            return self._choose(name)
         kind = "slice" if trains or "composed" in body["source"] or "hub" in self.plan.rows_source(name) else "prompts"
         return {
             "memory_mb": self._libraries(kind) + 0.01 * rows,
             "seconds": (6 if trains and self.device == "cuda" else 1) + 0.001 * rows,
             "disk_mb": 0.02 * rows,
         }
+
+    def _samples(self, name: str) -> dict[str, float]:
+        """Answers to the prompts of a sampled slice."""
+        asked, size = sampled.asking(self.config, name)[1], self.config.data["generation"]["slots"]
+        new, answers = asked["max_new_tokens"], math.ceil(asked["rows"] * asked["n"] / self.plan.sample_shards(name))
+        at_once = min(size, answers)
+        kept = 8 * self.shape["num_hidden_layers"] * self.shape["hidden_size"] / 3 * at_once * new / MB
+        on_cpu = self._batch_mb(at_once, False) + (kept if self.device == "cpu" else 0)
+        decoding = self._decode(math.ceil(answers / at_once), answers, new, self.config.data["generation"]["rollouts"])
+        return {
+            "memory_mb": self._libraries("generate") + 6 * self.parameters / MB + on_cpu,
+            "seconds": START[self.device] + decoding,
+            "disk_mb": 0.01 * answers,
+        }
+
+    def _choose(self, name: str) -> dict[str, float]:
+        """The choice among them: by a reward model a pass over each answer, else a verifier's look at it."""
+        asked, models = sampled.asking(self.config, name)[1], self.plan.judges(name)
+        answers = asked["rows"] * asked["n"]
+        seconds, memory = START[self.device] + 0.002 * answers, self._libraries("train") + 0.02 * answers
+        for train in (self.plan.experiment(model)["train"] for model in models):
+            size, length = train["per_device_eval_batch_size"], FILLED * train["max_length"]
+            seconds += self._forward(answers, size, length)
+            memory += 4 * self.parameters / MB + self._batch_mb(size * length, False)
+        return {"memory_mb": memory, "seconds": seconds, "disk_mb": 0.02 * answers}
 
     def _score(self, task: str, name: str) -> dict[str, float]:
         return {"memory_mb": self._libraries("score"), "seconds": 4 + 0.01 * self._prompts(task), "disk_mb": 10}

@@ -9,7 +9,7 @@ plan/passes.py (activations, the LM head, generation).
 from dataclasses import dataclass, field
 from typing import Any
 
-from workflow_scripts.config import own_tasks
+from workflow_scripts.config import own_tasks, sampled
 from workflow_scripts.config.config import Config
 from workflow_scripts.config.experiments import PAIRED, rewards
 from workflow_scripts.config.names import CHOICE
@@ -33,8 +33,8 @@ def fits(peak: float, card: float) -> bool:
 class Phase:
     """One line of the answer. stages: what is done one after the other -> its peak in bytes."""
 
-    kind: str  # train, generate, choose, eval_rm
-    name: str  # an experiment; a task
+    kind: str  # train, generate, sample, choose, eval_rm
+    name: str  # an experiment; a task; a slice
     stages: dict[str, float] = field(default_factory=dict)
     trainable: int = 0
 
@@ -70,6 +70,9 @@ class Memory:
                 found.append(self.eval_rm(name, body))
         for task in self.config.asked:
             found.append(self.choose(task) if task in CHOICE else self.generate(task, self.config.at_once()))
+        for name, body in self.config.data["data"]["slices"].items():
+            if "run" in body["source"].get("sampled", {}):
+                found.append(self.samples(name, self.config.data["generation"]["slots"]))
         return found + [self.own(task) for task in self.config.own_tasks]
 
     def of(self, kind: str, name: str) -> Phase:
@@ -78,6 +81,10 @@ class Memory:
         if kind in ("train", "eval_rm"):
             body = self.config.experiments[name]
             return self.train(name, body) if kind == "train" else self.eval_rm(name, body)
+        if kind == "samples":
+            return self.samples(name, self.config.data["generation"]["slots"])
+        if kind == "slice":
+            return self.choose_rows(name)
         if kind == "judge":
             model = self.config.data["eval"]["judge"]["reward"]
             return self.eval_rm(model, self.config.experiments[model])
@@ -185,14 +192,28 @@ class Memory:
         rows = min(rows, self.config.data["data"]["slices"][self.config.asked[task]]["rows"])
         return self._answers(task, rows, EVAL_PROMPT, self.config.task(task)["max_new_tokens"])
 
-    def _answers(self, task: str, rows: int, prompt: int, new: int) -> Phase:
+    def samples(self, name: str, rows: int) -> Phase:
+        """Answers of a sampled slice, so many at once. It is judged as evaluations judge it, in the trainings' precision."""
+        asked, data = sampled.asking(self.config, name)[1], self.config.data
+        rows, slices = min(rows, asked["rows"] * asked["n"]), data["data"]["slices"]
+        prompt = slices[asked["prompts"]].get("max_prompt_tokens", data["data"]["max_prompt_tokens"])
+        return self._answers(name, rows, prompt, asked["max_new_tokens"], "sample")
+
+    def choose_rows(self, name: str) -> Phase:
+        """The reward models by which a sampled slice is chosen: one after the other, and all there."""
+        models = self._models(sampled.block(self.config, name))
+        peaks = [self.eval_rm(model, self.config.experiments[model]).peak for model in models]
+        return Phase("eval_rm", name, {"scoring": sum(peaks)})
+
+    def _answers(self, task: str, rows: int, prompt: int, new: int, kind: str = "generate") -> Phase:
         how, fixed = self._judged()
-        if self.config.generation()["backend"] == "graphs":
+        backend = self.config.data["generation"]["rollouts"] if kind == "sample" else self.config.generation()["backend"]
+        if backend == "graphs":
             ranks = [self._block(body)["r"] for body in self.config.experiments.values()]
-            answering = fixed + in_slots(how, rows, prompt + new, False, max(ranks))
+            answering = fixed + in_slots(how, rows, prompt + new, kind == "sample", max(ranks))
         else:
             answering = fixed + decoding(how, rows, prompt, new)
-        return Phase("generate", task, {"answers": answering})
+        return Phase(kind, task, {"answers": answering})
 
     def choose(self, task: str, row: int = 0, tail: int = OPTIONS) -> Phase:
         """Multiple choice. row: tokens of the longest prompt, with its examples; tail: tokens of each row that get logits.

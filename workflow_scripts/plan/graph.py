@@ -1,16 +1,21 @@
 """What depends on what: the runs and slices that a run is made from, and the files of them that each step reads."""
 
+import math
 from functools import cache, cached_property
 from pathlib import Path
 
 from workflow_scripts.artifacts import own_code
-from workflow_scripts.config import choices, comparison, own_tasks
+from workflow_scripts.config import choices, comparison, own_tasks, sampled
 from workflow_scripts.config.config import Config
 from workflow_scripts.config.experiments import rewards
 from workflow_scripts.config.names import DEVELOPMENT, JUDGED, run_name
 from workflow_scripts.config.tuning import Tuned
 from workflow_scripts.plan.places import Places
 from workflow_scripts.plumbing.messages import InputError
+
+
+def seed_of(slice_name: str) -> int:
+    return int(slice_name.partition(".seed")[2] or 1)
 
 
 class Graph(Places):
@@ -28,13 +33,15 @@ class Graph(Places):
 
     def reward_models(self, run: str) -> list[str]:
         """The runs of the reward models that `run` is trained with, of the same seed."""
-        named = [name for name in rewards(self.experiment(run)) if name in self.config.experiments]
-        return [run_name(name, self.config.run(run)[1]) for name in named]
+        return self._models_of(self.experiment(run), self.config.run(run)[1])
 
-    def declared(self, run: str) -> dict[str, dict]:
-        """Of the rewards of a run, those that the config declares under `rewards:`."""
+    def _models_of(self, body: dict, seed: int) -> list[str]:
+        return [run_name(name, seed) for name in rewards(body) if name in self.config.experiments]
+
+    def declared(self, body: dict) -> dict[str, dict]:
+        """Of the rewards of an experiment, or of a sampled slice, those that the config declares under `rewards:`."""
         known = self.config.data.get("rewards", {})
-        return {name: known[name] for name in rewards(self.experiment(run)) if name in known}
+        return {name: known[name] for name in rewards(body) if name in known}
 
     def code_of(self, name: str) -> own_code.Own:
         """The file of a reward of the user's own with what it imports, as first read. InputError, with the key, if wrong."""
@@ -57,7 +64,7 @@ class Graph(Places):
         return run_name(self.config.experiments[experiment]["start_from"], seed)
 
     def is_tiny_slice(self, name: str) -> bool:
-        return "tiny" in self.config.data["data"]["slices"][name]["source"]
+        return "tiny" in self.config.slice_body(name)["source"]
 
     def runs(self) -> list[str]:
         """Every run of the config: each experiment with each seed."""
@@ -65,7 +72,7 @@ class Graph(Places):
 
     def rows_source(self, name: str) -> dict:
         """Where a slice's rows come from; of a composed one, its questions."""
-        source = self.config.data["data"]["slices"][name]["source"]
+        source = self.config.slice_body(name)["source"]
         return source["composed"]["questions"] if "composed" in source else source
 
     def avoided(self, name: str) -> dict[str, str]:
@@ -121,6 +128,48 @@ class Graph(Places):
     def score_files(self, run: str) -> list[str]:
         return [f"{self.results}/{DEVELOPMENT}_{one}.json" for one in self.development_scores(run)]
 
+    # -- slices whose rows a run makes (config/sampled.py) ----------------------------------------------------------------
+
+    def sampling(self, name: str) -> tuple[str, dict]:
+        """(the slice whose answers a sampled slice takes, of its seed; what is asked there, `run` of that seed)."""
+        seed = seed_of(name)
+        owner, asked = sampled.asking(self.config, name)
+        run = asked["run"]
+        of_models = self.config.view(run)[0] in self.config.models
+        return self.of_seed(owner, seed), asked | {"run": run if of_models else run_name(run, seed)}
+
+    def judges(self, name: str) -> list[str]:
+        """The runs of the reward models by which the rows of a sampled slice are chosen."""
+        return self._models_of(sampled.block(self.config, name), seed_of(name))
+
+    def sampled_slices(self, seeds: list[int]) -> list[str]:
+        names = [name for name in self.config.data["data"]["slices"] if self.is_sampled(name)]
+        return [self.of_seed(name, seed) for name in names for seed in seeds]
+
+    def sample_shards(self, name: str) -> int:
+        """Jobs that share the answers of a sampled slice, as they share a task's (plan/places.py)."""
+        rows, hf = sampled.asking(self.config, name)[1]["rows"], self.config.data["generation"]["rollouts"] == "hf"
+        return min(self.config.data["eval"]["shards"], math.ceil(rows / (self.config.data["eval"]["batch_size"] if hf else 1)))
+
+    def sample_shard_files(self, name: str) -> list[str]:
+        """The answers of each shard, where there are several."""
+        count = self.sample_shards(name)
+        return [f"{self.results}/data/{name}_shards/{n}of{count}.json" for n in range(1, count + 1)] if count > 1 else []
+
+    def sample_inputs(self, name: str) -> list[str]:
+        """Files that the answers of a sampled slice are made from: the prompts, and what the run is judged as."""
+        asked = self.sampling(name)[1]
+        return list(dict.fromkeys([*self.slice_inputs(asked["prompts"]), *self.judged_inputs(asked["run"])]))
+
+    def choice_inputs(self, name: str) -> list[str]:
+        """Files that the choice reads: answers, their prompts, those to keep away from, the tokenizer, what rewards need."""
+        owner, asked = self.sampling(name)
+        files = [*self.samples_inputs(owner), *self.slice_inputs(asked["prompts"])]
+        for prompts in self.avoided(name).values():
+            files += self.slice_inputs(prompts)
+        files += self.base_inputs() + self._reward_inputs(sampled.block(self.config, name), self.judges(name))
+        return list(dict.fromkeys(files))
+
     # -- files that a step reads ----------------------------------------------------------------------------------------
 
     def source_files(self, name: str) -> list[str]:
@@ -167,13 +216,14 @@ class Graph(Places):
         """
         if self.tuned(run) is not None:
             adapters = [file for one in self.chosen_from(run) for file in self.adapter_inputs(one)]
-            return list(dict.fromkeys([*self.start_inputs(run), *self.slice_inputs(self.experiment(run)["slice"]), *adapters]))
-        files = self.start_inputs(run) + self.slice_inputs(self.experiment(run)["slice"])
-        for model in self.reward_models(run):
-            files += self.start_inputs(model) + self.adapter_inputs(model)
-        for name, body in self.declared(run).items():
-            files += map(str, self.code_of(name).files) if "file" in body else []
-        return list(dict.fromkeys(files))
+            return list(dict.fromkeys([*self.start_inputs(run), *self.slice_inputs(self.slice_of(run)), *adapters]))
+        files = self.start_inputs(run) + self.slice_inputs(self.slice_of(run))
+        return list(dict.fromkeys(files + self._reward_inputs(self.experiment(run), self.reward_models(run))))
+
+    def _reward_inputs(self, body: dict, models: list[str]) -> list[str]:
+        files = [file for model in models for file in self.start_inputs(model) + self.adapter_inputs(model)]
+        own = [name for name, one in self.declared(body).items() if "file" in one]
+        return files + [str(file) for name in own for file in self.code_of(name).files]
 
     def judge_inputs(self, run: str) -> list[str]:
         """Files that the judging of a run's answers reads: the answers, their prompts, and the reward model with its start."""

@@ -24,6 +24,22 @@ class Places:
     def slice_inputs(self, name: str) -> list[str]:
         return [f"{self.results}/data/{name}.manifest.json", f"{self.results}/data/{name}.jsonl"]
 
+    def slice_of(self, run: str) -> str:
+        """The slice that a run trains on: one that a run makes is of a seed, `best_of_8.seed2`."""
+        experiment, seed = self.config.run(run)
+        return self.of_seed(self.config.experiments[experiment]["slice"], seed)
+
+    def of_seed(self, name: str, seed: int) -> str:
+        return f"{name}.seed{seed}" if seed != 1 and self.is_sampled(name) else name
+
+    def is_sampled(self, name: str) -> bool:
+        """Whether the rows of a slice are made by a run of the config (config/sampled.py)."""
+        return "sampled" in self.config.slice_body(name)["source"]
+
+    def samples_inputs(self, name: str) -> list[str]:
+        """The answers that a sampled slice of a seed has of its own."""
+        return [f"{self.results}/data/{name}.answers{ending}" for ending in (".manifest.json", ".jsonl")]
+
     def base_inputs(self, name: str = "base") -> list[str]:
         """Files of a model that is not trained here."""
         return [f"{self.results}/{name}/manifest.json", f"{self.results}/{name}/model.safetensors"]

@@ -30,10 +30,14 @@ class Plan(Graph):
         """The files that people ask for: results, adapters, slices."""
         found = [file for run in [*self.config.models, *self.shown()] for file in self.results_of(run)]
         found += [self.adapter_inputs(run)[0] for run in self.runs()]
-        return found + [self.slice_inputs(name)[0] for name in self.config.data["data"]["slices"]]
+        slices = [name for name in self.config.data["data"]["slices"] if not self.is_sampled(name)]
+        return found + [self.slice_inputs(name)[0] for name in [*slices, *self.sampled_slices(self.config.data["seeds"])]]
 
     def slice(self, name: str) -> str:
         return self._text("slice", name)
+
+    def samples(self, name: str) -> str:
+        return self._text("samples", name)
 
     def limits(self) -> dict[str, list[dict]]:
         """Slice -> the limits of each experiment that takes only rows which are whole, as data/fitting.py takes them."""
@@ -68,6 +72,10 @@ class Plan(Graph):
         """The step of one shard: that of all answers, which it is a part of, and which part."""
         step = self.step(f"generate_{task}", run)
         return fingerprint.canonical(step | {"shard": [number, self.shards(task)]})
+
+    def sample_shard(self, name: str, number: int) -> str:
+        """The same, of the answers of a sampled slice."""
+        return fingerprint.canonical(self.step("samples", name) | {"shard": [number, self.sample_shards(name)]})
 
     def score(self, task: str, run: str) -> str:
         return self._text(f"score_{task}", run)

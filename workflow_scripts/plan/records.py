@@ -32,7 +32,7 @@ class Place:
 
     manifest: str
     outputs: tuple[str, ...]
-    kind: str  # of the step, as plan/plan.py names them: slice, base, train, merge, generate_TASK, score_TASK, eval_rm, report
+    kind: str  # of the step, as plan/plan.py names them: slice, samples, base, train, merge, generate_TASK, score_TASK, ...
     name: str  # of the slice, the run or the model; "" for the report
 
 
@@ -45,6 +45,8 @@ def place_of(results: str, kind: str, name: str) -> Place:
     """Where the rules put an artifact of this kind."""
     if kind == "slice":
         return _one(kind, name, f"{results}/data", f"{name}.manifest.json", f"{name}.jsonl")
+    if kind == "samples":
+        return _one(kind, name, f"{results}/data", f"{name}.answers.manifest.json", f"{name}.answers.jsonl")
     if kind == "base":
         return _one(kind, name, f"{results}/{name}", "manifest.json", "model.safetensors")
     if kind == "train":
@@ -97,7 +99,8 @@ def find(results: str) -> Iterator[Place]:
     folder, runs = Path(results), set()
     own: dict[str, list[str]] = {}  # run -> its tasks of `eval.tasks`
     for path in sorted(folder.glob("data/*.manifest.json")):
-        yield place_of(results, "slice", path.name.removesuffix(".manifest.json"))
+        name = path.name.removesuffix(".manifest.json")
+        yield place_of(results, "samples" if name.endswith(".answers") else "slice", name.removesuffix(".answers"))
     for entry in os.scandir(folder) if folder.is_dir() else ():
         task, _, run = entry.name.removesuffix(".json").partition("_")
         if RUN_NAME.fullmatch(entry.name) and entry.is_dir():

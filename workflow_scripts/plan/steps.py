@@ -10,13 +10,14 @@ from pathlib import Path
 from typing import Any
 
 from workflow_scripts.artifacts import fingerprint
-from workflow_scripts.config import bases, choices, comparison, judged, own_tasks
-from workflow_scripts.config.experiments import VERIFIERS, rewards
+from workflow_scripts.config import bases, choices, comparison, judged, own_tasks, sampled
+from workflow_scripts.config.experiments import rewards
 from workflow_scripts.config.names import CHOICE, DEVELOPMENT, JUDGED, run_name
 from workflow_scripts.config.tuning import GROUPS, OBJECTIVES, Tuned
 from workflow_scripts.data import questions, slicing, task_files
 from workflow_scripts.models import sources
-from workflow_scripts.plan.graph import Graph
+from workflow_scripts.plan import rewarded
+from workflow_scripts.plan.graph import Graph, seed_of
 from workflow_scripts.plumbing.content_cache import ContentCache
 from workflow_scripts.plumbing.messages import InputError
 
@@ -34,7 +35,7 @@ class Steps:
         self._of_own_task = cache(self._own_task_alone)
 
     def make(self, kind: str, name: str) -> dict:
-        """kind: slice, base, train, merge, generate_TASK, score_TASK, eval_rm, report; name: a slice's or a run's."""
+        """kind: slice, samples, base, train, merge, generate_TASK, score_TASK, eval_rm, report; name: a slice's or a run's."""
         verb, _, task = kind.partition("_")
         if verb in ("generate", "score"):
             return getattr(self, f"_{verb}")(task, name)
@@ -59,10 +60,11 @@ class Steps:
         return found | ({"precision": precision} if precision else {})
 
     def _slice(self, name: str) -> dict:
-        data = self.config.data["data"]
-        body = data["slices"][name]
+        data, body = self.config.data["data"], self.config.slice_body(name)
         config: dict = dict(body)
         parents = {role: self.fingerprint("slice", prompts) for role, prompts in self.graph.avoided(name).items()}
+        if self.graph.is_sampled(name):
+            return self._choice(name, config, parents)
         if self.config.trains_on(name):  # evaluation prompts are taken as they are: nothing is dropped or held out
             config |= {key: body.get(key, data[key]) for key in ("max_drop", "max_prompt_tokens", "decontaminate")}
             parents["base"] = self.fingerprint("base", "base")
@@ -87,9 +89,34 @@ class Steps:
             step["packages"] = step["packages"] | {"datasets": fingerprint.locked()["datasets"]}
         return step
 
+    def _samples(self, name: str) -> dict:
+        """The answers of a sampled slice: what decides them, and not what is kept of them."""
+        asked, data = self.graph.sampling(name)[1], self.config.data
+        config = {key: asked[key] for key in ("rows", "seed")}
+        config["source"] = {"sampled": {key: value for key, value in asked.items() if key not in ("run", "prompts", *config)}}
+        backend = {"backend": "graphs", "adapter": "match"}
+        hf = {"backend": "hf", "batch_size": data["eval"]["batch_size"]}
+        config["generation"] = backend if data["generation"]["rollouts"] == "graphs" else hf
+        parents = {"prompts": self.fingerprint("slice", asked["prompts"])} | self._model(asked["run"])
+        return self._step("sample", config | self._quantised(asked["run"]), parents, seed=seed_of(name), **self._machine())
+
+    def _choice(self, name: str, config: dict, parents: dict[str, str]) -> dict:
+        """The choice among the answers of a sampled slice. What its answers were asked for stands in theirs."""
+        (owner, asked), found, data = self.graph.sampling(name), sampled.block(self.config, name), self.config.data["data"]
+        choice = {key: found[key] for key in ("keep", "least", "pair", "margin", "flip_labels") if key in found}
+        config |= {key: config.get(key, data[key]) for key in ("max_drop", "max_prompt_tokens", "decontaminate")}
+        config |= {"source": {"sampled": choice}} | rewarded.config(self.graph, found)
+        if models := self.graph.judges(name):
+            config["require_reward_above_chance"] = found["require_reward_above_chance"]
+        parents |= {"base": self.fingerprint("base", "base"), "answers": self.fingerprint("samples", owner)}
+        parents |= {"prompts": self.fingerprint("slice", asked["prompts"])} | self._judges(models)
+        more: dict[str, Any] = {"seed": seed_of(name)} if "placebo" in found else {}
+        step = self._step("choose_rows", config, parents, **more, **(self._machine() if models else {}))
+        return rewarded.with_own_code(self.graph, step, self.graph.declared(found))
+
     def _candidate_rows(self, name: str, files: list[str]) -> str:
         """The hash of the rows that seed and limit pick. InputError, with the key, where they can't be read or do not suffice."""
-        body, cache = self.config.data["data"]["slices"][name], f"{self.graph.work}/content_cache.json"
+        body, cache = self.config.slice_body(name), f"{self.graph.work}/content_cache.json"
         composed = body["source"].get("composed")
         try:
             if composed:
@@ -133,32 +160,21 @@ class Steps:
         if (tuned := self.graph.tuned(run)) is not None:
             return self._select(run, tuned)
         body, config = self.graph.experiment(run), self._train_config(run)
-        parents = {"start": self._start_fingerprint(run), "rows": self.fingerprint("slice", body["slice"])}
-        for model in self.graph.reward_models(run):
+        parents = {"start": self._start_fingerprint(run), "rows": self.fingerprint("slice", self.graph.slice_of(run))}
+        parents |= self._judges(self.graph.reward_models(run))
+        step = self._step(f"train_{body['method']}", config, parents, seed=self.config.run(run)[1], **self._machine())
+        return rewarded.with_own_code(self.graph, step, self.graph.declared(body))
+
+    def _judges(self, models: list[str]) -> dict[str, str]:
+        """The parents of a step that reward models judge in."""
+        parents: dict[str, str] = {}
+        for model in models:
             name = self.config.run(model)[0]
             parents |= {
                 f"reward {name}": self.fingerprint("train", model),
                 f"start of {name}": self._start_fingerprint(model),
             }
-        step = self._step(f"train_{body['method']}", config, parents, seed=self.config.run(run)[1], **self._machine())
-        return self._with_own_code(step, {name: body for name, body in self.graph.declared(run).items() if "file" in body})
-
-    def _declared(self, body: dict) -> dict:
-        """A reward's declaration, without what decides nothing: the folder of its file, and `strip_think: false`."""
-        told = {key: value for key, value in body.items() if value is not False}
-        return told | ({"file": Path(body["file"]).name} if "file" in body else {})
-
-    def _with_own_code(self, step: dict, bodies: dict[str, dict]) -> dict:
-        """With what the files of rewards of the user's own do, and what they import of this project and of locked libraries.
-        A library that is not in the lock has no declared version, and counts for nothing."""
-        for name in bodies:
-            own = self.graph.code_of(name)
-            step.setdefault("external", {}).setdefault("rewards", {})[name] = own.logic
-            for module in own.project:
-                step["code"] = step["code"] | fingerprint.code(module)
-                step["packages"] = step["packages"] | fingerprint.packages(module)
-            step["packages"] = step["packages"] | fingerprint.versions(own.libraries)
-        return step
+        return parents
 
     def _train_config(self, run: str) -> dict:
         body = self.graph.experiment(run)
@@ -168,12 +184,7 @@ class Steps:
             config["quant"] = self.config.data["quant"]
         config["optim"] = "paged_adamw_32bit" if self.config.data["device"] == "cuda" else "adamw_torch"
         if "reward" in body:
-            config |= {"reward": rewards(body), "generation": self.config.data["generation"]["rollouts"]}
-            tasks = {name: self.config.data["eval"].get(VERIFIERS[name], {}) for name in config["reward"] if name in VERIFIERS}
-            if thinking := [name for name, task in tasks.items() if task.get("strip_think")]:
-                config["strip_think"] = thinking  # a verifier judges what the evaluation judges
-            if declared := self.graph.declared(run):
-                config["rewards"] = {name: self._declared(body) for name, body in declared.items()}
+            config |= {"generation": self.config.data["generation"]["rollouts"]} | rewarded.config(self.graph, body)
         return config
 
     def _select(self, run: str, tuned: Tuned) -> dict:
@@ -193,7 +204,7 @@ class Steps:
         }
         config |= {"trials": trials, "by": {"objective" if tuned.objective else "task": list(by)}}
         config["per_seed"] = self.config.data["tune"]["per_seed"]
-        parents = {"start": self._start_fingerprint(run), "rows": self.fingerprint("slice", body["slice"])}
+        parents = {"start": self._start_fingerprint(run), "rows": self.fingerprint("slice", self.graph.slice_of(run))}
         parents |= {f"adapter {one}": self.fingerprint("train", one) for one in self.graph.chosen_from(run)}
         scores = self.graph.development_scores(run)
         parents |= {f"score {one}": self.fingerprint(f"score_{DEVELOPMENT}", one) for one in scores}
@@ -277,11 +288,11 @@ class Steps:
         return judged.step_config(self.config.experiments[model], self.config.data["quant"])
 
     def _eval_rm(self, run: str) -> dict:
-        body, config = self.graph.experiment(run), self._judge(self.config.run(run)[0])
+        config = self._judge(self.config.run(run)[0])
         parents = {
             "start": self._start_fingerprint(run),
             "adapter": self.fingerprint("train", run),
-            "rows": self.fingerprint("slice", body["slice"]),
+            "rows": self.fingerprint("slice", self.graph.slice_of(run)),
         }
         return self._step("eval_rm", config, parents, **self._machine())
 
@@ -292,6 +303,11 @@ class Steps:
             for name, body in self.config.experiments.items()
             if name not in self.config.trials
         }
+        for body in experiments.values():
+            if self.graph.is_sampled(body["slice"]):
+                owner, asked = sampled.asking(self.config, body["slice"])
+                found = {key: asked[key] for key in ("run", "prompts", "n")}
+                body["sampled"] = found | {"answers": owner, "reward": rewards(sampled.block(self.config, body["slice"]))}
         for view in comparison.views(self.config):
             run, how = self.config.view(view)
             if run not in self.config.models:
@@ -319,28 +335,7 @@ class Steps:
             for task in self.config.scored
         }
         if self.config.tuned:
-            config["tune"] = self._tuned()
+            config["tune"] = comparison.tuned(self.config)
             parents |= {f"{task} {run}": self.fingerprint(f"score_{task}", run) for task, run in self.graph.trial_scores()}
         parents |= {f"rm {run}": self.fingerprint("eval_rm", run) for run in comparison.reward_models(self.config)}
         return self._step("report", config, parents)
-
-    def _tuned(self) -> dict:
-        """What the report is told of `tune:`: who was chosen from what, by what, and whether the evaluation's curve is shown."""
-        tune = self.config.data["tune"]
-        experiments = {
-            name: {"of": body.of, "trials": list(body.trials.items()), "objective": body.objective, "declared": body.declared}
-            for name, body in self.config.tuned.items()
-        }
-        objectives = {
-            trial: OBJECTIVES[self.config.experiments[trial]["method"]][0]
-            for body in self.config.tuned.values()
-            for trial in body.trials
-            if body.objective
-        }
-        told = {
-            "experiments": experiments,
-            "per_seed": tune["per_seed"],
-            "curve": tune.get("curve", False),
-            "objectives": objectives,
-        }
-        return told | self.config.development

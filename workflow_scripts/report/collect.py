@@ -41,6 +41,9 @@ class Run:
     manifest: dict = field(default_factory=dict)  # of the adapter; {} for the base, or where it is missing
     curves: pandas.DataFrame | None = None
     phases: dict[str, dict] = field(default_factory=dict)  # phase -> run.json's seconds, peak memory and device
+    drawn: dict[str, dict] = field(
+        default_factory=dict
+    )  # the answers that its slice was chosen from, if any -> run.json's, `count`
 
 
 @dataclass
@@ -109,6 +112,9 @@ def read(job: Job) -> World:
     apart = set(world.trials) - {run for body in tuned.values() for run in world.seeded(body["of"])}
     for run in dict.fromkeys(run for _, run in scores if run not in apart):
         world.runs[run] = read_run(results, run)
+    for run in [*world.runs.values(), *world.trials.values()]:
+        if made := world.config["experiments"].get(run.experiment, {}).get("sampled"):
+            run.drawn = read_drawn(results, made["answers"] + (f".seed{run.seed}" if run.seed > 1 else ""))
     for task in job.config["tasks"]:
         check_comparable({run: score for (one, run), score in scores.items() if one == task}, task, results)
         alike = [run for run in world.runs if chosen_from(world, run) & {run for one, run in scores if one == task}]
@@ -206,6 +212,12 @@ def read_run(results: Path, name: str) -> Run:
     files |= {f"answers {task}": f"{task}_responses.run.json" for task in (*answered(METRIC), DEVELOPMENT)}
     run.phases = {phase: found for phase, file in files.items() if (found := _json(folder / file)).get("seconds")}
     return run
+
+
+def read_drawn(results: Path, name: str) -> dict[str, dict]:
+    """Of a sampled slice's answers: how many there are, with the seconds and tokens of its run.json; {} where they are gone."""
+    made, counts = (_json(results / "data" / f"{name}.answers.{end}.json") for end in ("run", "manifest"))
+    return {name: made | {"count": counts["answers"]["sampled"]}} if made.get("seconds") and "answers" in counts else {}
 
 
 def answers(run: Run, task: str) -> dict[Any, dict]:

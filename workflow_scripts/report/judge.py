@@ -1,6 +1,7 @@
 """From verdicts to statements: the declared families, the controls, and what each run's own objective says."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy
 
@@ -43,9 +44,15 @@ def contrasts(family: dict) -> list[tuple[str, str]]:
 def source(experiments: dict, name: str) -> str:
     """What a run learns to prefer from: its slice, that of its reward model, or a verifier on its slice."""
     body = experiments[name]
-    rewards = [body["reward"]] if isinstance(body.get("reward"), str) else [*body.get("reward", [])]
-    found = [experiments[one]["slice"] if one in experiments else f"{one} on {body['slice']}" for one in rewards]
+    reward, asked = body.get("reward", []), body["slice"]
+    if made := body.get("sampled"):  # rewarded answers to the prompts of another slice, as a method that samples itself has them
+        reward, asked = made["reward"], made["prompts"]
+    found = [experiments[one]["slice"] if one in experiments else f"{one} on {asked}" for one in _named(reward)]
     return " and ".join(found or [body["slice"]]) + (", shuffled" if body.get("placebo") == "shuffled" else "")
+
+
+def _named(reward: Any) -> list[str]:
+    return [reward] if isinstance(reward, str) else [*reward]
 
 
 def mixed(world: World, family: dict) -> str:

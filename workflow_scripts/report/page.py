@@ -28,6 +28,7 @@ def render(world: World, families: list[Judged], controls: list[Control]) -> str
     environment.filters |= {"points": points, "p": p_text}
     script = (TEMPLATES / "report.js").read_text(encoding="utf-8")
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    budgets = sections.budgets(world)
     return environment.get_template("report.html.jinja").render(
         style=(TEMPLATES / "report.css").read_text(encoding="utf-8"),
         script=script,
@@ -57,7 +58,8 @@ def render(world: World, families: list[Judged], controls: list[Control]) -> str
         lengths=sections.lengths(world),
         curves=sections.curves(world),
         rewards=sections.rewards(world),
-        budgets=sections.budgets(world),
+        budgets=budgets,
+        drawn=any(row["drawn"] for row in budgets),
         costs=sections.costs(world),
         tree=sections.tree(world),
         viewer=sections.viewer(world),

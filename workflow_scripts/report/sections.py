@@ -188,7 +188,8 @@ def budgets(world: World) -> list[dict]:
     """What each experiment's training was given, mean over its seeds.
 
     rows: of its slice (pairs, conversations, prompts); tokens: as its trainer counts them, answers that it sampled too. A tuned
-    one was given what all its trials were: steps, tokens and seconds are their sums.
+    one was given what all its trials were: steps, tokens and seconds are their sums. drawn: answers that its rows were chosen
+    from, which experiments may share, with their tokens and the seconds that they took.
     """
     rows = []
     tuned = world.config.get("tune", {}).get("experiments", {})
@@ -203,6 +204,10 @@ def budgets(world: World) -> list[dict]:
             known = [gpu_seconds(facts) if what == "seconds" else facts[what] for facts in trained if facts.get(what) is not None]
             times = 1 if what == "rows" else len(trials)
             row[what] = f"{times * numpy.mean(known):,.0f}" if known else ""
+        drawn = [facts for run in runs.values() if run.experiment in trials for facts in run.drawn.values()]
+        row["drawn"] = f"{numpy.mean([facts['count'] for facts in drawn]):,.0f}" if drawn else ""
+        row["drawn_tokens"] = f"{numpy.mean([facts.get('tokens', 0) for facts in drawn]):,.0f}" if drawn else ""
+        row["drawn_seconds"] = f"{numpy.mean([gpu_seconds(facts) for facts in drawn]):,.0f}" if drawn else ""
         rows.append(row)
     return rows
 
@@ -243,6 +248,25 @@ def costs(world: World) -> list[dict]:
                 "gpu_hours": f"{hours:.2f}" if hours is not None else "",
                 "money": f"{hours * price:.2f} {currency}" if hours is not None and price is not None else "",
             }
+        )
+    return rows + _drawn_costs(world, price, currency)
+
+
+def _drawn_costs(world: World, price: float | None, currency: str) -> list[dict]:
+    """Of answers that slices were chosen from: rows of their own, since several experiments may have been trained on them."""
+    found: dict[str, dict[str, dict]] = {}
+    for run in [*world.runs.values(), *world.trials.values()]:
+        for name, facts in run.drawn.items():
+            found.setdefault(name.partition(".")[0], {})[name] = facts
+    rows = []
+    for name, some in found.items():
+        memory = max(facts.get("gpu_peak_memory_bytes") or facts.get("peak_memory_bytes") or 0 for facts in some.values())
+        hours = sum(map(gpu_seconds, some.values())) / 3600 if world.config["device"] == "cuda" else None
+        rows.append(
+            {"name": f"answers of {name}", "runs": len(some), "training": "", "other": ""}
+            | {"answers": _time(sum(facts["seconds"] for facts in some.values()))}
+            | {"memory": f"{memory / 2**30:.2f}" if memory else "", "gpu_hours": f"{hours:.2f}" if hours is not None else ""}
+            | {"money": f"{hours * price:.2f} {currency}" if hours is not None and price is not None else ""}
         )
     return rows
 

@@ -75,18 +75,35 @@ def models_of(job: Job) -> list[str]:
     return [name for name in job.config["reward"] if name not in FIELDS and name not in job.config.get("rewards", {})]
 
 
-def functions(job: Job, parents: dict[str, Artifact], on_backbone: Callable[[str], Any] | None = None) -> dict[str, Reward]:
+def of_answers(reward: Reward) -> Reward:
+    """`without_thought` of answers that are texts already, as `models/chat.py:said` gives them."""
+
+    def judge(prompts: list, completions: list, **columns: Any) -> list[float | None]:
+        answers = [[{"role": "assistant", "content": answer(turns[-1]["content"])}] for turns in completions]
+        return reward(prompts, answers, **columns)
+
+    return judge
+
+
+def functions(
+    job: Job, parents: dict[str, Artifact], on_backbone: Callable[[str], Any] | None = None, texts: bool = False
+) -> dict[str, Reward]:
     """Name -> function of the rewards of a step. Each is called by its name in TRL's metrics (`rewards/<name>/mean`).
 
     on_backbone: name -> reward model, for a trainer that has them on its own backbone; else each is loaded beside the policy.
+    texts: what is judged are texts of answers that were given before, and not what TRL decodes of tokens.
     """
-    ready = declared_ones(job, parents)  # first: a reward model is loaded where its reward is made
+
+    def bare(reward: Reward) -> Reward:
+        return of_answers(reward) if texts else without_thought(reward, chat.tokenizer_of(parents["start"]))
+
+    ready = declared_ones(job, parents, bare)  # first: a reward model is loaded where its reward is made
     made: dict[str, Reward] = {}
     for name in job.config["reward"]:
         if name in FIELDS:
             made[name] = {"numeric": numeric, "ifeval": followed}[name]
             if name in job.config.get("strip_think", ()):
-                made[name] = without_thought(made[name], chat.tokenizer_of(parents["start"]))
+                made[name] = bare(made[name])
         elif name in ready:
             made[name] = ready[name]
         else:
@@ -102,13 +119,13 @@ def functions(job: Job, parents: dict[str, Artifact], on_backbone: Callable[[str
     return made
 
 
-def declared_ones(job: Job, parents: dict[str, Artifact]) -> dict[str, Reward]:
-    """The rewards of a step that its config declares, each tried on two rows."""
+def declared_ones(job: Job, parents: dict[str, Artifact], bare: Callable[[Reward], Reward]) -> dict[str, Reward]:
+    """The rewards of a step that its config declares, each tried on two rows. bare: judges without the thought."""
     found: dict[str, Reward] = {}
     for name, settings in job.config.get("rewards", {}).items():
         file, rows = declared.file_of(job, name) if "file" in settings else None, parents["rows"]
         made = declared.make(name, settings, file, rows.rows(), rows.path)
-        found[name] = without_thought(made, chat.tokenizer_of(parents["start"])) if settings.get("strip_think") else made
+        found[name] = bare(made) if settings.get("strip_think") else made
     return found
 
 

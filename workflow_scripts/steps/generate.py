@@ -39,8 +39,8 @@ def answer(
     generator: Any, tokenizer: Any, asked: Any, texts: list[str], ids: list[list[int]], label: str,
     saved: Path | None = None, shard: tuple[int, int] = (1, 1),
 ) -> list[dict]:  # fmt: skip
-    """Answers to the prompts of `tokens_of`, one to each: `response`, `tokens` (its count, the end of turn included) and
-    `finish_reason` (stop or length), in the prompts' order.
+    """Answers to the prompts of `tokens_of`: `response`, `tokens` (its count, the end of turn included) and `finish_reason` (stop
+    or length), in the prompts' order, as many to each as are asked for (`asked.samples`) one after the other.
 
     `saved`: a file that keeps each answer, so that a killed run does not answer again what it has answered.
     `shard`: (k, n) answers every n-th prompt from the k-th on, or every n-th batch; the other prompts' answers are empty.
@@ -53,13 +53,16 @@ def answer(
     size = generator.size
     mine = [order[first : first + size] for first in range(0, len(order), size)][number - 1 :: count]
     answers = read_answers(saved)
-    todo = [rows for rows in mine if any(i not in answers for i in rows)]  # a batch is answered whole
-    total = sum(map(len, mine))
-    bar, answered = Progress(total, label), total - sum(map(len, todo))
+    n = asked.samples
+    # A batch is answered whole, and so are all answers to a prompt.
+    todo = [rows for rows in mine if any(i * n + sample not in answers for i in rows for sample in range(n))]
+    total = n * sum(map(len, mine))
+    bar, answered = Progress(total, label), total - n * sum(map(len, todo))
 
-    def done(i: int, _: int, made: Any) -> None:
+    def done(prompt: int, sample: int, made: Any) -> None:
         nonlocal answered
-        text = chat.said(tokenizer, made.tokens[:-1] if made.stopped else made.tokens, texts[i])
+        i = prompt * n + sample
+        text = chat.said(tokenizer, made.tokens[:-1] if made.stopped else made.tokens, texts[prompt])
         finish = "stop" if made.stopped else "length"
         answers[i] = {"response": text, "tokens": len(made.tokens), "finish_reason": finish}
         if saved is not None:
@@ -70,11 +73,11 @@ def answer(
 
     generator.answer([[(i, ids[i]) for i in rows] for rows in todo], asked, done)
     bar.close()
-    return [answers.get(i, {}) for i in range(len(texts))]
+    return [answers.get(i, {}) for i in range(n * len(texts))]
 
 
 def read_answers(saved: Path | None) -> dict[int, dict]:
-    """A prompt's place -> its answer. A line that a kill cut off ends the file: it is removed, and made again."""
+    """An answer's place -> the answer. A line that a kill cut off ends the file: it is removed, and made again."""
     found: dict[int, dict] = {}
     if saved is None or not saved.exists():
         return found
@@ -89,6 +92,12 @@ def read_answers(saved: Path | None) -> dict[int, dict]:
     saved.write_text("".join(whole), encoding="utf-8")
     print(f"{len(found)} prompts were answered before: taken over", flush=True)
     return found
+
+
+def write_shard(job: manifests.Job, parents: dict[str, manifests.Artifact], answers: list[dict], facts: dict) -> None:
+    with manifests.complete(job, "answers", parents) as draft:
+        draft.manifest["answers"] = {str(i): made for i, made in enumerate(answers) if made}
+        draft.manifest["facts"] = facts
 
 
 def gather(job: manifests.Job, prompts: int) -> tuple[list[dict], dict] | None:
@@ -112,8 +121,19 @@ def gather(job: manifests.Job, prompts: int) -> tuple[list[dict], dict] | None:
     return answers, shards[0].data["facts"]
 
 
-def respond(job: manifests.Job, parents: dict[str, manifests.Artifact], prompts: list[dict]) -> tuple[list[dict], dict]:
-    """(answers, facts for the manifest) of the model; of a shard's prompts only, if the step is a shard."""
+def respond(
+    job: manifests.Job,
+    parents: dict[str, manifests.Artifact],
+    prompts: list[dict],
+    label: str,
+    decoding: str,
+    new: int,
+    **drawn: Any,
+) -> tuple[list[dict], dict]:
+    """(answers, facts for the manifest) of the model; of a shard's prompts only, if the step is a shard.
+
+    label: of its progress; new: tokens of an answer, at most; drawn: fields of `Asked` for answers that are drawn, not greedy.
+    """
     from workflow_scripts.data import slicing
     from workflow_scripts.generation import generator
     from workflow_scripts.generation.answers import Asked
@@ -124,11 +144,12 @@ def respond(job: manifests.Job, parents: dict[str, manifests.Artifact], prompts:
     quant = config.get("quant")
     model, with_adapter = loading.evaluated(start, adapter, job.work, step["device"], step["precision"], quant)
     tokenizer, turns = chat.tokenizer_of(start), [slicing.prompt_turns(row) for row in prompts]
-    chat.decode_as_declared(model, tokenizer, config["decoding"])
-    chat.check_prompts(tokenizer, [*zip((row["key"] for row in prompts), turns, strict=True)], parents["prompts"].path)
+    chat.decode_as_declared(model, tokenizer, decoding)
+    names = [row["key"] if "key" in row else row["id"] for row in prompts]
+    chat.check_prompts(tokenizer, [*zip(names, turns, strict=True)], parents["prompts"].path)
     texts, ids = tokens_of(tokenizer, turns)
-    new = config["max_new_tokens"]
-    who = generator.of(model, tokenizer, config["generation"], min(job.slots, len(ids)), max(map(len, ids)) + new)
+    slots = min(job.slots, len(ids) * drawn.get("samples", 1))
+    who = generator.of(model, tokenizer, config["generation"], slots, max(map(len, ids)) + new)
     by = "graphs" if isinstance(who, generator.InSlots) else f"hf, {who.size} at a time"  # not always whom the config asks for
     facts = {"generation_config": model.generation_config.to_diff_dict(), "answered_by": by}
     if adapter is not None:
@@ -136,9 +157,9 @@ def respond(job: manifests.Job, parents: dict[str, manifests.Artifact], prompts:
         facts["distance"] = loading.check(path, adapter, step["precision"], quant)
     saved = job.work / fingerprint(step) / "answers.jsonl"
     saved.parent.mkdir(parents=True, exist_ok=True)
-    asked = Asked(tuple(chat.ends(tokenizer, model)), new)
+    asked = Asked(tuple(chat.ends(tokenizer, model)), new, **drawn)
     answers = answer(
-        who, tokenizer, asked, texts, ids, f"answers of {job.run}", saved, tuple(step.get("shard", (1, 1)))
+        who, tokenizer, asked, texts, ids, label, saved, tuple(step.get("shard", (1, 1)))
     )  # fmt: skip
     return answers, facts
 
@@ -148,11 +169,12 @@ def main(job: manifests.Job) -> None:
 
     parents = job.parents()
     prompts = parents["prompts"].rows()
-    answers, facts = gather(job, len(prompts)) or respond(job, parents, prompts)
+    config = job.config
+    found = gather(job, len(prompts))
+    label = f"answers of {job.run}"
+    answers, facts = found or respond(job, parents, prompts, label, config["decoding"], config["max_new_tokens"])
     if "shard" in job.step:
-        with manifests.complete(job, "answers", parents) as draft:
-            draft.manifest["answers"] = {str(i): made for i, made in enumerate(answers) if made}
-            draft.manifest["facts"] = facts
+        write_shard(job, parents, answers, facts)
         return
     with manifests.complete(job, "responses", parents) as draft:
         keys = ("response", "tokens", "finish_reason")  # in one order, wherever the answers come from

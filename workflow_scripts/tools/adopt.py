@@ -60,8 +60,11 @@ def agrees(place: Place) -> bool:
 
 def planned(config: Config, place: Place) -> bool:
     """True if a rule of this config makes the artifact: other people's files and other configs' runs are no concern of it."""
-    if place.kind == "slice":
-        return place.name in config.data["data"]["slices"]
+    if place.kind in ("slice", "samples"):
+        name, _, seed = place.name.partition(".seed")
+        source = config.data["data"]["slices"].get(name, {}).get("source", {})
+        known = "sampled" in source or place.kind == "slice" and source and not seed
+        return bool(known) and "answers_of" not in (source.get("sampled", {}) if place.kind == "samples" else {})
     if place.name in ("", *config.models):
         return True
     match = RUN_NAME.fullmatch(place.name)

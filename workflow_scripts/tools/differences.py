@@ -9,7 +9,7 @@ import json
 from typing import Any
 
 from workflow_scripts.artifacts import fingerprint
-from workflow_scripts.config import own_tasks
+from workflow_scripts.config import own_tasks, sampled
 from workflow_scripts.config.config import Config
 from workflow_scripts.config.names import CHOICE, DEVELOPMENT, JUDGED
 from workflow_scripts.config.schema import CONSTANT_BLOCKS
@@ -85,7 +85,9 @@ def place(config: Config, kind: str, name: str, path: list[str]) -> str:
     if top in CONSTANT_BLOCKS or top == "rewards":
         return dotted(path)
     if top == "generation":
-        return {"train": "generation.rollouts"}.get(kind) or dotted(["eval", path[-1]] if path[-1] == "batch_size" else path)
+        return {"train": "generation.rollouts", "samples": "generation.rollouts"}.get(kind) or dotted(
+            ["eval", path[-1]] if path[-1] == "batch_size" else path
+        )
     if kind in ("train", "merge", "eval_rm"):
         if top == "optim":
             return "optim (follows device)"
@@ -94,6 +96,11 @@ def place(config: Config, kind: str, name: str, path: list[str]) -> str:
         if kind == "eval_rm" and top in EVAL_RM:
             path = ["train", EVAL_RM[top]]
         return dotted(config.place(config.run(name)[0], path))
+    if kind == "samples" or kind == "slice" and "sampled" in config.slice_body(name)["source"]:
+        if top in ("reward", "placebo", "strip_think", "require_reward_above_chance"):
+            path = ["source", "sampled", "reward" if top == "placebo" else top]
+        own = config.slice_body(name)
+        return dotted(["data", *path] if top not in own and top in config.data["data"] else sampled.place(config, name, path))
     if kind == "slice":
         own = config.data["data"]["slices"][name]
         if top not in own and top in config.data["data"]:  # one value for all slices
@@ -114,8 +121,8 @@ def _judges(kind: str) -> bool:
 
 
 def _asks_the_policy(kind: str) -> bool:
-    """Whether a step puts an evaluation's prompts to what is evaluated: on the base and in the precision of `eval:`."""
-    return kind.startswith(("generate_", "score_")) and not _judges(kind)
+    """Whether a step puts prompts to what is evaluated: on the base and in the precision of `eval:`."""
+    return kind.startswith(("generate_", "score_", "samples")) and not _judges(kind)
 
 
 def _settings(config: Config, kind: str, name: str, old: dict, new: dict) -> list[str]:

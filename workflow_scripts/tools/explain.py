@@ -27,6 +27,7 @@ from typing import NamedTuple
 from workflow_scripts.artifacts import manifests
 from workflow_scripts.artifacts.manifests import WEIGHTS, Artifact
 from workflow_scripts.config import config as configs
+from workflow_scripts.config import sampled
 from workflow_scripts.config.schema_errors import dotted
 from workflow_scripts.plan import records
 from workflow_scripts.plan.plan import Plan
@@ -256,6 +257,11 @@ def parent_name(path: str) -> str:
 
 def _role_key(plan: Plan, phase: Phase, role: str) -> str:
     """The key of the config that says which parent has this role."""
+    if phase.kind == "samples" or phase.kind == "slice" and role in ("answers", "prompts"):
+        named = {"prompts": "prompts", "answers": "answers_of"}.get(role, "run")
+        return dotted(sampled.place(plan.config, phase.name, ["source", "sampled", named]))
+    if phase.kind == "slice" and role.startswith(("reward ", "start of ")):
+        return dotted(sampled.place(plan.config, phase.name, ["source", "sampled", "reward"]))
     if role.endswith("prompts"):
         task = role.removesuffix("_prompts") if role != "prompts" else phase.kind.partition("_")[2] or "ifeval"
         return f"eval.{task}.prompts"

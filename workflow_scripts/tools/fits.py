@@ -28,14 +28,16 @@ LEAST_PROMPT = 128  # tokens; below it no advice
 
 def remedy(memory: Memory, phase: Phase, card: float) -> tuple[dict[str, object], float] | None:
     """(keys to change, the peak then) that make a phase fit on a card of so many GB; None if none of these does."""
-    if phase.kind == "generate":
-        size = memory.config.at_once()
+    if phase.kind in ("generate", "sample"):
+        size = memory.config.at_once() if phase.kind == "generate" else memory.config.data["generation"]["slots"]
+        again = memory.generate if phase.kind == "generate" else memory.samples
         while not fits(phase.peak, card):
             if size == 1:
                 return None
             size //= 2
-            phase = memory.generate(phase.name, size)
-        key = "generation.slots" if memory.config.generation()["backend"] == "graphs" else "eval.batch_size"
+            phase = again(phase.name, size)
+        graphs = phase.kind == "sample" or memory.config.generation()["backend"] == "graphs"
+        key = "generation.slots" if graphs else "eval.batch_size"
         return {key: size}, phase.peak
     if phase.kind == "choose":  # a batch of its own, which decides no more than rounding
         return None
@@ -108,7 +110,9 @@ def disk(plan: Plan, memory: Memory) -> dict[str, float]:
     answers = sum(estimates.of(f"generate_{task}", "base")["disk_mb"] for task in answered(plan.config.asked)) * (
         1 + len(plan.runs())
     )
-    rows = sum(estimates.of("slice", name)["disk_mb"] for name in data["data"]["slices"])
+    rows = sum(estimates.of("slice", name)["disk_mb"] for name in data["data"]["slices"] if not plan.is_sampled(name))
+    own = plan.sampled_slices(data["seeds"])
+    rows += sum(estimates.of(kind, name.partition(".")[0])["disk_mb"] for name in own for kind in ("samples", "slice"))
     found = {
         "base": weights * len(plan.config.models),
         "merged": 4 * memory.shape.parameters * len(starts),  # in fp32, unless the base's dtype keeps the update

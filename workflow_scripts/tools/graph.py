@@ -23,6 +23,7 @@ class Phase(NamedTuple):
         words = {
             "base": self.name,
             "slice": f"data {self.name}",
+            "samples": f"data {self.name} answers",
             "train": f"{self.name} adapter",
             "merge": f"{self.name} merged",
         }
@@ -57,8 +58,15 @@ def parents(plan: Plan, phase: Phase) -> dict[str, Phase]:
         scores |= {f"{task} {run}": Phase(f"score_{task}", run) for task, run in plan.trial_scores()}
         return scores | {f"rm {run}": Phase("eval_rm", run) for run in comparison.reward_models(plan.config)}
     prompts = {name: Phase("slice", slice_name) for name, slice_name in plan.config.asked.items()}
+    if kind == "samples":
+        asked = plan.sampling(run)[1]
+        return {"prompts": Phase("slice", asked["prompts"])} | _judged(plan, asked["run"])
     if kind == "slice":
         avoided = {role: Phase("slice", name) for role, name in plan.avoided(run).items()}
+        if plan.is_sampled(run):
+            owner, asked = plan.sampling(run)
+            avoided |= {"answers": Phase("samples", owner), "prompts": Phase("slice", asked["prompts"])}
+            avoided |= _judges(plan, plan.judges(run))
         return avoided | ({"base": BASE} if plan.config.trains_on(run) else {})
     if kind == "base":
         return {"prompts": Phase("slice", plan.prompts_slice)} if plan.base_needs(run) else {}
@@ -72,20 +80,32 @@ def parents(plan: Plan, phase: Phase) -> dict[str, Phase]:
     found = {"prompts": prompts[task]} if verb in ("generate", "score") and not own else {}
     if verb == "score" and (fewshot := choices.fewshot(plan.config.data["eval"], task)):
         found["fewshot"] = Phase("slice", fewshot)
-    run, view = plan.config.view(run)
-    if run in plan.config.models:
-        return found | {"start": Phase("base", run)}
-    if view == "merged":
-        return found | {"start": Phase("merge", run)}
+    if kind not in ("train", "merge", "eval_rm"):
+        return found | _judged(plan, run)
     found["start"] = start(plan, run)
-    if kind in ("train", "eval_rm"):
-        found["rows"] = Phase("slice", plan.experiment(run)["slice"])
+    if kind != "merge":
+        found["rows"] = Phase("slice", plan.slice_of(run))
     if kind != "train":
         return found | {"adapter": Phase("train", run)}
     if plan.tuned(run) is not None:
         found |= {f"adapter {one}": Phase("train", one) for one in plan.chosen_from(run)}
         return found | {f"score {one}": Phase(f"score_{DEVELOPMENT}", one) for one in plan.development_scores(run)}
-    for model in plan.reward_models(run):
+    return found | _judges(plan, plan.reward_models(run))
+
+
+def _judged(plan: Plan, name: str) -> dict[str, Phase]:
+    """What a run, or a view of one, is judged as."""
+    run, view = plan.config.view(name)
+    if run in plan.config.models:
+        return {"start": Phase("base", run)}
+    if view == "merged":
+        return {"start": Phase("merge", run)}
+    return {"start": start(plan, run), "adapter": Phase("train", run)}
+
+
+def _judges(plan: Plan, models: list[str]) -> dict[str, Phase]:
+    found: dict[str, Phase] = {}
+    for model in models:
         name = plan.config.run(model)[0]
         found |= {f"reward {name}": Phase("train", model), f"start of {name}": start(plan, model)}
     return found
@@ -96,12 +116,15 @@ def phases_by_file(plan: Plan, named: Iterable[str]) -> dict[str, Phase]:
     models = plan.config.models
     found = [
         *(Phase("base", name) for name in models),
-        *(Phase("slice", name) for name in plan.config.data["data"]["slices"]),
+        *(Phase("slice", name) for name in plan.config.data["data"]["slices"] if not plan.is_sampled(name)),
     ]
     words = {match[0] for path in named for match in re.finditer(r"[a-z][a-z0-9_]*(\.seed[1-9][0-9]*)?", path)}
     words |= {name.removeprefix(f"{task}_") for name in words for task in [*plan.config.asked, *plan.config.own_tasks]}
     known = {*plan.config.experiments, *plan.config.judged}
     extra = [name for name in sorted(words - {*models}) if name.split(".")[0] in known and not name.endswith(".seed1")]
+    own = plan.sampled_slices(plan.config.data["seeds"])
+    own += [name for name in sorted(words) if name.split(".")[0] in {one.split(".")[0] for one in own}]
+    found += [Phase(kind, name) for name in dict.fromkeys(own) for kind in ("samples", "slice") if not name.endswith(".seed1")]
     if "report" in plan.config.data:
         found.append(Phase("report", ""))
         extra += comparison.runs(plan.config)

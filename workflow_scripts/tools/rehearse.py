@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from workflow_scripts.config import sampled
 from workflow_scripts.config.experiments import VERIFIERS, rewards
 from workflow_scripts.config.names import CHOICE, DEVELOPMENT, EVALUATED
 from workflow_scripts.data import formats, slicing
@@ -53,7 +54,7 @@ def parts(plan: Plan, jobs: Iterable[Any]) -> list[dict]:
     jobs = list(jobs)
     evaluation, slices = plan.config.data["eval"], plan.config.data["data"]["slices"]
     anew = {job.wildcards.slice for job in jobs if job.rule.name == "slice_data"}
-    if not any(job.rule.name.startswith(("train_", "generate", "make_base", "lm_eval", "own_task")) for job in jobs):
+    if not any(job.rule.name.startswith(("train_", "generate", "sample", "make_base", "lm_eval", "own_task")) for job in jobs):
         return []
 
     def rows(name: str) -> str:
@@ -64,6 +65,17 @@ def parts(plan: Plan, jobs: Iterable[Any]) -> list[dict]:
         return {"files": files, **{key: slices[name].get(key) for key in ("rows", "seed", "format", "group_by")}}
 
     found: dict[str, dict] = {}
+
+    def rewarded(body: dict, name: str) -> None:
+        """Of an experiment or a sampled slice: what judges answers to the prompts of a slice."""
+        for reward, settings in plan.declared(body).items():
+            asked = {"made": rows(name), **source(name)}
+            declaration = {"name": reward, "settings": settings, "kind": slices[name]["kind"], "asked": asked}
+            found[f"reward {reward} on {name}"] = {"judge": DECLARED} | declaration
+        for reward in rewards(body):
+            if reward in VERIFIERS:
+                found[f"reward {reward} on {name}"] = {"judge": VERIFIERS[reward], "rows": rows(name), "reward": True}
+
     for job in jobs:
         task = DEVELOPMENT if job.rule.name == "score_development" else job.wildcards.get("task")
         if job.rule.name in ("score", "score_development"):
@@ -79,23 +91,12 @@ def parts(plan: Plan, jobs: Iterable[Any]) -> list[dict]:
             step = json.loads(job.params.step)
             if "hub" not in step["config"]["lm_eval"]:  # those of a hub would be fetched for it
                 found[f"eval.tasks.{task}"] = {"judge": OWN, "config": step["config"], "inputs": plan.own_task_inputs(task)}
+        elif job.rule.name == "choose_rows":
+            asked = plan.sampling(job.wildcards.slice)[1]["prompts"]
+            rewarded(sampled.block(plan.config, job.wildcards.slice), asked)
         elif job.rule.name.startswith("train_"):
             body = plan.experiment(job.wildcards.run)
-            for name, settings in plan.declared(job.wildcards.run).items():
-                found[f"reward {name} on {body['slice']}"] = {
-                    "judge": DECLARED,
-                    "name": name,
-                    "settings": settings,
-                    "kind": slices[body["slice"]]["kind"],
-                    "asked": {"made": rows(body["slice"]), **source(body["slice"])},
-                }
-            for reward in rewards(body) if "reward" in body else ():
-                if reward in VERIFIERS:
-                    found[f"reward {reward} on {body['slice']}"] = {
-                        "judge": VERIFIERS[reward],
-                        "rows": rows(body["slice"]),
-                        "reward": True,
-                    }
+            rewarded(body, body["slice"])
     return [{"of": of, **part} for of, part in found.items()]
 
 
