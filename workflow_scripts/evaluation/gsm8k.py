@@ -1,29 +1,24 @@
 """GSM8K scores of responses that were generated before (Cobbe et al. 2021, arXiv:2110.14168), and of any numeric slice.
 
-Two verdicts on each response:
+Three verdicts on each response:
 - `correct`: its final number equals the right one, by the verifier that is the reward of numeric training
   (`evaluation/numerals.py` says how a number is read). `exact_match` is their mean.
-- `strict`: what lm-eval 0.4.13 calls exact_match of the filter strict-match in its task gsm8k, rule for rule: the text after
-  the first `#### `, without commas and one full stop, is the text of the right number. Only a model that was shown the mark,
-  in its prompt or in training, can score here.
+- `strict`, `flexible`: what lm-eval calls exact_match of the filters strict-match and flexible-extract in its task gsm8k, by its
+  own code (`evaluation/lm_rules.py`). The first wants `#### ` before the number: only a model that was shown the mark, in its
+  prompt or in training, can score there. The second takes the last number of the text. Their means: `strict_match`,
+  `flexible_match`.
 lm-eval asks with five solved examples in front and stops at "Question:"; here each question stands alone in a chat turn.
 """
 
-import re
 from typing import Any
 
 from workflow_scripts.data import formats, parts
+from workflow_scripts.evaluation import lm_rules
 from workflow_scripts.evaluation.numerals import final_number, gold
 from workflow_scripts.evaluation.scores import answer, check_rows, join, mean_stderr, optional
 from workflow_scripts.plumbing.messages import InputError
 
-_STRICT = re.compile(r"#### (-?[0-9.,]+)")
-
-
-def strict_match(response: str, final: str) -> bool:
-    """lm-eval's strict-match of gsm8k, with the `regexes_to_ignore` of that task. `final`: the right number without commas."""
-    found = _STRICT.search(response)
-    return found is not None and found[1].replace(",", "").removesuffix(".") == final
+METRICS = {"exact_match": "correct", "strict_match": "strict", "flexible_match": "flexible"}  # metric -> its verdict
 
 
 def score(
@@ -41,10 +36,10 @@ def score(
     strip_think: judge what follows the last `</think>`. Rows are joined by key where every row of both has one, else by
     the prompt's text. Order means nothing.
 
-    Returns exact_match and strict_match (shares, 0 to 1), each with `<metric>_stderr` (None for a single row);
+    Returns exact_match, strict_match and flexible_match (shares, 0 to 1), each with `<metric>_stderr` (None for a single row);
     no_answer_share: responses without a number; n_prompts; truncated_share (finish_reason "length") and
     mean_response_tokens, None where not given; strip_think; reworded_keys: keys whose response row has another prompt text;
-    per_prompt, in the order of `rows`: key, correct, strict, extracted (the number that was read, as a text, or None).
+    per_prompt, in the order of `rows`: key, correct, strict, flexible, extracted (the number that was read, as a text, or None).
     Raises InputError; the names say in it which file is meant.
     """
     asked = [_asked(row, f"{rows_name}, row {number}") for number, row in enumerate(rows, start=1)]
@@ -63,7 +58,8 @@ def score(
             {
                 "key": row.get("key"),
                 "correct": number == row["gold"],
-                "strict": strict_match(text, row["final"]),
+                "strict": lm_rules.match("strict-match", text, row["final"]),
+                "flexible": lm_rules.match("flexible-extract", text, row["final"]),
                 "extracted": None if number is None else format(number, "f"),
             }
         )
@@ -76,7 +72,7 @@ def score(
         "reworded_keys": [a["key"] for a, b in zip(asked, joined, strict=True) if a["prompt"] != b["prompt"]],
         "per_prompt": per_prompt,
     }
-    for metric, verdict in (("exact_match", "correct"), ("strict_match", "strict")):
+    for metric, verdict in METRICS.items():
         scores[metric], scores[f"{metric}_stderr"] = mean_stderr([[entry[verdict]] for entry in per_prompt])
     return scores
 

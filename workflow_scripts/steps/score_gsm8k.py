@@ -16,8 +16,6 @@ from workflow_scripts.evaluation import gsm8k
 from workflow_scripts.plumbing import startup
 from workflow_scripts.steps import scoring
 
-METRICS = ("exact_match", "strict_match")
-
 
 def main(prompts: Path, responses: Path, output: Path, strip_think: bool) -> dict:
     return scoring.by_hand(gsm8k.score, table, prompts, responses, output, strip_think)
@@ -30,7 +28,7 @@ def main_step(job: manifests.Job) -> None:
 
 def table(scores: dict) -> str:
     """A line for each metric; then who gave no number."""
-    lines = [scoring.line(scores, metric, scores["n_prompts"], "prompts") for metric in METRICS]
+    lines = [scoring.line(scores, metric, scores["n_prompts"], "prompts") for metric in gsm8k.METRICS]
     return "\n".join([*lines, f"{'without a number':<24}{100 * scores['no_answer_share']:7.2f}"])
 
 
