@@ -119,13 +119,18 @@ def test_an_answer_is_cut_where_the_task_stops_and_one_that_was_not_counts_as_cu
     assert cut["truncated_share"] < made["truncated_share"] and made["mean_response_tokens"] == cut["mean_response_tokens"]
 
 
-def test_a_metric_that_gives_no_verdict_is_refused_with_its_item(base, tmp_path):
+def test_a_metric_that_is_a_number_counts_as_one_and_what_is_beyond_1_is_refused_with_its_item(base, tmp_path):
     (tmp_path / "task").mkdir()
-    (tmp_path / "task/judged.py").write_text("def half(doc, results):\n    return {'acc': 1 if doc['right'] == 0 else 0.5}\n")
+    code = "def half(doc, results):\n    return {'acc': 1 if doc['right'] == 0 else %s}\n"
+    (tmp_path / "task/judged.py").write_text(code % 0.25)
     file = write(tmp_path / "task", "multiple_choice")
     file.write_text(file.read_text() + "process_results: !function judged.half\n")
-    with pytest.raises(InputError, match="eval.tasks.mine.metric: acc of item 1 is 0.5, expected 0 or 1"):
-        scored(tmp_path, "multiple_choice", base, file, "acc")
+    made = scored(tmp_path, "multiple_choice", base, file, "acc")
+    assert [row["value"] for row in made["per_prompt"]] == [1.0, 0.25, 0.25] * 6 and "correct" not in made["per_prompt"][0]
+    assert made["acc"] == 0.5 and made["acc_stderr"] == pytest.approx(math.sqrt(0.125 * 18 / 17 / 18))
+    (tmp_path / "task/judged.py").write_text(code % 2.5)
+    with pytest.raises(InputError, match="eval.tasks.mine.metric: acc of item 1 is 2.5, expected 0 or 1"):
+        scored(tmp_path / "other", "multiple_choice", base, file, "acc")
 
 
 def test_an_answer_longer_than_the_model_reads_is_told(base, tmp_path):

@@ -5,7 +5,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from workflow_scripts.config.names import DEVELOPMENT, EVALUATED, OBJECTIVE
+from workflow_scripts.config.names import DEVELOPMENT, EVALUATED, JUDGED, METRIC, OBJECTIVE
 from workflow_scripts.config.written import Written
 from workflow_scripts.data import task_files
 from workflow_scripts.data.task_files import Definition
@@ -34,6 +34,15 @@ def check(config: Written) -> None:
             raise config.fail([*place, "lm_eval", "fewshot_as_multiturn"], problem)
         data = definition(config, name).data
         _check_kind(config, [*place, "lm_eval", "task" if "task" in asked else "file"], data)
+        known = {*METRIC, *config.own_tasks} - {JUDGED, name}
+        if body.get("protocol_of", "ifeval") not in known:
+            problem = f"found {body['protocol_of']!r}, expected the evaluation that this is under another protocol: "
+            raise config.fail([*place, "protocol_of"], problem + ", ".join(sorted(known)))
+        if "samples" in body and data.get("output_type", "generate_until") != "generate_until":
+            problem = (
+                f"found {body['samples']}, and a task of {data['output_type']} has no answers: options are compared; leave it out"
+            )
+            raise config.fail([*place, "samples"], problem)
         _check_metric(config, [*place, "metric"], body["metric"], data)
         _check_data(config, [*place, "lm_eval"], asked, data)
 
@@ -78,7 +87,8 @@ def _check_kind(config: Written, place: list, data: dict[str, Any]) -> None:
         raise config.fail(place, "asks about pictures or sound, and models here read text")
     settings = data.get("generation_kwargs") or {}
     if data.get("repeats", 1) != 1 or (settings.get("do_sample") and settings.get("temperature", 1) != 0):
-        raise config.fail(place, "draws its answers (do_sample, or repeats above 1); here each item has one, greedy")
+        problem = "draws its answers (do_sample, or repeats above 1); here each item has one, greedy, or what `samples` says"
+        raise config.fail(place, problem)
     if unknown := sorted(key for key in settings if key not in {*GREEDY, *LENGTH} and (key, settings[key]) != ("num_beams", 1)):
         raise config.fail(place, f"has {unknown[0]} under generation_kwargs, which does not act here; greedy decoding alone does")
 
@@ -126,6 +136,15 @@ def check_names(config: Written, judged: list[str]) -> None:
                 raise config.fail(["eval", "tasks", name], problem)
 
 
+def protocols(config: Written) -> dict[str, list[str]]:
+    """Evaluation -> the tasks that are the same under another protocol, of the evaluations that the config has."""
+    found: dict[str, list[str]] = {}
+    for name, body in config.own_tasks.items():
+        if (first := body.get("protocol_of")) in config.scored:
+            found.setdefault(first, []).append(name)
+    return found
+
+
 def inputs(config: Written, name: str) -> list[str]:
     """The files that a task's step reads: its own definition, and its rows where these are local."""
     body = config.own_tasks[name]["lm_eval"]
@@ -157,4 +176,6 @@ def step_config(config: Written, name: str) -> dict:
         asked["data_files"] = {split: os.path.basename(file) for split, file in asked["data_files"].items()}
     if hub := task_files.hub_of(definition(config, name).data):
         asked["hub"] = hub
-    return {"task": name, **body, "lm_eval": asked}
+    drawn = config.drawn(name)
+    body = {key: value for key, value in body.items() if key not in ("samples", "temperature", "protocol_of")}
+    return {"task": name, **body, "lm_eval": asked} | ({"drawn": drawn} if drawn else {})

@@ -6,8 +6,9 @@ answers every other prompt: greedy, up to an end of the model's or the task's le
 the text there; here it is cut at the same place afterwards. That gives the same answers: what comes after a stop can't change
 what came before it.
 
-What counts is one metric, 0 or 1 for each item, so that a verdict stands on it as on IFEval's. The others whose values are
-numbers and which lm-eval takes the mean of are reported beside it. Standard errors are ours: of a mean over items, or over groups
+What counts is one metric, 0 or 1 for each item, or a number between them (TruthfulQA's mc2). The others whose values are numbers
+and which lm-eval takes the mean of are reported beside it. With several answers to an item (`samples`) lm-eval is asked once for
+each of them, and judges it as if it were the only one. Standard errors are ours: of a mean over items, or over groups
 of them (`group_by`, such as questions on one passage), which are then the clusters (evaluation/scores.py).
 """
 
@@ -17,10 +18,12 @@ from pathlib import Path
 from typing import Any
 
 from workflow_scripts.data import task_files
-from workflow_scripts.evaluation.scores import mean_stderr
+from workflow_scripts.evaluation.samples import several
+from workflow_scripts.evaluation.scores import entries, mean_stderr
 from workflow_scripts.plumbing.messages import InputError
 
-# (prompts as texts, as token ids, tokens that an answer may have) -> for each `response`, `tokens`, `finish_reason`
+# (prompts as texts, as token ids, tokens that an answer may have) -> for each answer `response`, `tokens`, `finish_reason`; those
+# to one prompt side by side
 Say = Callable[[list[str], list[list[int]], int], list[dict]]
 
 
@@ -64,16 +67,23 @@ def load(config: dict, inputs: list[Path], cache: Path) -> tuple[Any, Any]:
     return manager, task
 
 
-def answering(model: Any, tokenizer: Any, say: Say) -> Any:
-    """lm-eval's model of a generator. Keeps in `answers` what was said to each request, and in `cut` how many were cut."""
+def answering(model: Any, tokenizer: Any, say: Say, samples: int) -> Any:
+    """lm-eval's model of a generator. Keeps in `answers` what was said to each request, so many times, and in `cut` how many were
+    cut. Says at first the first answer to each; at the next call, without asking again, the second, and so on."""
     from lm_eval.models.huggingface import HFLM
     from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs, postprocess_generated_text
 
     class Answering(HFLM):
-        answers: list[dict] = []
-        cut = 0
+        answers: list[list[dict]] = []  # of each request
+        cut, calls = 0, 0
 
         def generate_until(self, requests: Any, disable_tqdm: bool = False) -> list[str]:
+            if not self.answers:
+                self.ask(requests)
+            self.calls += 1
+            return [each[self.calls - 1]["response"] for each in self.answers]
+
+        def ask(self, requests: Any) -> None:
             settings = requests[0].args[1]
             if any(request.args[1] != settings for request in requests):
                 raise InputError("a task whose items have settings of their own (until, max_gen_toks) can't be asked here")
@@ -89,7 +99,7 @@ def answering(model: Any, tokenizer: Any, say: Say) -> Any:
             self.cut = sum(len(ids) > room for ids in whole)
             said = say(texts, [ids[-room:] for ids in whole], new)
             cut = [postprocess_generated_text(one["response"], until, None) for one in said]
-            self.answers = [
+            flat = [
                 {
                     "response": text,
                     "tokens": one["tokens"],
@@ -97,13 +107,17 @@ def answering(model: Any, tokenizer: Any, say: Say) -> Any:
                 }
                 for text, one in zip(cut, said, strict=True)
             ]
-            return cut
+            self.answers = [flat[first : first + samples] for first in range(0, len(flat), samples)]
 
     return Answering(pretrained=model, tokenizer=tokenizer)
 
 
-def evaluate(lm: Any, manager: Any, task: Any, config: dict) -> list[dict]:
-    """lm-eval's samples, of the filter that counts, in the order of the rows."""
+def evaluate(lm: Any, manager: Any, task: Any, config: dict) -> list[list[dict]]:
+    """lm-eval's samples, of the filter that counts, in the order of the rows: of the first answers, of the second, and so on."""
+    return [_evaluated(lm, manager, task, config) for _ in range(config.get("drawn", {}).get("samples", 1))]
+
+
+def _evaluated(lm: Any, manager: Any, task: Any, config: dict) -> list[dict]:
     import lm_eval
 
     asked = config["lm_eval"]
@@ -122,54 +136,75 @@ def evaluate(lm: Any, manager: Any, task: Any, config: dict) -> list[dict]:
     return sorted((one for one in samples if one["filter"] == wanted), key=lambda one: one["doc_id"])
 
 
-def score(config: dict, task: Any, samples: list[dict], answers: list[dict], cut: int) -> dict:
-    """The scores in the form of the others (evaluation/gsm8k.py), from lm-eval's samples.
+def score(config: dict, task: Any, found: list[list[dict]], answers: list[list[dict]], cut: int) -> dict:
+    """The scores in the form of the others (evaluation/gsm8k.py), from lm-eval's samples (`evaluate`).
 
     The metric that counts under its own name, with `_stderr` (None for a single group); `metric`, that name; n_prompts;
     n_groups; other: {metric: mean} of what else is a mean of numbers; cut: items whose beginning the model could not read;
-    example: the first prompt as the model saw it; per_prompt, in the order of the rows: key (the row's number, from 0), correct,
-    with `group_by` group, and of answers response. Answers add truncated_share and mean_response_tokens, multiple choice tied.
+    example: the first prompt as the model saw it; per_prompt, in the order of the rows: key (the row's number, from 0), correct
+    (or value, of a metric that is a number), with `group_by` group, and of answers response. Answers add truncated_share and
+    mean_response_tokens, multiple choice tied. Several answers to an item: as in evaluation/gsm8k.py.
     """
     from lm_eval.api.metrics import mean
 
-    place, name = f"eval.tasks.{config['task']}", config["metric"].partition(",")[0]
-    per_prompt: list[dict] = []
+    name, samples = config["metric"].partition(",")[0], found[0]
+    counted = [[_counted(config, draw[number]) for draw in found] for number in range(len(samples))]
+    verdicts = all(isinstance(one, bool) for each in counted for one in each)
+    per_prompt = []
     for number, one in enumerate(samples):
-        if one.get(name) not in (0, 1):
-            raise InputError(
-                f"{place}.metric: {name} of item {one['doc_id']} is {one.get(name)!r}, expected 0 or 1: a verdict for each item"
-            )
-        entry = {"key": one["doc_id"], "correct": bool(one[name])}
+        facts = [{"correct": value} if verdicts else {"value": value} for value in counted[number]]
+        for fact, answer in zip(facts, answers[number] if answers else [], strict=False):
+            fact["response"] = answer["response"]
+        entry = entries(one["doc_id"], facts, sum(counted[number]) / len(facts))
         if "group_by" in config:
             if (key := config["group_by"]) not in one["doc"]:
+                place = f"eval.tasks.{config['task']}"
                 raise InputError(f"{place}.group_by: item {one['doc_id']} has no {key!r}, only {', '.join(one['doc'])}")
             entry["group"] = str(one["doc"][key])
-        per_prompt.append(entry | ({"response": answers[number]["response"]} if answers else {}))
-    groups: dict[Any, list[bool]] = {}
-    for entry in per_prompt:
-        groups.setdefault(entry.get("group", entry["key"]), []).append(entry["correct"])
+        per_prompt.append(entry)
+    groups: dict[Any, list[float]] = {}
+    for entry, values in zip(per_prompt, counted, strict=True):
+        groups.setdefault(entry.get("group", entry["key"]), []).extend(values)
     how, others = task.aggregation(), [one for one in samples[0]["metrics"] if one != name]
-    values: dict[str, list[Any]] = {one: [sample.get(one) for sample in samples] for one in others if how.get(one) is mean}
-    numbers = {one: found for one, found in values.items() if all(map(is_number, found))}
+    values: dict[str, list[Any]] = {
+        one: [sample.get(one) for draw in found for sample in draw] for one in others if how.get(one) is mean
+    }
+    numbers = {one: all_of for one, all_of in values.items() if all(map(is_number, all_of))}
     scores: dict[str, Any] = {
         "metric": name,
         "n_prompts": len(samples),
         "n_groups": len(groups),
-        "other": {one: mean_stderr([[float(value)] for value in found])[0] for one, found in numbers.items()},
+        "other": {one: mean_stderr([[float(value)] for value in all_of])[0] for one, all_of in numbers.items()},
         "cut": cut,
         "example": {"prompt": samples[0]["arguments"][0][0]},
         "per_prompt": per_prompt,
     }
     scores[name], scores[f"{name}_stderr"] = mean_stderr(list(groups.values()))
-    if answers:
-        scores["truncated_share"] = sum(one["truncated"] for one in answers) / len(answers)
-        scores["mean_response_tokens"] = sum(one["tokens"] for one in answers) / len(answers)
+    if len(found) > 1 and verdicts:
+        scores |= several([[value == 1 for value in each] for each in counted])
+    if flat := [one for each in answers for one in each]:
+        scores["truncated_share"] = sum(one["truncated"] for one in flat) / len(flat)
+        scores["mean_response_tokens"] = sum(one["tokens"] for one in flat) / len(flat)
     else:
         scores["example"]["options"] = [option for _, option in samples[0]["arguments"]]
     if task.OUTPUT_TYPE == "multiple_choice":
         likelihoods = [[answer[0] for answer in one["filtered_resps"]] for one in samples]
         scores["tied"] = sum(one.count(max(one)) > 1 for one in likelihoods)
     return scores
+
+
+def _counted(config: dict, one: dict) -> bool | float:
+    """What counts of an item: a verdict, or a number between 0 and 1."""
+    name = config["metric"].partition(",")[0]
+    value = one.get(name)
+    if is_number(value) and value in (0, 1):
+        return bool(value)
+    if is_number(value) and 0 <= value <= 1:
+        return float(value)
+    raise InputError(
+        f"eval.tasks.{config['task']}.metric: {name} of item {one['doc_id']} is {value!r}, expected 0 or 1, a verdict, or a "
+        "number between"
+    )
 
 
 def is_number(value: Any) -> bool:

@@ -211,6 +211,8 @@ class Steps:
         evaluation = self.config.data["eval"]
         config = {"max_new_tokens": self.config.task(task)["max_new_tokens"], "decoding": evaluation["decoding"]}
         config |= {"generation": self.config.generation()} | self._quantised(run)
+        if drawn := self.config.drawn(task):
+            config["drawn"] = drawn
         return self._step("generate", config, self._evaluated(task, run), **self._machine(evaluation["precision"]))
 
     def _quantised(self, run: str) -> dict:
@@ -309,6 +311,8 @@ class Steps:
         if "models" in data or of_models:
             config["models"] = [*data.get("models", {}), *of_models]
         config["tasks"] = comparison.verdict_tasks(self.config)
+        if protocols := own_tasks.protocols(self.config):
+            config["protocols"] = protocols
         if JUDGED in self.config.evaluations:
             config["judge"] = {key: data["eval"][JUDGED][key] for key in ("reward", "against")}
         if ranks := comparison.ranks(self.config):

@@ -13,7 +13,7 @@ import pandas
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from workflow_scripts.config.names import answered
-from workflow_scripts.report import capacity, figures, sections, sensitivity, winning
+from workflow_scripts.report import capacity, drawn, figures, protocols, sections, sensitivity, winning
 from workflow_scripts.report.collect import World
 from workflow_scripts.report.judge import Control, Judged, hollow, mixed, turned, unevenly_tuned
 from workflow_scripts.report.trained import PLACEBO
@@ -50,6 +50,8 @@ def render(world: World, families: list[Judged], controls: list[Control]) -> str
         failed=[control for control in controls if control.passed is False],
         training=sections.training(world),
         scores=sections.scores(world),
+        drawn=drawn.drawn(world),
+        protocols=protocols.protocols(world),
         capacity=capacity.capacity(world),
         sensitivity=sensitivity.sensitivity(world),
         wins=winning.wins(world),

@@ -179,10 +179,9 @@ def own(judge: str, of: str, config: dict, inputs: list[str]) -> None:
                 doc, [(-1.0, False)] * (len(task.doc_to_choice(doc)) if task.config.doc_to_choice else 1)
             )
     name = config["metric"].partition(",")[0]
-    if found.get(name) not in (0, 1):
-        raise InputError(
-            f"{of}.metric: {name} of the first item is {found.get(name)!r}, expected 0 or 1: a verdict for each item"
-        )
+    value = found.get(name)
+    if not own_tasks.is_number(value) or not 0 <= value <= 1:
+        raise InputError(f"{of}.metric: {name} of the first item is {value!r}, expected 0 or 1, a verdict, or a number between")
 
 
 def questions_of(task: str, given: dict) -> list[dict]:
