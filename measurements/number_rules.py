@@ -1,7 +1,7 @@
-"""How often three readings of a number differ: this project's rule, lm-eval's strict-match and flexible-extract (docs/methods.md).
+"""How often three readings of a number differ: this project's, lm-eval's strict-match and flexible-extract (docs/methods.md).
 
-    python measurements/number_rules.py                                                     # people's own answers to GSM8K
-    python measurements/number_rules.py results/smollm2/data/gsm8k_test.jsonl results/smollm2/base/gsm8k_responses.jsonl ...
+    python -m measurements.number_rules                                           # people's own answers to GSM8K
+    python -m measurements.number_rules results/smollm2/data/gsm8k_test.jsonl results/smollm2/base/gsm8k_responses.jsonl
 
 People's answers are read without their last line (`#### 18`), as a model writes that was never shown the mark. Of a model's: the
 prompts that it was asked, then its answers, one file or several.
@@ -26,7 +26,9 @@ def show(name: str, rows: list[dict], given: list[dict]) -> None:
     scores = gsm8k.score(rows, given, strip_think=False)
     found, texts = scores["per_prompt"], [row["response"] for row in given]
     marked = sum(lm_rules.read("strict-match", text) != "[invalid]" for text in texts)
-    other = sum(not same(one["extracted"], lm_rules.read("flexible-extract", text)) for one, text in zip(found, texts, strict=True))
+    other = sum(
+        not same(one["extracted"], lm_rules.read("flexible-extract", text)) for one, text in zip(found, texts, strict=True)
+    )
     print(f"{name}: {len(found)} answers, {marked} with a number after `#### `")
     for metric, verdict in gsm8k.METRICS.items():
         right = sum(one[verdict] for one in found)

@@ -38,13 +38,19 @@ def test_a_protocol_adds_tasks_to_any_config_and_changes_no_other_step(config, p
 
 
 def test_the_original_studys_protocol_is_its_own():
-    """configs/base.yaml there: gsm8k with 8 examples, ifeval and truthfulqa_mc2 with none; `simple_evaluate` without a template."""
-    tasks = load("config/smollm2.yaml", "config/protocols/post_training_lab.yaml", "config/protocols/post_training_lab_hub.yaml")
+    """Its configs/base.yaml: gsm8k with 8 examples, mmlu with 5, ifeval and truthfulqa_mc2 with none; without a template."""
+    files = [f"config/protocols/post_training_lab{part}.yaml" for part in ("", "_hub")]
+    tasks = load("config/smollm2.yaml", *files)
     asked = {name: body["lm_eval"] for name, body in tasks.own_tasks.items()}
-    told = {"lab_gsm8k": ("gsm8k", 8), "lab_ifeval": ("ifeval", 0), "lab_truthfulqa": ("truthfulqa_mc2", 0)}
-    for name, (task, shots) in told.items():
-        assert (asked[name]["task"], asked[name]["num_fewshot"]) == (task, shots)
-        assert not asked[name]["chat_template"] and asked[name]["system"] is None and asked[name]["limit"] is None
+    told = {
+        "lab_gsm8k": ("gsm8k", 8, None),
+        "lab_ifeval": ("ifeval", 0, None),
+        "lab_mmlu": ("mmlu", 5, 1000),
+        "lab_truthfulqa": ("truthfulqa_mc2", 0, None),
+    }
+    for name, (task, shots, limit) in told.items():
+        assert (asked[name]["task"], asked[name]["num_fewshot"], asked[name]["limit"]) == (task, shots, limit)
+        assert not asked[name]["chat_template"] and asked[name]["system"] is None
     assert own_tasks.max_new_tokens(tasks, "lab_gsm8k") == 256 and own_tasks.max_new_tokens(tasks, "lab_ifeval") == 1280
 
 

@@ -208,3 +208,21 @@ def test_the_adapter_is_asked_on_the_path_that_answers(tmp_path):
             found[kind, name] = made[metric.partition(",")[0]]
             assert ("distance" in made) == (name == "adapter")
     assert found["multiple_choice", "adapter"] == found["generate_until", "adapter"] == 1 > found["generate_until", "base"]
+
+
+@pytest.mark.parametrize(("kind", "metric"), [("multiple_choice", "acc"), ("generate_until", "exact_match,first")])
+def test_the_tasks_of_a_group_are_scored_together_each_as_lm_eval_scores_it_alone(base, tmp_path, kind, metric):
+    name = metric.partition(",")[0]
+    more = {"mine": CHOICE[:10], "other": [row | {"options": row["options"][::-1]} for row in CHOICE[10:]]}
+    files = {one: write(tmp_path / "task", kind, rows, name=one) for one, rows in more.items()}
+    group = tmp_path / "task/pair.yaml"
+    group.write_text("group: pair\ntask: [mine.yaml, other.yaml]\naggregate_metric_list: [{metric: acc}]\n")
+    made = scored(tmp_path, kind, base, group, metric, num_fewshot=1)
+    alone = {one: scored(tmp_path / one, kind, base, file, metric, num_fewshot=1) for one, file in files.items()}
+    verdicts = [entry["correct"] for score in alone.values() for entry in score["per_prompt"]]
+    assert [entry["correct"] for entry in made["per_prompt"]] == verdicts and made["n_prompts"] == 18 and made["n_groups"] == 2
+    assert [entry["key"] for entry in made["per_prompt"]][9:11] == ["mine/9", "other/0"]
+    assert made["by_task"] == {one: {"n": score["n_prompts"], name: score[name]} for one, score in alone.items()}
+    assert made[name] == pytest.approx(sum(verdicts) / 18)
+    clusters = [sum(one - made[name] for one in verdicts[:10]), sum(one - made[name] for one in verdicts[10:])]
+    assert made[f"{name}_stderr"] == pytest.approx(math.sqrt(2 * sum(one**2 for one in clusters)) / 18)

@@ -2,6 +2,7 @@
 
 from itertools import combinations, product
 
+from workflow_scripts.config import own_tasks
 from workflow_scripts.config.config import Config
 from workflow_scripts.config.names import JUDGED, run_name
 
@@ -66,8 +67,8 @@ def check(config: Config) -> None:
         if family["task"] not in judged:
             tasks = ", ".join(judged)
             raise config.fail(["report", *path, "task"], f"found {family['task']!r}, expected what `eval:` has: {tasks}")
-        if "group_by" in config.own_tasks.get(family["task"], {}):
-            problem = f"found {family['task']!r}, whose items come in groups (group_by): a family's errors take each for itself"
+        if family["task"] in config.own_tasks and own_tasks.in_groups(config, family["task"]):
+            problem = f"found {family['task']!r}, whose items come in groups: a family's errors take each for itself"
             raise config.fail(["report", *path, "task"], problem)
         for key in ("runs", "pairs"):
             named([*path, key], *family.get(key, []))

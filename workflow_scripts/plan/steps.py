@@ -249,10 +249,9 @@ class Steps:
         else:
             config["batch_size"] = evaluation["batch_size"]
         external = {}
-        definition = own_tasks.definition(self.config, task)
         if "file" in config["lm_eval"]:  # lm-eval's own are of its version
-            external["definition"] = definition.sha256()
-        if files := task_files.data_files(definition.data):
+            external["definition"] = own_tasks.definition(self.config, task).sha256()
+        if files := own_tasks.rows(self.config, task):
             kept = ContentCache(f"{self.graph.work}/content_cache.json")
             external["rows"] = kept.hash_of(files, lambda: task_files.sha256(files), ["eval.tasks"])
         return config, external

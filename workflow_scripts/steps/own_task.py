@@ -26,7 +26,7 @@ def main(job: manifests.Job) -> None:
     device.prepare(step)
     kept = job.work / fingerprint(step)
     kept.mkdir(parents=True, exist_ok=True)
-    manager, task = own_tasks.load(config, job.inputs, kept / "rows")
+    manager, tasks = own_tasks.load(config, job.inputs, kept / "rows")
     model, with_adapter = loading.evaluated(start, adapter, job.work, step["device"], step["precision"], quant)
     tokenizer = chat.tokenizer_of(start)
     facts: dict[str, Any] = {"unpinned": True} if "revision" not in config["lm_eval"].get("hub", {"revision": ""}) else {}
@@ -38,9 +38,9 @@ def main(job: manifests.Job) -> None:
         if adapter is not None:
             facts["distance"] = loading.check(distance.Peft(with_adapter), adapter, step["precision"], quant)
         lm = lm_tasks.runner(model, tokenizer, config["batch_size"], job.out.stem)
-    found = own_tasks.evaluate(lm, manager, task, config)
+    found = own_tasks.evaluate(lm, manager, tasks, config)
     cut = lm.cut if isinstance(lm.cut, int) else sum(one["arguments"][0][0] in lm.cut for one in found[0])
-    scores = own_tasks.score(config, task, found, getattr(lm, "answers", []), cut)
+    scores = own_tasks.score(config, tasks, found, getattr(lm, "answers", []), cut)
     print(table(scores))
     with manifests.complete(job, "scores", parents) as draft:
         draft.manifest |= scores | facts

@@ -170,7 +170,7 @@ def first_two(asked: dict, kind: str) -> list[dict]:
 def own(judge: str, of: str, config: dict, inputs: list[str]) -> None:
     """Make a task of `eval.tasks` with its rows, and ask its metric of an answer to the first."""
     with tempfile.TemporaryDirectory() as cache:
-        _, task = own_tasks.load(config, [Path(file) for file in inputs], Path(cache))
+        _, (task, *_) = own_tasks.load(config, [Path(file) for file in inputs], Path(cache))
         doc = task.task_docs[0]
         if task.OUTPUT_TYPE == "generate_until":
             found = task.process_results(doc, [""])
