@@ -134,13 +134,6 @@ def test_two_tasks_never_share_a_score_file(tmp_path):
         plan(both, {"experiments": {"ipo": {"extends": "dpo"}}})
 
 
-def test_a_clustered_task_stands_in_no_family(tmp_path):
-    tasks = {"mine": body(file=str(write(tmp_path, "multiple_choice")), group_by="story")}
-    family = {"report": {"families": {"own": {"title": "Own", "task": "mine", "reference": "sft_v2", "runs": ["dpo"]}}}}
-    with pytest.raises(InputError, match="families.own.task: found 'mine', whose items come in groups"):
-        plan(tasks, family).check()
-
-
 # -- what decides a task ------------------------------------------------------------------------------------------------------
 
 

@@ -227,7 +227,7 @@ plumbing/environment models/sources models/templates""".split()
 REPORT = """steps/select stats/selection report/__init__ report/capacity report/collect report/drawn report/figures report/judge
 report/page report/protocols report/sections report/sensitivity report/trained report/winning steps/report evaluation/lm_tasks
 steps/lm_eval_task steps/judge_answers steps/own_task evaluation/own_tasks data/task_files stats/__init__ stats/accuracy
-stats/components stats/family stats/moderated stats/power""".split()
+stats/clusters stats/components stats/family stats/moderated stats/power""".split()
 PAGE = [f"report/templates/report.{ending}" for ending in ("html.jinja", "css", "js")]
 # File of the package -> the steps that can run it.
 CODE: dict[str, list[str]] = {

@@ -2,7 +2,6 @@
 
 from itertools import combinations, product
 
-from workflow_scripts.config import own_tasks
 from workflow_scripts.config.config import Config
 from workflow_scripts.config.names import JUDGED, run_name
 
@@ -67,9 +66,6 @@ def check(config: Config) -> None:
         if family["task"] not in judged:
             tasks = ", ".join(judged)
             raise config.fail(["report", *path, "task"], f"found {family['task']!r}, expected what `eval:` has: {tasks}")
-        if family["task"] in config.own_tasks and own_tasks.in_groups(config, family["task"]):
-            problem = f"found {family['task']!r}, whose items come in groups: a family's errors take each for itself"
-            raise config.fail(["report", *path, "task"], problem)
         for key in ("runs", "pairs"):
             named([*path, key], *family.get(key, []))
         named([*path, "reference"], *([family["reference"]] if "reference" in family else []))

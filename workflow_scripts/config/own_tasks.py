@@ -73,11 +73,6 @@ def definition(config: Written, name: str) -> Definition:
     return replace(found, data=tasks[0], tasks=tasks)
 
 
-def in_groups(config: Written, name: str) -> bool:
-    """Whether a task's items are clusters of its standard error: by `group_by`, or as tasks of a group."""
-    return "group_by" in config.own_tasks[name] or len(definition(config, name).tasks) > 1
-
-
 def _check_kind(config: Written, place: list, data: dict[str, Any]) -> None:
     """What can be asked of a model here, safely, and greedily."""
     if data.get("unsafe_code"):

@@ -73,6 +73,11 @@ class World:
         drawn = f", mean of {n} answers" if (n := self.samples(task)) > 1 else ""
         return (LABEL.get(task) or f"{task}, {', '.join(sorted(metrics))}") + drawn
 
+    def groups(self, task: str) -> list[str]:
+        """The group of each item of a task, in the order of `arm`; [] where each stands for itself."""
+        rows = next(score["per_prompt"] for (one, _), score in self.scores.items() if one == task)
+        return [row["group"] for row in rows] if all("group" in row for row in rows) else []
+
     def clusters(self, task: str, run: str) -> list[list[float]]:
         """Values by what belongs together: each prompt for itself, but for a task whose items come in groups (`group_by`)."""
         found: dict[object, list[float]] = {}
@@ -168,6 +173,8 @@ def check_comparable(scores: dict[str, dict], task: str, results: Path) -> None:
                 f"{place}: says {score['n_prompts']} prompts and has {len(keys[run])}; delete it and run snakemake again"
             )
         metric = metric_of(task, score)
+        if not all(0 <= value(row) <= 1 for row in score["per_prompt"]):
+            raise InputError(f"{place}: has a value outside 0 to 1: altered since it was made; delete it and run snakemake again")
         mean, stated = float(numpy.mean([value(row) for row in score["per_prompt"]])), score[metric]
         if abs(mean - stated) > 1e-9:
             raise InputError(

@@ -36,7 +36,12 @@ def render(world: World, families: list[Judged], controls: list[Control]) -> str
         one_seed=len(world.seeds) == 1,
         level=level(world.config["report"]["alpha"]),
         families=[
-            shown(world, family) | {"mixed": mixed(world, declared), "uneven": unevenly_tuned(world, declared)}
+            shown(world, family)
+            | {
+                "grouped": bool(world.groups(family.task)),
+                "mixed": mixed(world, declared),
+                "uneven": unevenly_tuned(world, declared),
+            }
             for family, declared in zip(families, world.config["report"]["families"], strict=True)
         ],
         turned=turned(families),

@@ -101,8 +101,8 @@ def compare(
 ) -> Family:
     """Compare arms within one declared family.
 
-    arms: name -> (seeds S, prompts n) of 0 and 1, or shares. The same prompts in the same order, and seed s of every arm descends
-    from the parent's run of seed s, so that differences are taken run by run: d[s, i] = after[s, i] - before[s, i].
+    arms: name -> (seeds S, prompts n) of 0 and 1, shares, or groups' values (stats/clusters.py). Prompts are in one order, and
+    seed s of every arm descends from the parent's run of seed s: differences are by run, d[s, i] = after[s, i] - before[s, i].
     contrasts: (after, before). alpha: the family-wise error rate of the verdicts, and 1 - alpha the coverage of intervals.
     margin: a difference below it does not matter; with it there is a third verdict, equivalent.
 
@@ -272,8 +272,8 @@ def _verdicts(name: str, values: np.ndarray) -> np.ndarray:
         raise ValueError(f"arm {name!r} has an array of {array.ndim} dimensions; expected 2, seeds x prompts")
     if array.shape[0] < 1 or array.shape[1] < 2:
         raise ValueError(f"arm {name!r} has {_size(array)}; expected at least 1 seed and 2 prompts")
-    if array.dtype.kind not in "biuf" or not ((array >= 0) & (array <= 1)).all():
-        raise ValueError(f"arm {name!r} has values outside 0 to 1; a verdict is 0 (failed) or 1 (followed), a share lies between")
+    if array.dtype.kind not in "biuf" or not np.isfinite(array).all():
+        raise ValueError(f"arm {name!r} has values that are no numbers; a verdict is 0 (failed) or 1 (followed), a share between")
     return array.astype(float)
 
 
