@@ -5,8 +5,9 @@ import shutil
 
 import pytest
 
+from tests.conftest import ROOT
 from tests.support import small_steps
-from tests.support.own_task import scored, write
+from tests.support.own_task import ASKED, scored, write
 from workflow_scripts.artifacts import manifests
 from workflow_scripts.config.config import Config, load
 from workflow_scripts.config.written import merge
@@ -14,7 +15,9 @@ from workflow_scripts.plan.plan import Plan
 from workflow_scripts.plumbing.jsonl import read_jsonl
 from workflow_scripts.plumbing.messages import InputError
 from workflow_scripts.steps import generate
+from workflow_scripts.tools.differences import differences
 
+ROWS = {split: str(ROOT / f"data/gsm8k/{split}.jsonl") for split in ("train", "test")}
 DRAWN = {"samples": 3, "temperature": 0.8, "seed": 1, "top_k": 0, "top_p": 1.0}
 
 
@@ -129,6 +132,39 @@ def test_samples_stand_in_the_answers_step_alone_and_where_there_are_none_nothin
     assert drawn.generate("ifeval", "dpo") == plain.generate("ifeval", "dpo")
     other = Plan(config_with(gsm8k={"samples": 8, "temperature": 0.7}, drawn={"seed": 2}))
     assert other.generate("ifeval", "dpo") == plain.generate("ifeval", "dpo")
+
+
+def test_make_why_names_the_keys_where_they_stand():
+    task = {"lm_eval": ASKED | {"task": "gsm8k", "data_files": ROWS}, "metric": "exact_match,strict-match"}
+    more = {"samples": 8, "temperature": 0.7}
+    plain, drawn, other = (
+        config_with(gsm8k=block, tasks={"own": task | block}, drawn=rest)
+        for block, rest in (({}, {}), (more, {}), (more | {"temperature": 0.9}, {"seed": 5}))
+    )
+    steps = [{kind: Plan(one).step(kind, "dpo") for kind in ("generate_gsm8k", "score_own")} for one in (plain, drawn, other)]
+    for kind, key in (("generate_gsm8k", "eval.gsm8k"), ("score_own", "eval.tasks.own")):
+        first = differences(drawn, kind, "dpo", steps[0][kind], steps[1][kind])
+        assert first[0].startswith(f"{key}.samples: ") and len(first) == 1
+        assert differences(other, kind, "dpo", steps[1][kind], steps[2][kind]) == [
+            "eval.drawn.seed: 1 -> 5",
+            f"{key}.temperature: 0.7 -> 0.9",
+        ]
+
+
+def test_through_snakemake_what_is_drawn_is_one_evaluation_and_a_second_run_a_no_op(clone):
+    target, overlay = "results/gsm8k_dpo.json", "eval: {{gsm8k: {{samples: 3, temperature: {}}}}}\n"
+    clone.snakemake(target)
+    before = {path: path.read_bytes() for path in (clone.folder / "results").glob("*_dpo.json")}
+    assert clone.folder / target in before and clone.plan(target) == {}
+    drawn = clone.overlay(overlay.format(0.8))
+    assert clone.plan(target, configs=drawn) == {"generate": 1, "score": 1}
+    clone.snakemake(target, configs=drawn)
+    scores = json.loads((clone.folder / target).read_text())
+    assert scores["samples"] == 3 and list(scores["pass_at"]) == ["1", "2", "3"]
+    assert clone.plan(target, configs=drawn) == {} and clone.plan("results/ifeval_dpo.json", configs=drawn) == {}
+    assert clone.plan(target, configs=clone.overlay(overlay.format(0.9))) == {"generate": 1, "score": 1}
+    clone.snakemake(target)
+    assert {path: path.read_bytes() for path in before} == before
 
 
 @pytest.mark.parametrize(
