@@ -98,9 +98,7 @@ def scores(worlds: dict[str, Any], texts: dict[str, dict]) -> None:
                 runs = list(dict.fromkeys(world.seeded(name)))
                 pairs = [(a, b) for run in runs for a, b in zip(texts[plain][task, run], texts[way][task, run], strict=True)]
                 other = sum(a != b for a, b in pairs) / len(pairs)
-                turned = [
-                    b - a for run in runs for a, b in zip(first.verdicts(task, run), world.verdicts(task, run), strict=True)
-                ]
+                turned = [b - a for run in runs for a, b in zip(first.values(task, run), world.values(task, run), strict=True)]
                 row += [f"{100 * means[way][name]:.1f}", f"{100 * other:.1f} %", f"{turned.count(1)}, {turned.count(-1)}"]
             rows.append(row)
         more = [name for way, _ in others for name in (way, "other answers", "verdicts gained, lost")]

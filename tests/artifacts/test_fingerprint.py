@@ -89,7 +89,7 @@ CODE_EDITS = [
     ("steps/train_sft.py", "callbacks=[trainers.Watch(job.run)]", "callbacks=[trainers.Watch(str(job.run))]", ALL_RUNS),
     ("steps/generate.py", "tokenize=False", "tokenize=0", EVALS),
     ("steps/score_ifeval.py", "METRICS = (", "X = 1\nMETRICS = (", SCORES),
-    ("steps/score_gsm8k.py", "METRICS = (", "X = 1\nMETRICS = (", evals("score_gsm8k")),
+    ("steps/score_gsm8k.py", "def table(", "X = 1\n\n\ndef table(", evals("score_gsm8k")),
     (
         "steps/train_rm.py",
         "callbacks=[trainers.Watch(job.run)]",
@@ -133,8 +133,8 @@ def test_the_tiny_worlds_modules_count_only_where_the_source_is_the_tiny_world(t
 
 LOCK_EDITS = [
     ("trl==1.16.0", "trl==1.17.0", ALL_RUNS),
-    ("lm_eval==0.4.13", "lm_eval==0.4.14", SCORES | ROLLOUTS),
-    ("langdetect==1.0.9", "langdetect==1.0.10", SCORES | ROLLOUTS),
+    ("lm_eval==0.4.13", "lm_eval==0.4.14", SCORES | evals("score_gsm8k") | ROLLOUTS),
+    ("langdetect==1.0.9", "langdetect==1.0.10", SCORES | evals("score_gsm8k") | ROLLOUTS),
     ("torch==2.13.0", "torch==2.13.1", EVERYTHING),
     ("torch==2.13.0", "torch==2.13.0+cpu", set()),
     ("tensorboard==", "tensorboard==1", set()),

@@ -119,13 +119,18 @@ def test_an_answer_is_cut_where_the_task_stops_and_one_that_was_not_counts_as_cu
     assert cut["truncated_share"] < made["truncated_share"] and made["mean_response_tokens"] == cut["mean_response_tokens"]
 
 
-def test_a_metric_that_gives_no_verdict_is_refused_with_its_item(base, tmp_path):
+def test_a_metric_that_is_a_number_counts_as_one_and_what_is_beyond_1_is_refused_with_its_item(base, tmp_path):
     (tmp_path / "task").mkdir()
-    (tmp_path / "task/judged.py").write_text("def half(doc, results):\n    return {'acc': 1 if doc['right'] == 0 else 0.5}\n")
+    code = "def half(doc, results):\n    return {'acc': 1 if doc['right'] == 0 else %s}\n"
+    (tmp_path / "task/judged.py").write_text(code % 0.25)
     file = write(tmp_path / "task", "multiple_choice")
     file.write_text(file.read_text() + "process_results: !function judged.half\n")
-    with pytest.raises(InputError, match="eval.tasks.mine.metric: acc of item 1 is 0.5, expected 0 or 1"):
-        scored(tmp_path, "multiple_choice", base, file, "acc")
+    made = scored(tmp_path, "multiple_choice", base, file, "acc")
+    assert [row["value"] for row in made["per_prompt"]] == [1.0, 0.25, 0.25] * 6 and "correct" not in made["per_prompt"][0]
+    assert made["acc"] == 0.5 and made["acc_stderr"] == pytest.approx(math.sqrt(0.125 * 18 / 17 / 18))
+    (tmp_path / "task/judged.py").write_text(code % 2.5)
+    with pytest.raises(InputError, match="eval.tasks.mine.metric: acc of item 1 is 2.5, expected 0 or 1"):
+        scored(tmp_path / "other", "multiple_choice", base, file, "acc")
 
 
 def test_an_answer_longer_than_the_model_reads_is_told(base, tmp_path):
@@ -203,3 +208,21 @@ def test_the_adapter_is_asked_on_the_path_that_answers(tmp_path):
             found[kind, name] = made[metric.partition(",")[0]]
             assert ("distance" in made) == (name == "adapter")
     assert found["multiple_choice", "adapter"] == found["generate_until", "adapter"] == 1 > found["generate_until", "base"]
+
+
+@pytest.mark.parametrize(("kind", "metric"), [("multiple_choice", "acc"), ("generate_until", "exact_match,first")])
+def test_the_tasks_of_a_group_are_scored_together_each_as_lm_eval_scores_it_alone(base, tmp_path, kind, metric):
+    name = metric.partition(",")[0]
+    more = {"mine": CHOICE[:10], "other": [row | {"options": row["options"][::-1]} for row in CHOICE[10:]]}
+    files = {one: write(tmp_path / "task", kind, rows, name=one) for one, rows in more.items()}
+    group = tmp_path / "task/pair.yaml"
+    group.write_text("group: pair\ntask: [mine.yaml, other.yaml]\naggregate_metric_list: [{metric: acc}]\n")
+    made = scored(tmp_path, kind, base, group, metric, num_fewshot=1)
+    alone = {one: scored(tmp_path / one, kind, base, file, metric, num_fewshot=1) for one, file in files.items()}
+    verdicts = [entry["correct"] for score in alone.values() for entry in score["per_prompt"]]
+    assert [entry["correct"] for entry in made["per_prompt"]] == verdicts and made["n_prompts"] == 18 and made["n_groups"] == 2
+    assert [entry["key"] for entry in made["per_prompt"]][9:11] == ["mine/9", "other/0"]
+    assert made["by_task"] == {one: {"n": score["n_prompts"], name: score[name]} for one, score in alone.items()}
+    assert made[name] == pytest.approx(sum(verdicts) / 18)
+    clusters = [sum(one - made[name] for one in verdicts[:10]), sum(one - made[name] for one in verdicts[10:])]
+    assert made[f"{name}_stderr"] == pytest.approx(math.sqrt(2 * sum(one**2 for one in clusters)) / 18)

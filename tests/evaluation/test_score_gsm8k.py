@@ -11,6 +11,7 @@ import pytest
 
 from tests.support import small_steps
 from workflow_scripts.artifacts import manifests
+from workflow_scripts.data import task_files
 from workflow_scripts.evaluation import gsm8k
 from workflow_scripts.plumbing import jsonl
 from workflow_scripts.plumbing.messages import InputError
@@ -30,18 +31,18 @@ def respond(row, response, **more):
     return {"key": row["key"], "prompt": row["prompt"], "response": response} | more
 
 
-# right number, response, correct, strict, extracted, each by hand
+# right number, response, correct, strict, flexible, extracted, each by hand
 HAND = [
-    ("18", "9 * 2 = 18\n#### 18", True, True, "18"),
-    ("18", "The answer is 18.", True, False, "18"),  # lm-eval's strict-match asks for the mark
-    ("1080", "#### 1,080.", True, True, "1080"),
-    ("1080", "#### $1,080", True, False, "1080"),
-    ("18", "#### 18.00", True, False, "18.00"),  # it compares texts
-    ("20", "#### 18\nNo.\n#### 20", True, False, "20"),  # it takes the first
-    ("18", "#### 18\nNo.\n#### 20", False, True, "20"),
-    ("-3", "#### -3", True, True, "-3"),
-    ("5", "I can't tell.", False, False, None),
-    ("5", "", False, False, None),
+    ("18", "9 * 2 = 18\n#### 18", True, True, True, "18"),
+    ("18", "The answer is 18.", True, False, True, "18"),  # lm-eval's strict-match asks for the mark
+    ("1080", "#### 1,080.", True, True, True, "1080"),
+    ("1080", "#### $1,080", True, False, True, "1080"),
+    ("18", "#### 18.00", True, False, False, "18.00"),  # it compares texts
+    ("20", "#### 18\nNo.\n#### 20", True, False, True, "20"),  # it takes the first
+    ("18", "#### 18\nNo.\n#### 20", False, True, False, "20"),
+    ("-3", "#### -3", True, True, True, "-3"),
+    ("5", "I can't tell.", False, False, False, None),
+    ("5", "", False, False, False, None),
 ]
 ROWS = [numeric_row(i, final) for i, (final, *_) in enumerate(HAND)]
 RESPONSES = [respond(row, response) for row, (_, response, *_) in zip(ROWS, HAND, strict=True)]
@@ -57,8 +58,8 @@ def plain(rows):
 
 def test_verdicts_are_those_worked_by_hand():
     assert gsm8k.score(ROWS, RESPONSES, strip_think=False)["per_prompt"] == [
-        {"key": i, "correct": correct, "strict": strict, "extracted": extracted}
-        for i, (_, _, correct, strict, extracted) in enumerate(HAND)
+        {"key": i, "correct": correct, "strict": strict, "flexible": flexible, "extracted": extracted}
+        for i, (_, _, correct, strict, flexible, extracted) in enumerate(HAND)
     ]
 
 
@@ -66,6 +67,7 @@ def test_summary_is_that_worked_by_hand():
     scores = gsm8k.score(ROWS, RESPONSES, strip_think=False)
     assert scores["n_prompts"] == 10 and scores["strip_think"] is False
     assert (scores["exact_match"], scores["strict_match"], scores["no_answer_share"]) == (7 / 10, 4 / 10, 2 / 10)
+    assert scores["flexible_match"] == 6 / 10
     assert scores["exact_match_stderr"] == pytest.approx(math.sqrt(0.7 * 0.3 / 9))  # sample sd over sqrt n
     assert scores["strict_match_stderr"] == pytest.approx(math.sqrt(0.4 * 0.6 / 9))
     assert scores["truncated_share"] is None and scores["mean_response_tokens"] is None and scores["reworded_keys"] == []
@@ -81,7 +83,7 @@ def test_truncated_share_and_mean_tokens():
 def test_a_single_row_has_no_standard_error():
     scores = gsm8k.score(ROWS[:1], RESPONSES[:1], strip_think=False)
     assert scores["exact_match"] == 1 and scores["exact_match_stderr"] is None
-    assert score_gsm8k.table(scores).count("n/a") == 2
+    assert score_gsm8k.table(scores).count("n/a") == 3
 
 
 def test_reasoning_counts_unless_it_is_stripped():
@@ -122,25 +124,21 @@ def test_another_prompt_text_under_a_key_is_told(tmp_path, capsys):
 # -- lm-eval --------------------------------------------------------------------------------------------------------------
 
 
-def lm_eval_verdicts(rows, texts):
-    """exact_match of lm-eval's filter strict-match for GSM8K's own rows, by its filter, metric and task file."""
-    import yaml
-    from lm_eval.api.metrics import exact_match_hf_evaluate
-    from lm_eval.filters.extraction import RegexFilter
-    from lm_eval.tasks import __file__ as tasks
+def lm_eval_verdicts(rows, texts, rule):
+    """exact_match of one of lm-eval's filters for GSM8K's own rows: its task as it makes it, its filters, its metric."""
+    from lm_eval.api.instance import Instance
+    from lm_eval.tasks import TaskManager
 
-    task = yaml.safe_load((Path(tasks).parent / "gsm8k/gsm8k.yaml").read_text())
-    strict = next(entry["filter"][0] for entry in task["filter_list"] if entry["name"] == "strict-match")
-    found = RegexFilter(strict["regex_pattern"]).apply([[text] for text in texts], [{}] * len(texts))
-    (metric,) = task["metric_list"]
-    options = {key: metric[key] for key in ("regexes_to_ignore", "ignore_case", "ignore_punctuation")}
-    return [
-        bool(exact_match_hf_evaluate(predictions=[text], references=[row["answer"]], **options)["exact_match"])
-        for row, [text] in zip(rows, found, strict=True)
-    ]
+    data = {split: str(TEST) for split in ("train", "test")}
+    own = task_files.laid_over(task_files.read(task_files.own_file("gsm8k")).data, {"num_fewshot": 0, "data_files": data})
+    (task,) = TaskManager(include_defaults=False).load(own)["tasks"].values()
+    pairs = enumerate(zip(rows, texts, strict=True))
+    task._instances = [Instance("generate_until", row, ("", {}), i, resps=[text]) for i, (row, text) in pairs]
+    task.apply_filters()
+    return [bool(task.process_results(one.doc, [one.filtered_resps[rule]])["exact_match"]) for one in task._instances]
 
 
-def test_strict_match_is_lm_evals_on_responses_of_many_shapes():
+def test_both_rules_are_lm_evals_on_responses_of_many_shapes():
     rows = jsonl.read_jsonl(TEST)
     shapes = [
         lambda final, work: f"{work}\n#### {final}",
@@ -154,6 +152,8 @@ def test_strict_match_is_lm_evals_on_responses_of_many_shapes():
         lambda final, work: f"##### {final} dollars",
         lambda final, work: f"The answer is {final}",
         lambda final, work: f"#### 0{final}",
+        lambda final, work: f"{final} is what 3 boxes at 10:00 hold...",
+        lambda final, work: f"so ${final},",
         lambda final, work: "",
     ]
     texts = []
@@ -162,15 +162,16 @@ def test_strict_match_is_lm_evals_on_responses_of_many_shapes():
         texts.append(shapes[i % len(shapes)](final, work))
     given = [{"prompt": row["question"], "response": text} for row, text in zip(rows, texts, strict=True)]
     scores = gsm8k.score(rows, given, strip_think=False)
-    assert [entry["strict"] for entry in scores["per_prompt"]] == lm_eval_verdicts(rows, texts)
-    assert 0.3 < scores["strict_match"] < 0.5 < scores["exact_match"] < 0.9
+    for verdict, rule in (("strict", "strict-match"), ("flexible", "flexible-extract")):
+        assert [entry[verdict] for entry in scores["per_prompt"]] == lm_eval_verdicts(rows, texts, rule)
+    assert 0.25 < scores["strict_match"] < 0.4 < scores["flexible_match"] < scores["exact_match"] < 0.9
 
 
 def test_the_standard_error_is_lm_evals():
     from lm_eval.api.metrics import mean_stderr
 
     scores = gsm8k.score(ROWS, RESPONSES, strip_think=False)
-    for metric, verdict in (("exact_match", "correct"), ("strict_match", "strict")):
+    for metric, verdict in gsm8k.METRICS.items():
         items = [entry[verdict] for entry in scores["per_prompt"]]
         assert scores[f"{metric}_stderr"] == pytest.approx(mean_stderr(items), rel=1e-12)
 
@@ -186,7 +187,7 @@ def test_the_command_scores_gsm8ks_own_file_without_torch(tmp_path):
         "import runpy, sys\n"
         "sys.argv[0] = 'score_gsm8k'\n"
         "runpy.run_module('workflow_scripts.steps.score_gsm8k', run_name='__main__')\n"
-        "assert not {'torch', 'lm_eval', 'datasets', 'numpy'} & set(sys.modules)"
+        "assert not {'torch', 'transformers', 'datasets'} & set(sys.modules)"
     )
     found = []
     for seed in ("1", "2"):

@@ -14,7 +14,7 @@ from tests.support.own_task import ASKED, CHOICE, MEAN, write
 from workflow_scripts.artifacts import manifests
 from workflow_scripts.config import config
 from workflow_scripts.config.written import merge
-from workflow_scripts.data import hub, task_files
+from workflow_scripts.data import hub
 from workflow_scripts.plan import estimate, records
 from workflow_scripts.plan.plan import Plan
 from workflow_scripts.plumbing.messages import InputError
@@ -46,7 +46,10 @@ def body(metric: str = "acc", group_by: str = "", **asked) -> dict:
         ("x", body(task="arc_easy"), "tasks.x.lm_eval.revision: missing: the rows are allenai/ai2_arc's, on a hub"),
         ("x", body(task="humaneval"), "tasks.x.lm_eval.task: runs code that the model writes .unsafe_code: true."),
         ("x", body(task="mbpp"), "tasks.x.lm_eval.task: runs code that the model writes"),
-        ("x", body(task="mmlu"), "tasks.x.lm_eval.task: mmlu is a group of lm-eval"),
+        ("x", body(task="mmlu"), "tasks.x.lm_eval.revision: missing: the rows are cais/mmlu's, on a hub"),
+        ("x", body(task="glue", revision=COMMIT), "the task has .*|is a group whose rows come from"),
+        ("x", body(task="tinyBenchmarks", revision=COMMIT), "has a task with settings of its own inside the group"),
+        ("x", body(task="mmlu", data_files={"test": "a.jsonl"}), "data_files: names files for a group of 57 tasks"),
         ("x", body(task="squadv2"), "tasks.x.lm_eval.task: is a task written in Python"),
         (
             "x",
@@ -129,13 +132,6 @@ def test_two_tasks_never_share_a_score_file(tmp_path):
     assert plan(both).results_of("dpo")[-2:] == ["results/mine_dpo.json", "results/mine_dpo_dpo.json"]
     with pytest.raises(InputError, match="tasks.mine_dpo: its scores of ipo and those of mine for dpo_ipo would be one file"):
         plan(both, {"experiments": {"ipo": {"extends": "dpo"}}})
-
-
-def test_a_clustered_task_stands_in_no_family(tmp_path):
-    tasks = {"mine": body(file=str(write(tmp_path, "multiple_choice")), group_by="story")}
-    family = {"report": {"families": {"own": {"title": "Own", "task": "mine", "reference": "sft_v2", "runs": ["dpo"]}}}}
-    with pytest.raises(InputError, match="families.own.task: found 'mine', whose items come in groups"):
-        plan(tasks, family).check()
 
 
 # -- what decides a task ------------------------------------------------------------------------------------------------------
@@ -265,15 +261,6 @@ def test_the_commit_of_a_task_s_rows_is_pinned(tmp_path):
         name: yaml.safe_load(text)["eval"]["tasks"][name] for name in ("here", "local")
     }
     assert pin.pin(new, Hub()) == (new, []) and len(asked) == 2
-
-
-def test_lm_eval_finds_the_same_file_for_a_name():
-    from lm_eval.tasks import TaskManager
-
-    folder = task_files.own_file("arc_easy").parent
-    index = TaskManager(include_defaults=False, include_path=[folder, folder.parent / "hellaswag"]).task_index
-    for name in ("arc_easy", "arc_challenge", "hellaswag"):
-        assert task_files.own_file(name) == index[name].yaml_path
 
 
 # -- through Snakemake, and the report ----------------------------------------------------------------------------------------

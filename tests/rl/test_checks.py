@@ -12,6 +12,10 @@ CHECKED = [
     ("exact", {"field": "answer", "ignore_case": True}, " YES\n", True),
     ("exact", {"field": "answer", "ignore_case": False}, "YES", False),
     ("exact", {"field": "answer", "ignore_case": True}, "yes, it is", False),
+    ("number", {"field": "final", "rule": "strict-match"}, "so 1,200\n#### 1,200.", True),
+    ("number", {"field": "final", "rule": "strict-match"}, "so 1,200", False),
+    ("number", {"field": "final", "rule": "flexible-extract"}, "so $1,200", True),
+    ("number", {"field": "final", "rule": "flexible-extract"}, "1200 in 3 steps", False),
     ("regex", {"pattern": r"<b>\d+</b>", "whole": False}, "so <b>12</b>.", True),
     ("regex", {"pattern": r"<b>\d+</b>", "whole": True}, "so <b>12</b>.", False),
     ("regex", {"pattern": r"<b>\d+</b>", "whole": True}, " <b>12</b>\n", True),
@@ -28,9 +32,9 @@ CHECKED = [
 
 @pytest.mark.parametrize(("kind", "settings", "response", "holds"), CHECKED)
 def test_a_check_holds_where_its_settings_say(kind, settings, response, holds):
-    assert verifiers.CHECKS[kind](settings)(response, {"answer": "yes"}) is holds
+    assert verifiers.CHECKS[kind](settings)(response, {"answer": "yes", "final": "1,200"}) is holds
     reward = declared.checked("mine", {kind: settings})
-    assert reward([], [[{"content": response}]], row=[json.dumps({"answer": "yes"})]) == [float(holds)]
+    assert reward([], [[{"content": response}]], row=[json.dumps({"answer": "yes", "final": "1,200"})]) == [float(holds)]
 
 
 def test_a_check_without_its_field_or_its_reference_is_one_line():

@@ -226,7 +226,7 @@ def test_a_file_that_changed_after_planning_is_not_run(write, base, slices, tmp_
         ({"tokens": {"json_schema": {}}}, "rewards.tokens: not a name to use here"),
         ({"mine": {"file": "a.py"}}, "rewards.mine.function: missing"),
         ({"mine": {"function": "a", "json_schema": {}}}, "rewards.mine.file: missing"),
-        ({"mine": {}}, "rewards.mine: found none of them, expected one of file, exact, regex, json_schema, length"),
+        ({"mine": {}}, "rewards.mine: found none of them, expected one of file, exact, number, regex, json_schema, length"),
         ({"mine": {"json_schema": {}, "regex": {"pattern": "a", "whole": True}}}, "found regex and json_schema, expected one of"),
         ({"mine": {"regex": {"pattern": "(", "whole": True}}}, "rewards.mine.regex.pattern: no regular expression: missing"),
         ({"mine": {"json_schema": {"type": "text"}}}, "rewards.mine.json_schema.type: no JSON schema"),

@@ -91,7 +91,7 @@ def test_gathered_answers_are_those_of_the_step_that_answers_alone(world):
 
 def test_a_shard_of_other_answers_and_a_missing_one_are_refused(world):
     shards = [shard_of(world, n, 3) for n in (1, 2, 3)]
-    with pytest.raises(InputError, match=r"3 of 11 prompts have no answer in .*x_shards") as _:
+    with pytest.raises(InputError, match=r"3 of 11 answers are not in .*x_shards") as _:
         gathered(world, shards[1:] if len(shards[0].data["answers"]) == 3 else shards[:2], "missing")
     other = json.loads(shards[0].path.read_text())
     other["step"]["config"]["max_new_tokens"] = 5

@@ -58,6 +58,7 @@ KEYS: dict[str, tuple[list, set[Phase]]] = {
     "eval.base": (["trained"], {phase for phase in of("generate_ifeval", "generate_gsm8k") if phase[1] in QUANTISED}),
     "eval.ifeval.max_new_tokens": ([9, 33], of("generate_ifeval")),
     "eval.gsm8k.max_new_tokens": ([9, 33], of("generate_gsm8k")),
+    "eval.drawn.seed": ([2], NOTHING),  # nothing is drawn here
     "eval.ifeval.strip_think": ([True], of("score_ifeval") | trained("ppo_ifeval", "grpo", "rloo", "grpo_rm")),
     "eval.gsm8k.strip_think": ([True], of("score_gsm8k") | trained("grpo_numeric")),
     "data.max_drop": ([0.5, 0.07], slices(*TRAINED_ON)),
@@ -224,10 +225,10 @@ plan/steps plan/rewarded plan/records plan/estimate plan/gpu_memory plan/passes 
 plumbing/environment models/sources models/templates""".split()
 # The report, which is no target here, and multiple choice, tasks of lm-eval, tuning and sampled slices, which this config has not
 REPORT = """steps/select steps/sample steps/choose_rows data/choosing stats/selection report/__init__ report/capacity
-report/collect report/figures report/judge report/page report/sections report/sensitivity report/trained
-report/winning steps/report evaluation/lm_tasks steps/lm_eval_task steps/judge_answers steps/own_task
-evaluation/own_tasks data/task_files stats/__init__ stats/accuracy stats/components stats/family stats/moderated
-stats/power""".split()
+report/collect report/drawn report/figures report/judge report/page report/protocols report/sections report/sensitivity
+report/trained report/winning steps/report evaluation/lm_tasks steps/lm_eval_task steps/judge_answers steps/own_task
+evaluation/own_tasks data/task_files stats/__init__ stats/accuracy stats/clusters stats/components stats/family
+stats/moderated stats/power""".split()
 PAGE = [f"report/templates/report.{ending}" for ending in ("html.jinja", "css", "js")]
 # File of the package -> the steps that can run it.
 CODE: dict[str, list[str]] = {
@@ -261,6 +262,8 @@ CODE: dict[str, list[str]] = {
     "evaluation/scores.py": [*SCORE, *ROLLOUTS],
     "steps/scoring.py": SCORE,
     "evaluation/gsm8k.py": ["score_gsm8k"],
+    "evaluation/samples.py": [*SCORE, *ROLLOUTS],
+    "evaluation/lm_rules.py": ["score_gsm8k", *ROLLOUTS],
     "data/unpaired.py": ["train_kto"],
     **dict.fromkeys(("training/reference_free.py", *(f"steps/train_{method}.py" for method in ("simpo", "cpo", "orpo"))), []),
     "evaluation/ifeval.py": ["score_ifeval", *ROLLOUTS],
@@ -307,9 +310,10 @@ PACKAGES: dict[str, list[str]] = {
     "pandas": ["eval_rm", *TRAIN],
     "trl": TRAIN,
     "scipy": ["eval_rm", *ROLLOUTS],
-    **dict.fromkeys(("lm_eval", "nltk", "langdetect"), IFEVAL),
+    **dict.fromkeys(("lm_eval", "nltk", "langdetect"), ["score_gsm8k", *IFEVAL]),
+    "PyYAML": ["score_gsm8k", *ROLLOUTS],  # lm-eval's definition of its task gsm8k is read by it
     **dict.fromkeys(("jsonschema", "referencing"), ROLLOUTS),
-    **dict.fromkeys((*CHECKS, "snakemake", "tqdm", "PyYAML", "statsmodels", "gguf", "tensorboard"), []),
+    **dict.fromkeys((*CHECKS, "snakemake", "tqdm", "statsmodels", "gguf", "tensorboard"), []),
 }
 
 # Files of the repository that no step reads.

@@ -67,9 +67,6 @@ def check(config: Config) -> None:
         if family["task"] not in judged:
             tasks = ", ".join(judged)
             raise config.fail(["report", *path, "task"], f"found {family['task']!r}, expected what `eval:` has: {tasks}")
-        if "group_by" in config.own_tasks.get(family["task"], {}):
-            problem = f"found {family['task']!r}, whose items come in groups (group_by): a family's errors take each for itself"
-            raise config.fail(["report", *path, "task"], problem)
         for key in ("runs", "pairs"):
             named([*path, key], *family.get(key, []))
         named([*path, "reference"], *([family["reference"]] if "reference" in family else []))

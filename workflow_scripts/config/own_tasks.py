@@ -2,10 +2,11 @@
 
 import difflib
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from workflow_scripts.config.names import DEVELOPMENT, EVALUATED, OBJECTIVE
+from workflow_scripts.config.names import DEVELOPMENT, EVALUATED, JUDGED, METRIC, OBJECTIVE
 from workflow_scripts.config.written import Written
 from workflow_scripts.data import task_files
 from workflow_scripts.data.task_files import Definition
@@ -32,44 +33,50 @@ def check(config: Written) -> None:
         if asked["fewshot_as_multiturn"] and not (asked["chat_template"] and asked["num_fewshot"]):
             problem = "found true, and there are no turns: it takes chat_template: true and num_fewshot of 1 or more; set false"
             raise config.fail([*place, "lm_eval", "fewshot_as_multiturn"], problem)
-        data = definition(config, name).data
-        _check_kind(config, [*place, "lm_eval", "task" if "task" in asked else "file"], data)
-        _check_metric(config, [*place, "metric"], body["metric"], data)
-        _check_data(config, [*place, "lm_eval"], asked, data)
+        whole = definition(config, name)
+        data = whole.data
+        for one in whole.tasks:
+            _check_kind(config, [*place, "lm_eval", "task" if "task" in asked else "file"], one)
+        known = {*METRIC, *config.own_tasks} - {JUDGED, name}
+        if body.get("protocol_of", "ifeval") not in known:
+            problem = f"found {body['protocol_of']!r}, expected the evaluation that this is under another protocol: "
+            raise config.fail([*place, "protocol_of"], problem + ", ".join(sorted(known)))
+        if "samples" in body and data.get("output_type", "generate_until") != "generate_until":
+            problem = (
+                f"found {body['samples']}, and a task of {data['output_type']} has no answers: options are compared; leave it out"
+            )
+            raise config.fail([*place, "samples"], problem)
+        for one in whole.tasks:
+            _check_metric(config, [*place, "metric"], body["metric"], one)
+        _check_data(config, [*place, "lm_eval"], asked, whole.tasks)
 
 
 def definition(config: Written, name: str) -> Definition:
-    """What defines a task, with what the config says laid over it."""
+    """What defines a task, or the tasks of a group, with what the config says laid over each."""
     body = config.own_tasks[name]["lm_eval"]
-    place = ["eval", "tasks", name, "lm_eval"]
-    if "file" in body:
-        try:
-            found = task_files.read(Path(body["file"]))
-        except InputError as error:
-            raise config.fail([*place, "file"], str(error)) from None
-    else:
-        try:
-            path = task_files.own_file(body["task"])
-        except InputError as error:
-            raise config.fail([*place, "task"], str(error)) from None
-        if path is None:
-            near = difflib.get_close_matches(body["task"], task_files.known(), n=3)
-            problem = f"lm-eval has no task {body['task']!r}" + (f"; nearest: {', '.join(near)}" if near else "")
-            raise config.fail([*place, "task"], problem)
-        found = task_files.read(path)
+    place, key = ["eval", "tasks", name, "lm_eval"], "file" if "file" in body else "task"
     try:
-        found.data = task_files.laid_over(found.data, body)
+        found = task_files.read(Path(body["file"])) if "file" in body else task_files.named(body["task"])
+    except InputError as error:
+        raise config.fail([*place, key], str(error)) from None
+    if found is None:
+        near = difflib.get_close_matches(body["task"], task_files.known(), n=3)
+        problem = f"lm-eval has no task {body['task']!r}" + (f"; nearest: {', '.join(near)}" if near else "")
+        raise config.fail([*place, "task"], problem)
+    if len(found.tasks) > 1 and "data_files" in body:
+        problem = f"names files for a group of {len(found.tasks)} tasks, which have rows of their own each; leave it out"
+        raise config.fail([*place, "data_files"], problem)
+    try:
+        tasks = [task_files.laid_over(one, body) for one in found.tasks]
     except InputError as error:
         raise config.fail([*place, "data_files"], str(error)) from None
-    return found
+    return replace(found, data=tasks[0], tasks=tasks)
 
 
 def _check_kind(config: Written, place: list, data: dict[str, Any]) -> None:
     """What can be asked of a model here, safely, and greedily."""
     if data.get("unsafe_code"):
         raise config.fail(place, "runs code that the model writes (unsafe_code: true), which is not done here; leave it out")
-    if "group" in data and not isinstance(data.get("task"), str):
-        raise config.fail(place, "is a group; name the tasks in it, each under a name of its own")
     if "class" in data or not isinstance(data.get("task"), str):
         raise config.fail(place, "is a task written in Python (class:), of which nothing is known before it runs")
     if (kind := data.get("output_type", "generate_until")) not in TYPES:
@@ -78,7 +85,8 @@ def _check_kind(config: Written, place: list, data: dict[str, Any]) -> None:
         raise config.fail(place, "asks about pictures or sound, and models here read text")
     settings = data.get("generation_kwargs") or {}
     if data.get("repeats", 1) != 1 or (settings.get("do_sample") and settings.get("temperature", 1) != 0):
-        raise config.fail(place, "draws its answers (do_sample, or repeats above 1); here each item has one, greedy")
+        problem = "draws its answers (do_sample, or repeats above 1); here each item has one, greedy, or what `samples` says"
+        raise config.fail(place, problem)
     if unknown := sorted(key for key in settings if key not in {*GREEDY, *LENGTH} and (key, settings[key]) != ("num_beams", 1)):
         raise config.fail(place, f"has {unknown[0]} under generation_kwargs, which does not act here; greedy decoding alone does")
 
@@ -99,18 +107,24 @@ def _check_metric(config: Written, place: list, metric: str, data: dict[str, Any
         raise config.fail(place, f"found {metric!r}, and the task reads its answers in {len(filters)} ways: {several}")
 
 
-def _check_data(config: Written, place: list, asked: dict, data: dict[str, Any]) -> None:
-    """Local files are there, and a hub's data set has a revision."""
-    place = [*place, "data_files"] if "data_files" in asked else place
+def _check_data(config: Written, place: list, asked: dict, tasks: list[dict[str, Any]]) -> None:
+    """Local files are there, and a hub's data set has a revision; of a group, all rows come from one data set or from files."""
+    files_place = [*place, "data_files"] if "data_files" in asked else place
     try:
-        files = task_files.data_files(data)
+        files = [file for one in tasks for file in task_files.data_files(one)]
     except InputError as error:
-        raise config.fail(place, str(error)) from None
-    names = [os.path.basename(file) for file in [asked.get("file", ""), *asked.get("data_files", {}).values()]]
+        raise config.fail(files_place, str(error)) from None
+    names = [os.path.basename(file) for file in [asked.get("file", ""), *dict.fromkeys(files)]]
     if twice := [name for name in names if names.count(name) > 1]:
-        raise config.fail(place, f"two files are called {twice[0]}, and the step could not tell them apart; rename one")
-    if not files and "revision" not in (task_files.hub_of(data) or {}) and not config.data.get("allow_unpinned"):
-        problem = f"missing: the rows are {data['dataset_path']}'s, on a hub; name its full commit (40 hexadecimal digits), "
+        raise config.fail(files_place, f"two files are called {twice[0]}, and the step could not tell them apart; rename one")
+    hubs = {str(task_files.hub_of(one)): one["dataset_path"] for one in tasks}
+    if len(hubs) > 1:
+        problem = (
+            f"is a group whose rows come from {', '.join(sorted(map(str, hubs.values()))[:3])}; one revision is no good for "
+        )
+        raise config.fail([*place, "task" if "task" in asked else "file"], problem + "them: name its tasks one by one")
+    if not files and "revision" not in (task_files.hub_of(tasks[0]) or {}) and not config.data.get("allow_unpinned"):
+        problem = f"missing: the rows are {tasks[0]['dataset_path']}'s, on a hub; name its full commit (40 hexadecimal digits), "
         problem += "local files under data_files, or set allow_unpinned: true and let them be whatever it holds"
         raise config.fail([*place, "revision"], problem)
 
@@ -126,6 +140,15 @@ def check_names(config: Written, judged: list[str]) -> None:
                 raise config.fail(["eval", "tasks", name], problem)
 
 
+def protocols(config: Written) -> dict[str, list[str]]:
+    """Evaluation -> the tasks that are the same under another protocol, of the evaluations that the config has."""
+    found: dict[str, list[str]] = {}
+    for name, body in config.own_tasks.items():
+        if (first := body.get("protocol_of")) in config.scored:
+            found.setdefault(first, []).append(name)
+    return found
+
+
 def inputs(config: Written, name: str) -> list[str]:
     """The files that a task's step reads: its own definition, and its rows where these are local."""
     body = config.own_tasks[name]["lm_eval"]
@@ -134,7 +157,8 @@ def inputs(config: Written, name: str) -> list[str]:
 
 def rows(config: Written, name: str) -> list[str]:
     """The local files that a task's rows come from; none where they are a hub's."""
-    return task_files.data_files(definition(config, name).data)
+    found = [file for one in definition(config, name).tasks for file in task_files.data_files(one)]
+    return list(dict.fromkeys(found))
 
 
 def output_type(config: Written, name: str) -> str:
@@ -157,4 +181,6 @@ def step_config(config: Written, name: str) -> dict:
         asked["data_files"] = {split: os.path.basename(file) for split, file in asked["data_files"].items()}
     if hub := task_files.hub_of(definition(config, name).data):
         asked["hub"] = hub
-    return {"task": name, **body, "lm_eval": asked}
+    drawn = config.drawn(name)
+    body = {key: value for key, value in body.items() if key not in ("samples", "temperature", "protocol_of")}
+    return {"task": name, **body, "lm_eval": asked} | ({"drawn": drawn} if drawn else {})

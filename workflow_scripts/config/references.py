@@ -27,6 +27,12 @@ def check(config: Written, experiments: dict[str, dict], tuned: Iterable[str] = 
             if key in known[slice_name]:
                 problem = "the prompts of an evaluation are taken as they are and are all held out; leave the key out"
                 raise config.fail(["data", "slices", slice_name, key], problem)
+    for place, body in [*((["eval", task], config.task(task)) for task in config.evaluations),
+                        *((["eval", "tasks", name], body) for name, body in config.own_tasks.items())]:  # fmt: skip
+        if ("samples" in body) != ("temperature" in body):
+            missing = "temperature" if "samples" in body else "samples"
+            problem = "missing, and it has no default: several answers to a prompt are drawn at a temperature, one is greedy"
+            raise config.fail([*place, missing], problem)
     for name, body in known.items():
         slices.check(config, name, body)
     sampled.check(config)

@@ -163,6 +163,13 @@ class Written:
         """The block of a task under `eval:`. Development prompts are put as those of the task that they stand for."""
         return self.data["eval"][self.development["task"] if name == DEVELOPMENT else name]
 
+    def drawn(self, name: str) -> dict:
+        """How a task's answers are drawn: samples, temperature, seed, top_k, top_p; {} where each prompt has one, greedy."""
+        body = self.own_tasks[name] if name in self.own_tasks else self.task(name)
+        if "samples" not in body:
+            return {}
+        return {key: body[key] for key in ("samples", "temperature")} | self.data["eval"]["drawn"]
+
     @property
     def models(self) -> dict[str, dict]:
         """The models that are not trained here: the base, which experiments are made from, and those only scored beside it."""

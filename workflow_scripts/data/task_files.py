@@ -24,7 +24,10 @@ from workflow_scripts.plumbing.messages import InputError
 
 BUILDERS = {".json": "json", ".jsonl": "json", ".parquet": "parquet", ".csv": "csv"}  # ending of a file -> who reads it
 LOCAL = {*BUILDERS.values(), "text", "arrow"}  # names under `dataset_path` that read files
-NAMED = re.compile(rb"^(task|group):[ \t]*[\"']?([^\s\"'#\[{]+)", re.M)
+# Names on top of a file; those of a tag stand behind it, or one a line below it.
+NAMED = re.compile(
+    rb"^[\"']?(task|group|tag|include)[\"']?:[ \t]*(?:[\"']?([^\s\"'#\[{]+)|(?=\r?\n((?:[ \t]*-[ \t]*\S+[ \t]*\r?\n?)+)))", re.M
+)
 
 
 class Function(str):
@@ -49,10 +52,12 @@ def sha256(files: Sequence[Path | str]) -> str:
 
 @dataclass
 class Definition:
-    """data: the YAML, what it includes laid under it. files: that were read for it, its own first. code: of its functions."""
+    """data: the YAML, what it includes laid under it; of a group that of its first task. tasks: that of each task. files: that
+    were read for it, its own first. code: of its functions."""
 
     path: Path
     data: dict[str, Any]
+    tasks: list[dict[str, Any]] = field(default_factory=list)
     files: list[Path] = field(default_factory=list)
     code: list[Path] = field(default_factory=list)
 
@@ -62,10 +67,58 @@ class Definition:
 
 
 def read(path: Path) -> Definition:
-    """The definition in a file. InputError where it, or what it names, can't be read."""
+    """The definition in a file: of a task, or of a group with all its tasks. InputError where it, or what it names, can't be
+    read."""
     found = Definition(path, {})
     found.data = _read(path, found)
+    found.tasks = [found.data]
+    if "group" in found.data and not isinstance(found.data.get("task"), str):
+        found.tasks = []
+        for member in members(path, found.data):
+            seen, found.files = found.files, []  # two tasks may include one file
+            found.tasks.append(_read(member, found))
+            found.files = list(dict.fromkeys([*seen, *found.files]))
+        found.data = found.tasks[0]
     return found
+
+
+def top(path: Path) -> dict[str, Any]:
+    """What a file says, with what it includes; of a group not its tasks'."""
+    return _read(path, Definition(path, {}))
+
+
+@functools.cache
+def named(name: str) -> Definition | None:
+    """The definition of a task of lm-eval's own, of a group, or of all tasks under a tag; None for another name."""
+    kind, files = _index().get(name, ("", []))
+    if kind != "tag":
+        return read(_folder() / files[0]) if files else None
+    found = Definition(_folder() / files[0], {})
+    for definition in map(_own, files):
+        found.tasks += definition.tasks
+        found.files = list(dict.fromkeys([*found.files, *definition.files]))
+    found.data = found.tasks[0]
+    return found
+
+
+def members(path: Path, group: dict[str, Any]) -> list[Path]:
+    """The files of the tasks in a group: by names of lm-eval's (tasks, groups, tags), or files beside the group's own."""
+    found: list[Path] = []
+    listed = group.get("task")
+    for one in listed if isinstance(listed, list) else [listed]:
+        if isinstance(one, dict) and "group" in one:
+            found += members(path, one)
+            continue
+        name = one["task"] if isinstance(one, dict) and set(one) <= {"task", "task_alias"} else one
+        if not isinstance(name, str):
+            raise InputError(f"{path}: has a task with settings of its own inside the group, which is not done; name its tasks")
+        if name.endswith((".yaml", ".yml")):
+            found.append(path.parent / name)
+        elif files := own_files(name):
+            found += files
+        else:
+            raise InputError(f"{path}: lm-eval has no task {name!r}, which the group names")
+    return list(dict.fromkeys(found))
 
 
 def _read(path: Path, into: Definition) -> dict[str, Any]:
@@ -133,16 +186,28 @@ def _add_code(file: Path, into: Definition) -> None:
 
 
 def own_file(name: str) -> Path | None:
-    """lm-eval's file of a task, None where it has no such task. InputError for the name of a group."""
-    kind, file = _index().get(name, ("", ""))
+    """lm-eval's file of a task, or of the first one in a group or under a tag; None where it has no such name."""
+    found = own_files(name)
+    return found[0] if found else None
+
+
+@functools.cache
+def own_files(name: str) -> list[Path]:
+    """lm-eval's file of a task; of a group, or a tag, those of all its tasks."""
+    kind, files = _index().get(name, ("", []))
     if kind == "group":
-        raise InputError(f"{name} is a group of lm-eval; name the tasks in it, each under a name of its own")
-    return _folder() / file if file else None
+        return members(_folder() / files[0], _read(_folder() / files[0], Definition(Path(name), {})))
+    return [_folder() / file for file in files]
+
+
+@functools.cache
+def _own(file: str) -> Definition:
+    return read(_folder() / file)
 
 
 def known() -> list[str]:
-    """The names of lm-eval's tasks."""
-    return [name for name, (kind, _) in _index().items() if kind == "task"]
+    """The names of lm-eval's tasks, and of its groups."""
+    return [name for name, (kind, _) in _index().items() if kind != "tag"]
 
 
 def _folder() -> Path:
@@ -153,28 +218,49 @@ def _folder() -> Path:
 
 
 @functools.cache
-def _index() -> dict[str, tuple[str, str]]:
-    """Name -> (task or group, its file below the folder of tasks); the first of a name in the order of paths, as in lm-eval.
+def _index() -> dict[str, tuple[str, list[str]]]:
+    """Name -> (task, group or tag, its file below the folder of tasks; of a tag the files of all its tasks).
 
+    The first of a name in the order of paths, as in lm-eval.
     Fourteen thousand files are looked through once for each installation, and what was found is kept beside the .pyc files.
     """
     folder = _folder()
-    stamp = [str(folder), os.stat(folder).st_mtime_ns]
+    stamp = [str(folder), os.stat(folder).st_mtime_ns, "with tags of what is included"]
     kept = Path(__file__).parent / "__pycache__" / "lm_eval_tasks.json"
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
         found = json.loads(kept.read_text(encoding="utf-8"))
         if found["stamp"] == stamp:
-            return {name: (kind, file) for name, (kind, file) in found["names"].items()}
-    names: dict[str, tuple[str, str]] = {}
+            return {name: (kind, files) for name, (kind, files) in found["names"].items()}
+    names: dict[str, tuple[str, list[str]]] = {}
+    tags: dict[str, list[str]] = {}
     for file in sorted(folder.rglob("*.yaml"), key=lambda path: path.as_posix()):
+        below, named = file.relative_to(folder).as_posix(), False
         for match in NAMED.finditer(file.read_bytes()):
-            names.setdefault(match[2].decode(), (match[1].decode(), file.relative_to(folder).as_posix()))
+            if match[1] in (b"task", b"group") and match[2]:
+                names.setdefault(match[2].decode(), (match[1].decode(), [below]))
+                named = named or match[1] == b"task"
+        for tag in _tags(file) if named else ():
+            tags.setdefault(tag, []).append(below)
+    names = {tag: ("tag", files) for tag, files in tags.items() if tag not in names} | names
     part = kept.with_suffix(f".{os.getpid()}.part")
     with contextlib.suppress(OSError):
         kept.parent.mkdir(exist_ok=True)
         part.write_text(json.dumps({"stamp": stamp, "names": names}), encoding="utf-8")
         os.replace(part, kept)
     return names
+
+
+def _tags(file: Path) -> list[str]:
+    """The tags of a task's file, or else of what it includes."""
+    try:
+        matches = list(NAMED.finditer(file.read_bytes()))
+    except OSError:
+        return []
+    if tagged := [match for match in matches if match[1] == b"tag"]:
+        listed = [[match[2]] if match[2] else re.findall(rb"-[ \t]*[\"']?([^\s\"'#]+)", match[3] or b"") for match in tagged]
+        return [one.decode() for found in listed for one in found]
+    included = next((match[2] for match in matches if match[1] == b"include" and match[2]), None)
+    return _tags(file.parent / included.decode()) if included else []
 
 
 # -- data ---------------------------------------------------------------------------------------------------------------------

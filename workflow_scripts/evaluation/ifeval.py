@@ -21,7 +21,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from workflow_scripts.evaluation.scores import answer, check_rows, join, label, mean_stderr, optional
+from workflow_scripts.evaluation import samples
+from workflow_scripts.evaluation.scores import answer, check_rows, entries, joined, label, mean_stderr, optional
 from workflow_scripts.plumbing import startup
 from workflow_scripts.plumbing.messages import InputError
 
@@ -91,7 +92,7 @@ def score(
     prompts_name: str = "prompts",
     responses_name: str = "responses",
 ) -> dict:
-    """Scores of one response for each prompt.
+    """Scores of the responses to each prompt: one, or as many to every prompt.
 
     prompts: rows of IFEval's `input_data.jsonl`: prompt, instruction_id_list, kwargs (one dict for each instruction)
     and, normally, key. responses: rows with prompt and response (text; "" fails everything) and optionally key,
@@ -102,22 +103,26 @@ def score(
     by_instruction: {id: n, strict_acc, loose_acc, strict_acc_stderr, loose_acc_stderr}; n_prompts; n_instructions;
     truncated_share (finish_reason "length") and mean_response_tokens, None where not given; strip_think; reworded_keys:
     keys whose response row has another prompt text than the prompts (joined by key all the same; IFEval's key 2785 has
-    two wordings); per_prompt, in the order of `prompts`. Raises InputError; the names say in it which file is meant.
+    two wordings); per_prompt, in the order of `prompts`. With several responses to a prompt (`sample` tells them apart) the
+    accuracies are means over all of them, with errors clustered by prompt; an entry of per_prompt has its lists of verdicts as
+    lists and `value`, the share of answers that follow all; and there are samples and pass_at, of that verdict
+    (evaluation/samples.py). Raises InputError; the names say in it which file is meant.
     """
     check_rows(prompts, prompts_name, ("prompt",))
     check_rows(responses, responses_name, ("prompt", "response"))
-    joined = join(prompts, responses, prompts_name, responses_name)
-    reasons = optional(joined, "finish_reason", str, responses_name)
-    tokens = optional(joined, "tokens", int, responses_name)
+    answers = joined(prompts, responses, prompts_name, responses_name)
+    flat = [one for each in answers for one in each]
+    reasons = optional(flat, "finish_reason", str, responses_name)
+    tokens = optional(flat, "tokens", int, responses_name)
 
     with reference() as utils:
         for number, prompt in enumerate(prompts, start=1):
             check_instructions(utils, prompt, f"{prompts_name}, row {number} ({label(prompt)})")
-        texts = [answer(row["response"]) if strip_think else row["response"] for row in joined]
-        found = []
-        for prompt, text in zip(prompts, texts, strict=True):
+        found = []  # of each prompt, its answers' verdicts
+        for prompt, each in zip(prompts, answers, strict=True):
+            texts = [answer(one["response"]) if strip_think else one["response"] for one in each]
             try:
-                found.append(verdicts(utils, prompt, text))
+                found.append([verdicts(utils, prompt, text) for text in texts])
             except re.error as error:  # keywords and section marks go into a pattern as they are
                 place = f"{prompts_name}, {label(prompt)}"
                 raise InputError(f"{place}: a text in 'kwargs' is no valid regular expression ({error})") from error
@@ -128,31 +133,45 @@ def score(
         "truncated_share": None if reasons is None else sum(reason == "length" for reason in reasons) / len(reasons),
         "mean_response_tokens": None if tokens is None else sum(tokens) / len(tokens),
         "strip_think": strip_think,
-        "reworded_keys": [a["key"] for a, b in zip(prompts, joined, strict=True) if a["prompt"] != b["prompt"]],
+        "reworded_keys": [
+            a["key"] for a, each in zip(prompts, answers, strict=True) if any(a["prompt"] != b["prompt"] for b in each)
+        ],
         "per_prompt": [
-            {"key": prompt.get("key")} | {f"follow_instruction_list_{kind}": verdict[kind] for kind in _KINDS}
-            for prompt, verdict in zip(prompts, found, strict=True)
+            entries(
+                prompt.get("key"),
+                [{f"follow_instruction_list_{kind}": verdict[kind] for kind in _KINDS} for verdict in each],
+                sum(all(verdict["strict"]) for verdict in each) / len(each),
+            )
+            for prompt, each in zip(prompts, found, strict=True)
         ],
         "by_instruction": {},
     }
     for kind in _KINDS:
-        lists = [verdict[kind] for verdict in found]
-        for level, clusters in (("prompt", [[all(flags)] for flags in lists]), ("inst", lists)):
+        lists = [[verdict[kind] for verdict in each] for each in found]
+        flags = [[flag for answer_flags in each for flag in answer_flags] for each in lists]
+        for level, clusters in (("prompt", [[all(flags) for flags in each] for each in lists]), ("inst", flags)):
             metric = f"{level}_level_{kind}_acc"
             scores[metric], scores[f"{metric}_stderr"] = mean_stderr(clusters)
         for identifier, clusters in _by_instruction(prompts, lists).items():
-            entry = scores["by_instruction"].setdefault(identifier, {"n": sum(map(len, clusters))})
+            count = sum(map(len, clusters)) // len(answers[0])
+            entry = scores["by_instruction"].setdefault(identifier, {"n": count})
             entry[f"{kind}_acc"], entry[f"{kind}_acc_stderr"] = mean_stderr(clusters)
+    if len(found[0]) > 1:
+        scores |= samples.several([[all(verdict["strict"]) for verdict in each] for each in found])
     return scores
 
 
-def _by_instruction(prompts: list[dict], lists: list[list[bool]]) -> dict[str, list[list[bool]]]:
-    """Verdicts by instruction id, those of one prompt in one cluster: some prompts of IFEval use an id twice."""
+def _by_instruction(prompts: list[dict], lists: list[list[list[bool]]]) -> dict[str, list[list[bool]]]:
+    """Verdicts by instruction id, those of one prompt in one cluster: some prompts of IFEval use an id twice.
+
+    lists: of each prompt, of each of its answers, a verdict for each instruction.
+    """
     found: dict[str, list[list[bool]]] = {}
-    for prompt, flags in zip(prompts, lists, strict=True):
+    for prompt, each in zip(prompts, lists, strict=True):
         own: dict[str, list[bool]] = {}
-        for identifier, flag in zip(prompt["instruction_id_list"], flags, strict=True):
-            own.setdefault(identifier, []).append(flag)
+        for flags in each:
+            for identifier, flag in zip(prompt["instruction_id_list"], flags, strict=True):
+                own.setdefault(identifier, []).append(flag)
         for identifier, cluster in own.items():
             found.setdefault(identifier, []).append(cluster)
     return found

@@ -91,6 +91,31 @@ def join(prompts: list[dict], responses: list[dict], prompts_name: str, response
     return [given[row[by]] for row in prompts]
 
 
+def joined(prompts: list[dict], responses: list[dict], prompts_name: str, responses_name: str) -> list[list[dict]]:
+    """The answers to each prompt, in the order of the prompts: one, or several, told apart by `sample` (0, 1, ...).
+
+    InputError unless every prompt has as many.
+    """
+    numbers = {row.get("sample") for row in responses}
+    if numbers == {None}:
+        return [[row] for row in join(prompts, responses, prompts_name, responses_name)]
+    if numbers != set(range(len(numbers))) or len(responses) != len(prompts) * len(numbers):
+        raise InputError(
+            f"{responses_name}: has {len(responses)} answers to {len(prompts)} prompts; where one has several, every prompt "
+            "needs as many, and each row its number under 'sample', from 0"
+        )
+    each = [[row for row in responses if row["sample"] == number] for number in range(len(numbers))]
+    found = [join(prompts, rows, prompts_name, f"{responses_name}, sample {number}") for number, rows in enumerate(each)]
+    return [[*answers] for answers in zip(*found, strict=True)]
+
+
+def entries(key: object, answers: list[dict], value: float) -> dict:
+    """A prompt's entry under `per_prompt`: what was found of its answer; of several, each fact as a list, and their `value`."""
+    if len(answers) == 1:
+        return {"key": key, **answers[0]}
+    return {fact: [one[fact] for one in answers] for fact in answers[0]} | {"key": key, "value": value}
+
+
 def optional(rows: list[dict], field: str, kind: type, name: str) -> list[Any] | None:
     """A field that all rows have or none (None): a mean over a part of the rows would look like one over all."""
     values = [row.get(field) for row in rows]

@@ -8,6 +8,8 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+from torch import Tensor
+from transformers import LogitsProcessor, LogitsProcessorList
 
 from workflow_scripts.generation.answers import Answer, Asked, Done
 from workflow_scripts.generation.draws import choose
@@ -25,12 +27,12 @@ def answer(model: Any, tokenizer: Any, groups: list[list[tuple[int, list[int]]]]
         drawn = [Drawn(asked, [(place, sample) for place, sample, _ in rows], width, model.device)] if asked.temperature else []
         generated = model.generate(
             **{name: batch[name].to(model.device) for name in ("input_ids", "attention_mask")},
+            logits_processor=LogitsProcessorList(drawn),
             do_sample=False,
             num_beams=1,
             max_new_tokens=asked.max_new_tokens,
             eos_token_id=list(asked.ends),
             pad_token_id=tokenizer.pad_token_id,
-            logits_processor=drawn,
             tokenizer=tokenizer,  # for the texts at which a folder may want to stop
         )
         for (place, sample, _), tokens in zip(rows, generated[:, width:].tolist(), strict=True):
@@ -45,7 +47,7 @@ def batches(groups: list[list[tuple[int, list[int]]]], samples: int) -> Iterator
         yield from (rows[first : first + len(group)] for first in range(0, len(rows), len(group)))
 
 
-class Drawn:
+class Drawn(LogitsProcessor):
     """Leaves of each row's scores the token that its stream draws."""
 
     def __init__(self, asked: Asked, rows: list[tuple[int, int]], width: int, device: Any):
@@ -53,7 +55,7 @@ class Drawn:
         self.asked, self.width = asked, width
         self.streams = torch.tensor([asked.streams(place, sample) for place, sample in rows], device=device).T
 
-    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         asked, (first, second) = self.asked, self.streams
         said = torch.full_like(first, input_ids.shape[1] - self.width)
         token, _ = choose(scores, asked.temperature, asked.top_k, asked.top_p, (first, second), said, False)

@@ -180,7 +180,11 @@ class Estimates:
         return {"memory_mb": memory, "seconds": seconds, "disk_mb": 0.02 * answers}
 
     def _score(self, task: str, name: str) -> dict[str, float]:
-        return {"memory_mb": self._libraries("score"), "seconds": 4 + 0.01 * self._prompts(task), "disk_mb": 10}
+        return {
+            "memory_mb": self._libraries("score"),
+            "seconds": 4 + 0.01 * self._prompts(task) * self._each(task),
+            "disk_mb": 10,
+        }
 
     def _select(self, name: str) -> dict[str, float]:
         """A copy of one adapter; scores are read."""
@@ -210,7 +214,7 @@ class Estimates:
         return batches * new_tokens * step + self._compute(rows * new_tokens, 2)
 
     def _generate(self, task: str, name: str) -> dict[str, float]:
-        prompts, shards = self._prompts(task), self.plan.shards(task)
+        prompts, shards = self._prompts(task) * self._each(task), self.plan.shards(task)
         new_tokens, size = self.config.task(task)["max_new_tokens"], self.config.at_once()
         batches, at_once = math.ceil(math.ceil(prompts / size) / shards), min(size, prompts)
         # Keys and values in fp32, of a third of the width: as many query heads share each, or more.
@@ -222,6 +226,9 @@ class Estimates:
             + self._decode(batches, batches * size, new_tokens, self.config.generation()["backend"]),
             "disk_mb": 0.01 * prompts,
         }
+
+    def _each(self, task: str) -> int:
+        return self.config.drawn(task).get("samples", 1)
 
     def _choice(self, task: str, name: str) -> dict[str, float]:
         """Multiple choice: a pass over each question, with its shots, for every option of more than one token."""
@@ -240,7 +247,7 @@ class Estimates:
         items, length = asked["limit"] or ITEMS, ITEM * (1 + asked["num_fewshot"])
         if own_tasks.output_type(self.config, task) == "generate_until":
             size, new = self.config.at_once(), own_tasks.max_new_tokens(self.config, task)
-            batches = math.ceil(items / size)
+            batches = math.ceil(items * self._each(task) / size)
             seconds = self._decode(batches, batches * size, new, self.config.generation()["backend"])
         else:
             size = min(self.config.data["eval"]["batch_size"], items)

@@ -189,7 +189,8 @@ class Memory:
 
     def generate(self, task: str, rows: int) -> Phase:
         """Answers to a task, so many at once: by the base with its adapter beside it."""
-        rows = min(rows, self.config.data["data"]["slices"][self.config.asked[task]]["rows"])
+        prompts = self.config.data["data"]["slices"][self.config.asked[task]]["rows"]
+        rows = min(rows, prompts * self.config.drawn(task).get("samples", 1))
         return self._answers(task, rows, EVAL_PROMPT, self.config.task(task)["max_new_tokens"])
 
     def samples(self, name: str, rows: int) -> Phase:
@@ -229,7 +230,8 @@ class Memory:
         asked = self.config.own_tasks[task]["lm_eval"]
         prompt, limit = EVAL_PROMPT * (1 + asked["num_fewshot"]), asked["limit"] or self.config.at_once()
         if own_tasks.output_type(self.config, task) == "generate_until":
-            return self._answers(task, min(self.config.at_once(), limit), prompt, own_tasks.max_new_tokens(self.config, task))
+            answers = limit * self.config.drawn(task).get("samples", 1)
+            return self._answers(task, min(self.config.at_once(), answers), prompt, own_tasks.max_new_tokens(self.config, task))
         return self._options(task, self.config.data["eval"]["batch_size"], prompt, OPTIONS)
 
     def _options(self, task: str, rows: int, row: int, tail: int) -> Phase:

@@ -222,6 +222,8 @@ class Steps:
         evaluation = self.config.data["eval"]
         config = {"max_new_tokens": self.config.task(task)["max_new_tokens"], "decoding": evaluation["decoding"]}
         config |= {"generation": self.config.generation()} | self._quantised(run)
+        if drawn := self.config.drawn(task):
+            config["drawn"] = drawn
         return self._step("generate", config, self._evaluated(task, run), **self._machine(evaluation["precision"]))
 
     def _quantised(self, run: str) -> dict:
@@ -258,10 +260,9 @@ class Steps:
         else:
             config["batch_size"] = evaluation["batch_size"]
         external = {}
-        definition = own_tasks.definition(self.config, task)
         if "file" in config["lm_eval"]:  # lm-eval's own are of its version
-            external["definition"] = definition.sha256()
-        if files := task_files.data_files(definition.data):
+            external["definition"] = own_tasks.definition(self.config, task).sha256()
+        if files := own_tasks.rows(self.config, task):
             kept = ContentCache(f"{self.graph.work}/content_cache.json")
             external["rows"] = kept.hash_of(files, lambda: task_files.sha256(files), ["eval.tasks"])
         return config, external
@@ -325,6 +326,8 @@ class Steps:
         if "models" in data or of_models:
             config["models"] = [*data.get("models", {}), *of_models]
         config["tasks"] = comparison.verdict_tasks(self.config)
+        if protocols := own_tasks.protocols(self.config):
+            config["protocols"] = protocols
         if JUDGED in self.config.evaluations:
             config["judge"] = {key: data["eval"][JUDGED][key] for key in ("reward", "against")}
         if ranks := comparison.ranks(self.config):

@@ -18,7 +18,7 @@ def capacity(world: World) -> dict | None:
         runs = world.seeded(name)
         values = [world.scores["ifeval", run][METRIC["ifeval"]] for run in runs]
         lines.setdefault(body["of"], {})[body["r"]] = [100 * value for value in values]
-        clusters = [[[float(passed)] for passed in world.verdicts("ifeval", run)] for run in runs]
+        clusters = [[[value] for value in world.values("ifeval", run)] for run in runs]
         rows.append(
             {
                 "name": name,

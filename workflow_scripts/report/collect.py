@@ -18,7 +18,7 @@ from workflow_scripts.artifacts import manifests
 from workflow_scripts.artifacts.manifests import Job
 from workflow_scripts.config.names import DEVELOPMENT, METRIC, answered, metric_of, run_name, view_of
 from workflow_scripts.plumbing.messages import InputError
-from workflow_scripts.stats.selection import passed as verdict
+from workflow_scripts.stats.selection import value
 
 LABEL = {
     "ifeval": "IFEval, prompt-level strict accuracy",
@@ -67,23 +67,34 @@ class World:
         return [run_name(experiment, seed) for seed in (self.seeds if seeds is None else seeds)]
 
     def arm(self, task: str, experiment: str, seeds: list[int] | None = None) -> numpy.ndarray:
-        """Verdicts of an experiment's runs: 0 or 1, seeds x prompts, prompts in one order for all."""
-        return numpy.array([self.verdicts(task, run) for run in self.seeded(experiment, seeds)], dtype=float)
+        """Values of an experiment's runs: 0 to 1, seeds x prompts, prompts in one order for all."""
+        return numpy.array([self.values(task, run) for run in self.seeded(experiment, seeds)], dtype=float)
 
     def label(self, task: str) -> str:
         """A task with its metric, for people."""
         metrics = {score["metric"] for (one, _), score in self.scores.items() if one == task and task not in LABEL}
-        return LABEL.get(task) or f"{task}, {', '.join(sorted(metrics))}"
+        drawn = f", mean of {n} answers" if (n := self.samples(task)) > 1 else ""
+        return (LABEL.get(task) or f"{task}, {', '.join(sorted(metrics))}") + drawn
+
+    def groups(self, task: str) -> list[str]:
+        """The group of each item of a task, in the order of `arm`; [] where each stands for itself."""
+        rows = next(score["per_prompt"] for (one, _), score in self.scores.items() if one == task)
+        return [row["group"] for row in rows] if all("group" in row for row in rows) else []
 
     def clusters(self, task: str, run: str) -> list[list[float]]:
-        """Verdicts by what belongs together: each prompt for itself, but for a task whose items come in groups (`group_by`)."""
+        """Values by what belongs together: each prompt for itself, but for a task whose items come in groups (`group_by`)."""
         found: dict[object, list[float]] = {}
         for row in self.scores[task, run]["per_prompt"]:
-            found.setdefault(("group", row["group"]) if "group" in row else row["key"], []).append(float(verdict(row)))
+            found.setdefault(("group", row["group"]) if "group" in row else row["key"], []).append(value(row))
         return list(found.values())
 
-    def verdicts(self, task: str, run: str) -> list[bool]:
-        return [verdict(row) for row in self.scores[task, run]["per_prompt"]]
+    def values(self, task: str, run: str) -> list[float]:
+        """What each prompt counts: 1 or 0 for a verdict, else a number between them (stats/selection.py)."""
+        return [value(row) for row in self.scores[task, run]["per_prompt"]]
+
+    def samples(self, task: str) -> int:
+        """Answers to a prompt of a task."""
+        return next((score.get("samples", 1) for (one, _), score in self.scores.items() if one == task), 1)
 
 
 def read(job: Job) -> World:
@@ -118,8 +129,8 @@ def read(job: Job) -> World:
     for task in job.config["tasks"]:
         check_comparable({run: score for (one, run), score in scores.items() if one == task}, task, results)
         alike = [run for run in world.runs if chosen_from(world, run) & {run for one, run in scores if one == task}]
-        verdicts = {run: world.verdicts(task, run) for one, run in scores if one == task and run not in alike}
-        world.warnings += suspicious(verdicts, task)
+        values = {run: world.values(task, run) for one, run in scores if one == task and run not in alike}
+        world.warnings += suspicious(values, task)
     check_decoding(world)
     return world
 
@@ -168,7 +179,9 @@ def check_comparable(scores: dict[str, dict], task: str, results: Path) -> None:
                 f"{place}: says {score['n_prompts']} prompts and has {len(keys[run])}; delete it and run snakemake again"
             )
         metric = metric_of(task, score)
-        mean, stated = float(numpy.mean([verdict(row) for row in score["per_prompt"]])), score[metric]
+        if not all(0 <= value(row) <= 1 for row in score["per_prompt"]):
+            raise InputError(f"{place}: has a value outside 0 to 1: altered since it was made; delete it and run snakemake again")
+        mean, stated = float(numpy.mean([value(row) for row in score["per_prompt"]])), score[metric]
         if abs(mean - stated) > 1e-9:
             raise InputError(
                 f"{place}: {metric} is {stated:.6f}, and its verdicts make {mean:.6f}: altered since it was made; delete "
@@ -187,7 +200,7 @@ def check_comparable(scores: dict[str, dict], task: str, results: Path) -> None:
             )
 
 
-def suspicious(verdicts: dict[str, list[bool]], task: str) -> list[str]:
+def suspicious(verdicts: dict[str, list[float]], task: str) -> list[str]:
     """A warning for each two runs that agree on every prompt while neither passes nearly all or nearly none."""
     found = []
     for one, other in combinations(verdicts, 2):
@@ -221,10 +234,11 @@ def read_drawn(results: Path, name: str) -> dict[str, dict]:
 
 
 def answers(run: Run, task: str) -> dict[Any, dict]:
-    """Key -> answer row of a run; {} where the answers are gone."""
+    """Key -> answer row of a run; {} where the answers are gone, or a prompt has several."""
     try:
         text = (run.folder / f"{task}_responses.jsonl").read_text(encoding="utf-8")
-        return {row["key"]: row for row in map(json.loads, text.splitlines())}
+        rows = [json.loads(line) for line in text.splitlines()]
+        return {} if any("sample" in row for row in rows) else {row["key"]: row for row in rows}
     except (OSError, ValueError, KeyError):
         return {}
 

@@ -68,7 +68,7 @@ def forest(rows: list[dict], level: str, title: str) -> str:
 
 
 def arms(rows: pandas.DataFrame, labels: dict[str, str]) -> str:
-    """A file of its own: each experiment's mean, interval and seeds. rows: of `sections.arms`; labels: of the tasks."""
+    """A file of its own: each experiment's mean, interval and seeds. rows: of `tools/study.py`; labels: of the tasks."""
     count = rows["experiment"].nunique()
     figure, grid = pyplot.subplots(1, len(labels), figsize=(0.6 + 6.4 * len(labels), 0.9 + 0.26 * count), squeeze=False)
     for axes, (task, label) in zip(grid.flat, labels.items(), strict=True):

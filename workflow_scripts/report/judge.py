@@ -1,12 +1,14 @@
 """From verdicts to statements: the declared families, the controls, and what each run's own objective says."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy
 
 from workflow_scripts.config.names import view_of
+from workflow_scripts.plumbing.messages import InputError
 from workflow_scripts.report.collect import World
+from workflow_scripts.stats.clusters import summed
 from workflow_scripts.stats.family import BETTER, WORSE, Comparison, Family, again, compare
 
 
@@ -100,6 +102,18 @@ def arms(world: World, task: str, pairs: list[tuple[str, str]]) -> dict[str, num
     return {name: world.arm(task, name) for pair in pairs for name in pair}
 
 
+def judged(world: World, task: str, pairs: list[tuple[str, str]], alpha: float, margin: float | None = None) -> Family:
+    """`stats.family.compare` of a task. Where its items come in groups, these are what it compares, as it would prompts."""
+    tables = arms(world, task, pairs)
+    if not (groups := world.groups(task)):
+        return compare(tables, pairs, alpha, margin)
+    if len(set(groups)) < 2:
+        raise InputError(f"{task}: all its items are one group, {groups[0]}, and one group has no error; take it out of families")
+    found = compare({name: summed(table, groups) for name, table in tables.items()}, pairs, alpha, margin)
+    said = [replace(one, words=one.words.replace(" prompts", " groups")) for one in found.comparisons]
+    return replace(found, comparisons=tuple(said))
+
+
 def families(world: World) -> list[Judged]:
     """The declared families. alpha holds for each; one is confirmatory, so that the report as a whole has one error rate.
 
@@ -110,7 +124,7 @@ def families(world: World) -> list[Judged]:
     main = report.get("confirmatory", report["families"][0]["name"])
     for family in report["families"]:
         pairs = contrasts(family)
-        result = compare(arms(world, family["task"], pairs), pairs, report["alpha"], margin)
+        result = judged(world, family["task"], pairs, report["alpha"], margin)
         found.append(Judged(family["name"], family["title"], family["task"], family["name"] == main, result))
     return found
 
@@ -163,7 +177,7 @@ def null(world: World, name: str, control: dict, pairs: list[tuple[str, str]], a
 def directed(world: World, name: str, control: dict, pairs: list[tuple[str, str]], alpha: float, task: str = "ifeval") -> Control:
     after, before = control["run"], control["against"]
     known = [pair for pair in pairs if set(pair) != {after, before}]
-    comparison = compare(arms(world, task, [*known, (after, before)]), [*known, (after, before)], alpha).comparisons[-1]
+    comparison = judged(world, task, [*known, (after, before)], alpha).comparisons[-1]
     better = comparison.low > 0  # with several seeds just where p is below alpha
     how = f"the whole {1 - alpha:.0%} interval above 0" + (", over prompts: one seed" if len(world.seeds) == 1 else "")
     if name.startswith("placebo"):

@@ -13,7 +13,7 @@ import pandas
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from workflow_scripts.config.names import answered
-from workflow_scripts.report import capacity, figures, sections, sensitivity, winning
+from workflow_scripts.report import capacity, drawn, figures, protocols, sections, sensitivity, winning
 from workflow_scripts.report.collect import World
 from workflow_scripts.report.judge import Control, Judged, hollow, mixed, turned, unevenly_tuned
 from workflow_scripts.report.trained import PLACEBO
@@ -37,7 +37,12 @@ def render(world: World, families: list[Judged], controls: list[Control]) -> str
         one_seed=len(world.seeds) == 1,
         level=level(world.config["report"]["alpha"]),
         families=[
-            shown(world, family) | {"mixed": mixed(world, declared), "uneven": unevenly_tuned(world, declared)}
+            shown(world, family)
+            | {
+                "grouped": bool(world.groups(family.task)),
+                "mixed": mixed(world, declared),
+                "uneven": unevenly_tuned(world, declared),
+            }
             for family, declared in zip(families, world.config["report"]["families"], strict=True)
         ],
         turned=turned(families),
@@ -51,6 +56,8 @@ def render(world: World, families: list[Judged], controls: list[Control]) -> str
         failed=[control for control in controls if control.passed is False],
         training=sections.training(world),
         scores=sections.scores(world),
+        drawn=drawn.drawn(world),
+        protocols=protocols.protocols(world),
         capacity=capacity.capacity(world),
         sensitivity=sensitivity.sensitivity(world),
         wins=winning.wins(world),
@@ -59,7 +66,7 @@ def render(world: World, families: list[Judged], controls: list[Control]) -> str
         curves=sections.curves(world),
         rewards=sections.rewards(world),
         budgets=budgets,
-        drawn=any(row["drawn"] for row in budgets),
+        self_made=any(row["drawn"] for row in budgets),
         costs=sections.costs(world),
         tree=sections.tree(world),
         viewer=sections.viewer(world),

@@ -5,7 +5,6 @@ from collections import Counter
 from typing import Any
 
 import numpy
-import pandas
 
 from workflow_scripts.config.names import METRIC, answered, metric_of
 from workflow_scripts.report import collect, figures
@@ -43,24 +42,16 @@ def scores(world: World) -> list[dict]:
             row["tasks"][task] = {"mean": mean_and_error(clusters), "each": ", ".join(map(percent, values))}
         if "truthfulqa" in world.config["tasks"]:
             row["mc2"] = mean_and_error([[[one["mc2"]] for one in world.scores["truthfulqa", run]["per_prompt"]] for run in runs])
-        followed = [[row["follow_instruction_list_strict"] for row in world.scores["ifeval", run]["per_prompt"]] for run in runs]
+        followed = [[instructions(row) for row in world.scores["ifeval", run]["per_prompt"]] for run in runs]
         loose = [world.scores["ifeval", run]["prompt_level_loose_acc"] for run in runs]
         rows.append(row | {"loose": percent(float(numpy.mean(loose))), "instructions": mean_and_error(followed)})
     return rows
 
 
-def arms(world: World) -> pandas.DataFrame:
-    """A row for each task and experiment: mean over its seeds, 95 % interval over prompts and seeds, and each seed's score."""
-    rows = []
-    for task in world.config["tasks"]:
-        for name in models(world):
-            found = list(dict.fromkeys(world.seeded(name)))
-            clusters: list = [world.clusters(task, run) for run in found]
-            arm = accuracy.of_arm(clusters)
-            each = " ".join(f"{world.scores[task, run][metric_of(task, world.scores[task, run])]:.6g}" for run in found)
-            rows.append({"task": task, "experiment": name, "mean": arm.mean, "stderr": arm.stderr, "low": arm.low,
-                         "high": arm.high, "seeds": arm.seeds, "prompts": arm.prompts, "each": each})  # fmt: skip
-    return pandas.DataFrame(rows)
+def instructions(row: dict) -> list[bool]:
+    """The strict verdicts on a prompt's instructions, of all its answers."""
+    found = row["follow_instruction_list_strict"]
+    return [flag for answer in found for flag in answer] if "value" in row else found
 
 
 def mean_and_error(runs: list) -> str:
@@ -137,9 +128,7 @@ def lengths(world: World) -> list[dict]:
                 tokens.append(score.get("mean_response_tokens"))
                 cut.append(score.get("truncated_share"))
                 passed = [
-                    collect.verdict(row)
-                    for row in score["per_prompt"]
-                    if given.get(row["key"], {}).get("finish_reason") == "stop"
+                    collect.value(row) for row in score["per_prompt"] if given.get(row["key"], {}).get("finish_reason") == "stop"
                 ]
                 ended += [float(numpy.mean(passed))] if passed else []
             known = [value for value in tokens if value is not None]
@@ -312,12 +301,13 @@ def tree(world: World) -> list[dict]:
 def viewer(world: World) -> dict:
     """Prompts whose verdict flips between two runs of the first seed, with both answers. Cut to a budget, most disputed first.
 
-    Of tasks with answers: a choice between options has no text to show.
+    Of tasks with one answer to a prompt: a choice between options has no text to show, and of several none stands for all.
     """
-    families = [family for family in world.config["report"]["families"] if answered([family["task"]])]
+    tasks = [task for task in answered(world.config["tasks"]) if world.samples(task) == 1]
+    families = [family for family in world.config["report"]["families"] if family["task"] in tasks]
     pairs = list(dict.fromkeys((family["task"], *pair) for family in families for pair in contrasts(family)))
     seed = world.seeds[0]
-    texts: dict[str, dict] = {task: {} for task in answered(world.config["tasks"])}
+    texts: dict[str, dict] = {task: {} for task in tasks}
     passed: dict[str, dict[str, dict]] = {task: {} for task in texts}
     given: dict[str, dict[str, dict]] = {task: {} for task in texts}
     disputed: Counter = Counter()
@@ -326,7 +316,7 @@ def viewer(world: World) -> dict:
             if name not in passed[task]:
                 run = world.seeded(name, [seed])[0]
                 given[task][name] = collect.answers(world.runs[run], task)
-                passed[task][name] = {row["key"]: collect.verdict(row) for row in world.scores[task, run]["per_prompt"]}
+                passed[task][name] = {row["key"]: collect.value(row) for row in world.scores[task, run]["per_prompt"]}
         after, before = names
         disputed.update((task, key) for key, value in passed[task][after].items() if value != passed[task][before][key])
     shown: dict[str, dict] = {task: {name: {} for name in passed[task]} for task in texts}

@@ -64,7 +64,7 @@ def _row(world: World, trial: str, point: dict, body: dict) -> dict[str, Any]:
     if body["objective"]:
         mean, low, high, each = _of_objective(world, runs)
     else:
-        clusters: list = [[[float(passed)] for passed in world.verdicts(DEVELOPMENT, run)] for run in runs]
+        clusters: list = [[[value] for value in world.values(DEVELOPMENT, run)] for run in runs]
         found = accuracy.of_arm(clusters)
         mean, low, high = (None if value is None else 100 * value for value in (found.mean, found.low, found.high))
         each = ", ".join(percent(float(numpy.mean(one))) for one in clusters)
@@ -73,7 +73,7 @@ def _row(world: World, trial: str, point: dict, body: dict) -> dict[str, Any]:
     if world.config["tune"]["curve"] and (task, runs[0]) in world.scores:
         values = [world.scores[task, run][METRIC[task]] for run in runs]
         row["evaluation"] = 100 * float(numpy.mean(values))
-        row["evaluated"] = mean_and_error([[[float(passed)] for passed in world.verdicts(task, run)] for run in runs])
+        row["evaluated"] = mean_and_error([[[value] for value in world.values(task, run)] for run in runs])
     return row
 
 

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from decimal import Decimal
 from typing import Any
 
-from workflow_scripts.evaluation import ifeval
+from workflow_scripts.evaluation import ifeval, lm_rules
 from workflow_scripts.evaluation.numerals import final_number, gold
 from workflow_scripts.plumbing.messages import InputError
 
@@ -54,6 +54,12 @@ def exact(settings: dict) -> Check:
     return lambda response, row: plain(response) == plain(row[settings["field"]])
 
 
+def number(settings: dict) -> Check:
+    """Whether the response gives the number in the row's `field`, as one of lm-eval's rules for GSM8K reads and compares it."""
+    rule, field = settings["rule"], settings["field"]
+    return lambda response, row: lm_rules.match(rule, response, str(row[field]))
+
+
 def regex(settings: dict) -> Check:
     """Whether `pattern` is in the response or, with `whole`, all of it but blanks around it."""
     pattern = re.compile(settings["pattern"])
@@ -92,4 +98,10 @@ def length(settings: dict) -> Check:
     return check
 
 
-CHECKS: dict[str, Callable[[dict], Check]] = {"exact": exact, "regex": regex, "json_schema": json_schema, "length": length}
+CHECKS: dict[str, Callable[[dict], Check]] = {
+    "exact": exact,
+    "number": number,
+    "regex": regex,
+    "json_schema": json_schema,
+    "length": length,
+}

@@ -2,8 +2,8 @@
 
     family = compare({"dpo": verdicts, "sft_v2": verdicts, ...}, [("dpo", "sft_v2"), ...])
 
-Verdicts are 0 or 1 for each prompt; a run is one arm (method) with one seed. Differences, errors and intervals are fractions
-(0.03 is 3 points) unless a name ends in _points.
+Verdicts are 0 or 1 for each prompt, or the share of its answers that pass; a run is one arm (method) with one seed. Differences,
+errors and intervals are fractions (0.03 is 3 points) unless a name ends in _points.
 """
 
 from collections.abc import Sequence
@@ -24,7 +24,9 @@ NO_VERDICT = "no verdict"  # one seed: what another would give is unknown
 
 @dataclass(frozen=True)
 class McNemar:
-    """One seed's paired verdicts: how many prompts only one of the two arms got right, and the exact test of their balance."""
+    """One seed's paired verdicts: how many prompts only one of the two arms got right, and the exact test of their balance.
+
+    Of shares: on how many prompts one arm's is the larger; then it is the sign test."""
 
     only_after: int
     only_before: int
@@ -99,8 +101,8 @@ def compare(
 ) -> Family:
     """Compare arms within one declared family.
 
-    arms: name -> (seeds S, prompts n) of 0 and 1. The same prompts in the same order, and seed s of every arm descends from the
-    parent's run of seed s, so that differences are taken run by run: d[s, i] = after[s, i] - before[s, i].
+    arms: name -> (seeds S, prompts n) of 0 and 1, shares, or groups' values (stats/clusters.py). Prompts are in one order, and
+    seed s of every arm descends from the parent's run of seed s: differences are by run, d[s, i] = after[s, i] - before[s, i].
     contrasts: (after, before). alpha: the family-wise error rate of the verdicts, and 1 - alpha the coverage of intervals.
     margin: a difference below it does not matter; with it there is a third verdict, equivalent.
 
@@ -270,8 +272,8 @@ def _verdicts(name: str, values: np.ndarray) -> np.ndarray:
         raise ValueError(f"arm {name!r} has an array of {array.ndim} dimensions; expected 2, seeds x prompts")
     if array.shape[0] < 1 or array.shape[1] < 2:
         raise ValueError(f"arm {name!r} has {_size(array)}; expected at least 1 seed and 2 prompts")
-    if array.dtype.kind not in "biuf" or not np.isin(array, (0, 1)).all():
-        raise ValueError(f"arm {name!r} has values other than 0 and 1; a verdict is 0 (failed) or 1 (followed)")
+    if array.dtype.kind not in "biuf" or not np.isfinite(array).all():
+        raise ValueError(f"arm {name!r} has values that are no numbers; a verdict is 0 (failed) or 1 (followed), a share between")
     return array.astype(float)
 
 

@@ -36,14 +36,17 @@ class Lead:
     paired: bool
 
 
-def passed(row: dict) -> bool:
-    """Whether a prompt's answer passes: all its instructions, strictly (IFEval); `correct` (everything else)."""
+def value(row: dict) -> float:
+    """What an entry of `per_prompt` counts: 1 where the answer passes, all its instructions strictly (IFEval) or `correct`
+    (everything else), 0 where not; of several answers the share that does, and of a metric that is a number, that."""
+    if "value" in row:
+        return float(row["value"])
     found = row.get("follow_instruction_list_strict", row.get("correct"))
-    return all(found) if isinstance(found, list) else bool(found)
+    return float(all(found) if isinstance(found, list) else bool(found))
 
 
 def of_prompts(runs: Sequence[Sequence[float]]) -> Score:
-    """Mean over a trial's runs of each prompt's verdict; its error over prompts, a prompt's runs being one cluster."""
+    """Mean over a trial's runs of each prompt's value; its error over prompts, a prompt's runs being one cluster."""
     mean, stderr = mean_stderr(list(zip(*runs, strict=True)))
     return Score(mean, stderr, len(runs[0]))
 

@@ -14,6 +14,10 @@ With `eval.shards: N` the prompts (for `hf`, the batches) are shared among N job
 to one file. The step that gathers the files is the one that would have answered alone, and its outputs are the same, byte for
 byte.
 
+Where a task has `samples`, each prompt has so many answers, drawn at its `temperature` and as `eval.drawn` says. An answer's
+draws come from a stream of its own, made from the seed, the prompt's place and the answer's number, so that it is the same
+whatever is answered beside it, after a kill too. In the file of answers each has a row, with its number under `sample`.
+
     python -m workflow_scripts.steps.generate --step results/dpo/ifeval_responses.manifest.json \\
         --out trial/ifeval_responses.manifest.json \\
         --inputs results/sft_v2/merged/manifest.json results/dpo/adapter/manifest.json results/data/ifeval.manifest.json
@@ -39,8 +43,8 @@ def answer(
     generator: Any, tokenizer: Any, asked: Any, texts: list[str], ids: list[list[int]], label: str,
     saved: Path | None = None, shard: tuple[int, int] = (1, 1),
 ) -> list[dict]:  # fmt: skip
-    """Answers to the prompts of `tokens_of`: `response`, `tokens` (its count, the end of turn included) and `finish_reason` (stop
-    or length), in the prompts' order, as many to each as are asked for (`asked.samples`) one after the other.
+    """Answers to the prompts of `tokens_of`, `asked.samples` to each: `response`, `tokens` (its count, the end of turn included)
+    and `finish_reason` (stop or length), in the prompts' order, those to one prompt side by side.
 
     `saved`: a file that keeps each answer, so that a killed run does not answer again what it has answered.
     `shard`: (k, n) answers every n-th prompt from the k-th on, or every n-th batch; the other prompts' answers are empty.
@@ -52,33 +56,40 @@ def answer(
     number, count = shard
     size = generator.size
     mine = [order[first : first + size] for first in range(0, len(order), size)][number - 1 :: count]
-    answers = read_answers(saved)
-    n = asked.samples
-    # A batch is answered whole, and so are all answers to a prompt.
-    todo = [rows for rows in mine if any(i * n + sample not in answers for i in rows for sample in range(n))]
-    total = n * sum(map(len, mine))
-    bar, answered = Progress(total, label), total - n * sum(map(len, todo))
+    answers, each = read_answers(saved), range(asked.samples)
+    # A batch is answered whole, and so is a prompt with several answers.
+    todo = [rows for rows in mine if any((i, sample) not in answers for i in rows for sample in each)]
+    total = sum(map(len, mine)) * asked.samples
+    bar, answered = Progress(total, label), total - sum(map(len, todo)) * asked.samples
 
-    def done(prompt: int, sample: int, made: Any) -> None:
+    def done(i: int, sample: int, made: Any) -> None:
         nonlocal answered
-        i = prompt * n + sample
-        text = chat.said(tokenizer, made.tokens[:-1] if made.stopped else made.tokens, texts[prompt])
+        text = chat.said(tokenizer, made.tokens[:-1] if made.stopped else made.tokens, texts[i])
         finish = "stop" if made.stopped else "length"
-        answers[i] = {"response": text, "tokens": len(made.tokens), "finish_reason": finish}
+        answers[i, sample] = {"response": text, "tokens": len(made.tokens), "finish_reason": finish}
         if saved is not None:
+            which = {"row": i, "sample": sample} if asked.samples > 1 else {"row": i}
             with open(saved, "a", encoding="utf-8") as file:
-                file.write(json.dumps({"row": i, "answer": answers[i]}) + "\n")
+                file.write(json.dumps(which | {"answer": answers[i, sample]}) + "\n")
         answered += 1
         bar.step(answered)
 
     generator.answer([[(i, ids[i]) for i in rows] for rows in todo], asked, done)
     bar.close()
-    return [answers.get(i, {}) for i in range(n * len(texts))]
+    return [answers.get((i, sample), {}) for i in range(len(texts)) for sample in each]
 
 
-def read_answers(saved: Path | None) -> dict[int, dict]:
-    """An answer's place -> the answer. A line that a kill cut off ends the file: it is removed, and made again."""
-    found: dict[int, dict] = {}
+def asked_of(config: dict, ends: tuple[int, ...], new: int) -> Any:
+    """How a step's prompts are answered: greedy, or drawn as its `drawn` says, each answer from a stream of its own."""
+    from workflow_scripts.generation.answers import Asked
+
+    return Asked(ends, new, **config.get("drawn", {}))
+
+
+def read_answers(saved: Path | None) -> dict[tuple[int, int], dict]:
+    """(a prompt's place, the answer's number) -> the answer. A line that a kill cut off ends the file: it is removed, and made
+    again."""
+    found: dict[tuple[int, int], dict] = {}
     if saved is None or not saved.exists():
         return found
     whole = []
@@ -87,10 +98,11 @@ def read_answers(saved: Path | None) -> dict[int, dict]:
             one = json.loads(line)
         except ValueError:
             break
-        found[one["row"]] = one["answer"]
+        found[one["row"], one.get("sample", 0)] = one["answer"]
         whole.append(line + "\n")
     saved.write_text("".join(whole), encoding="utf-8")
-    print(f"{len(found)} prompts were answered before: taken over", flush=True)
+    prompts = len({row for row, _ in found})
+    print(f"{prompts} prompts were answered before: taken over", flush=True)
     return found
 
 
@@ -100,43 +112,40 @@ def write_shard(job: manifests.Job, parents: dict[str, manifests.Artifact], answ
         draft.manifest["facts"] = facts
 
 
-def gather(job: manifests.Job, prompts: int) -> tuple[list[dict], dict] | None:
+def gather(job: manifests.Job, count: int) -> tuple[list[dict], dict] | None:
     """(answers, facts for the manifest) put together from the shards among a job's inputs; None if there are none.
 
-    InputError where a shard is another step's, or where some prompts have no answer.
+    count: of answers. InputError where a shard is another step's, or where some are missing.
     """
     shards = [manifests.read(path) for path in job.inputs if path.parent.name.endswith("_shards")]
     if not shards:
         return None
-    answers: list[dict] = [{} for _ in range(prompts)]
+    answers: list[dict] = [{} for _ in range(count)]
     for shard in shards:
         if shard.fingerprint != fingerprint(job.step | {"shard": shard.data["step"].get("shard")}):
             raise InputError(f"{shard.path}: a shard of other answers than {job.out}; delete it and run snakemake again")
         for i, made in shard.data["answers"].items():
             answers[int(i)] = made
     if missing := sum(not made for made in answers):
-        raise InputError(
-            f"{job.out}: {missing} of {prompts} prompts have no answer in {shards[0].folder}; delete it and run again"
-        )
+        raise InputError(f"{job.out}: {missing} of {count} answers are not in {shards[0].folder}; delete it and run again")
     return answers, shards[0].data["facts"]
 
 
+def samples_of(config: dict) -> int:
+    """Answers to each prompt."""
+    return config.get("drawn", {}).get("samples", 1)
+
+
 def respond(
-    job: manifests.Job,
-    parents: dict[str, manifests.Artifact],
-    prompts: list[dict],
-    label: str,
-    decoding: str,
-    new: int,
-    **drawn: Any,
+    job: manifests.Job, parents: dict[str, manifests.Artifact], prompts: list[dict], settings: dict | None = None, label: str = ""
 ) -> tuple[list[dict], dict]:
     """(answers, facts for the manifest) of the model; of a shard's prompts only, if the step is a shard.
 
-    label: of its progress; new: tokens of an answer, at most; drawn: fields of `Asked` for answers that are drawn, not greedy.
+    settings: `max_new_tokens`, `decoding` and, for answers that are drawn, `drawn`; where none are given, those of the step's
+    config. label: of its progress, if not the run's.
     """
     from workflow_scripts.data import slicing
     from workflow_scripts.generation import generator
-    from workflow_scripts.generation.answers import Asked
     from workflow_scripts.models import chat, device, distance, loading
 
     config, step, start, adapter = job.config, job.step, parents["start"], parents.get("adapter")
@@ -144,11 +153,12 @@ def respond(
     quant = config.get("quant")
     model, with_adapter = loading.evaluated(start, adapter, job.work, step["device"], step["precision"], quant)
     tokenizer, turns = chat.tokenizer_of(start), [slicing.prompt_turns(row) for row in prompts]
-    chat.decode_as_declared(model, tokenizer, decoding)
+    settings = settings or config
+    chat.decode_as_declared(model, tokenizer, settings["decoding"])
     names = [row["key"] if "key" in row else row["id"] for row in prompts]
     chat.check_prompts(tokenizer, [*zip(names, turns, strict=True)], parents["prompts"].path)
     texts, ids = tokens_of(tokenizer, turns)
-    slots = min(job.slots, len(ids) * drawn.get("samples", 1))
+    new, slots = settings["max_new_tokens"], min(job.slots, len(ids) * samples_of(settings))
     who = generator.of(model, tokenizer, config["generation"], slots, max(map(len, ids)) + new)
     by = "graphs" if isinstance(who, generator.InSlots) else f"hf, {who.size} at a time"  # not always whom the config asks for
     facts = {"generation_config": model.generation_config.to_diff_dict(), "answered_by": by}
@@ -157,11 +167,9 @@ def respond(
         facts["distance"] = loading.check(path, adapter, step["precision"], quant)
     saved = job.work / fingerprint(step) / "answers.jsonl"
     saved.parent.mkdir(parents=True, exist_ok=True)
-    asked = Asked(tuple(chat.ends(tokenizer, model)), new, **drawn)
-    answers = answer(
-        who, tokenizer, asked, texts, ids, label, saved, tuple(step.get("shard", (1, 1)))
-    )  # fmt: skip
-    return answers, facts
+    asked = asked_of(settings, tuple(chat.ends(tokenizer, model)), new)
+    label = label or f"answers of {job.run}"
+    return answer(who, tokenizer, asked, texts, ids, label, saved, tuple(step.get("shard", (1, 1)))), facts
 
 
 def main(job: manifests.Job) -> None:
@@ -169,18 +177,17 @@ def main(job: manifests.Job) -> None:
 
     parents = job.parents()
     prompts = parents["prompts"].rows()
-    config = job.config
-    found = gather(job, len(prompts))
-    label = f"answers of {job.run}"
-    answers, facts = found or respond(job, parents, prompts, label, config["decoding"], config["max_new_tokens"])
+    samples = samples_of(job.config)
+    answers, facts = gather(job, len(prompts) * samples) or respond(job, parents, prompts)
     if "shard" in job.step:
         write_shard(job, parents, answers, facts)
         return
     with manifests.complete(job, "responses", parents) as draft:
         keys = ("response", "tokens", "finish_reason")  # in one order, wherever the answers come from
+        asked = [(row, {"sample": n} if samples > 1 else {}) for row in prompts for n in range(samples)]
         rows = [
-            {"key": row["key"], "prompt": row["prompt"], **{key: made[key] for key in keys}}
-            for row, made in zip(prompts, answers, strict=True)
+            {"key": row["key"], "prompt": row["prompt"], **which, **{key: made[key] for key in keys}}
+            for (row, which), made in zip(asked, answers, strict=True)
         ]
         write_jsonl(draft.folder / job.out.name.replace(".manifest.json", ".jsonl"), rows)
         draft.manifest |= facts

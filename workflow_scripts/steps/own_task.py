@@ -8,10 +8,12 @@ step: the scores, with the answers under `per_prompt`, are what it writes.
         --inputs results/sft_v2/merged/manifest.json results/dpo/adapter/manifest.json data/arc_easy.jsonl
 """
 
+from functools import partial
 from typing import Any
 
 from workflow_scripts.artifacts import manifests
 from workflow_scripts.artifacts.fingerprint import fingerprint
+from workflow_scripts.evaluation import samples
 from workflow_scripts.steps import cli, generate, scoring
 
 
@@ -24,22 +26,21 @@ def main(job: manifests.Job) -> None:
     device.prepare(step)
     kept = job.work / fingerprint(step)
     kept.mkdir(parents=True, exist_ok=True)
-    manager, task = own_tasks.load(config, job.inputs, kept / "rows")
+    manager, tasks = own_tasks.load(config, job.inputs, kept / "rows")
     model, with_adapter = loading.evaluated(start, adapter, job.work, step["device"], step["precision"], quant)
     tokenizer = chat.tokenizer_of(start)
     facts: dict[str, Any] = {"unpinned": True} if "revision" not in config["lm_eval"].get("hub", {"revision": ""}) else {}
     if "generation" in config:
         chat.decode_as_declared(model, tokenizer, config["decoding"])
-        lm = own_tasks.answering(
-            model, tokenizer, lambda *asked: _say(job, model, with_adapter, adapter, tokenizer, facts, *asked)
-        )
+        say = partial(_say, job, model, with_adapter, adapter, tokenizer, facts)
+        lm = own_tasks.answering(model, tokenizer, say, generate.samples_of(config))
     else:
         if adapter is not None:
             facts["distance"] = loading.check(distance.Peft(with_adapter), adapter, step["precision"], quant)
         lm = lm_tasks.runner(model, tokenizer, config["batch_size"], job.out.stem)
-    samples = own_tasks.evaluate(lm, manager, task, config)
-    cut = lm.cut if isinstance(lm.cut, int) else sum(one["arguments"][0][0] in lm.cut for one in samples)
-    scores = own_tasks.score(config, task, samples, getattr(lm, "answers", []), cut)
+    found = own_tasks.evaluate(lm, manager, tasks, config)
+    cut = lm.cut if isinstance(lm.cut, int) else sum(one["arguments"][0][0] in lm.cut for one in found[0])
+    scores = own_tasks.score(config, tasks, found, getattr(lm, "answers", []), cut)
     print(table(scores))
     with manifests.complete(job, "scores", parents) as draft:
         draft.manifest |= scores | facts
@@ -51,24 +52,25 @@ def _say(
 ) -> list[dict]:  # fmt: skip
     """The generator's answers; notes in `facts` who answered, and that the adapter does on that path what it did in training."""
     from workflow_scripts.generation import generator
-    from workflow_scripts.generation.answers import Asked
     from workflow_scripts.models import chat, distance, loading
 
     config, step = job.config, job.step
-    who = generator.of(model, tokenizer, config["generation"], min(job.slots, len(ids)), max(map(len, ids)) + new)
+    who = generator.of(
+        model, tokenizer, config["generation"], min(job.slots, len(ids) * generate.samples_of(config)), max(map(len, ids)) + new
+    )
     facts["answered_by"] = "graphs" if isinstance(who, generator.InSlots) else f"hf, {who.size} at a time"
     facts["generation_config"] = model.generation_config.to_diff_dict()
     if adapter is not None:
         path = who if isinstance(who, generator.InSlots) else distance.Peft(with_adapter)
         facts["distance"] = loading.check(path, adapter, step["precision"], config.get("quant"))
     saved = job.work / fingerprint(step) / "answers.jsonl"
-    asked = Asked(tuple(chat.ends(tokenizer, model)), new)
+    asked = generate.asked_of(config, tuple(chat.ends(tokenizer, model)), new)
     return generate.answer(who, tokenizer, asked, texts, ids, f"answers of {job.out.stem}", saved)
 
 
 def table(scores: dict) -> str:
     """The metric that counts, then the others."""
-    lines = [scoring.line(scores, scores["metric"], scores["n_prompts"], "items")]
+    lines = [scoring.line(scores, scores["metric"], scores["n_prompts"], "items"), *filter(None, [samples.table(scores)])]
     return "\n".join([*lines, *(f"{name:<24}{value:7.4f}" for name, value in scores["other"].items())])
 
 

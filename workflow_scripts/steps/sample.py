@@ -43,8 +43,8 @@ def main(job: manifests.Job) -> None:
     cut = {key: asked[key] for key in ("top_p", "top_k") if key in asked}
     drawn = {"temperature": asked["temperature"], "samples": n, "seed": seed, **cut}
     label = f"answers of {job.out.name.partition('.')[0]}"
-    found = generate.gather(job, n * len(rows))
-    answers, facts = found or generate.respond(job, parents, rows, label, "greedy", asked["max_new_tokens"], **drawn)
+    settings = {"max_new_tokens": asked["max_new_tokens"], "decoding": "greedy", "drawn": drawn}
+    answers, facts = generate.gather(job, n * len(rows)) or generate.respond(job, parents, rows, settings, label)
     if "shard" in job.step:
         generate.write_shard(job, parents, answers, facts)
         return

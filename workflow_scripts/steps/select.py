@@ -84,7 +84,8 @@ def parents_of(job: manifests.Job) -> dict[str, Artifact]:
 
 
 def verdicts(parents: dict[str, Artifact], runs: list[str]) -> list[list[float]]:
-    """Of each run 0 or 1 for each development prompt. InputError where the scores are of other prompts than the first run's."""
+    """Of each run what each development prompt counts, 0 to 1. InputError where the scores are of other prompts than the first
+    run's."""
     from workflow_scripts.stats import selection
 
     first = next(parents[role] for role in parents if role.startswith("score "))
@@ -94,7 +95,7 @@ def verdicts(parents: dict[str, Artifact], runs: list[str]) -> list[list[float]]
         score = parents[f"score {run}"]
         if [row["key"] for row in score.data["per_prompt"]] != keys:
             raise InputError(f"{score.path}: other prompts than {first.path}; delete it and run snakemake again")
-        found.append([float(selection.passed(row)) for row in score.data["per_prompt"]])
+        found.append([selection.value(row) for row in score.data["per_prompt"]])
     return found
 
 

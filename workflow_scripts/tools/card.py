@@ -143,11 +143,12 @@ def _scores(run: runs.Run) -> list[str]:
         n = scores["n_prompts" if metric.startswith("prompt") else "n_instructions"]
         rows.append([name, f"{100 * scores[metric]:.2f}", "n/a" if stderr is None else f"{100 * stderr:.2f}", str(n)])
     answers = manifests.read(run.folder / runs.PHASES["responses"]).data["step"]
-    batch = answers["config"]["generation"].get("batch_size")
+    batch, drawn = answers["config"]["generation"].get("batch_size"), answers["config"].get("drawn")
+    decoding = f"Mean of {drawn['samples']} answers at temperature {drawn['temperature']}" if drawn else "Greedy"
     how = (
         f"IFEval (Zhou et al. 2023, arXiv:2311.07911), scored by lm-eval's own checkers, prompts of slice "
-        f"`{Path(scores['parents']['prompts']['path']).name.removesuffix('.manifest.json')}`. Greedy, chat template on, at most "
-        f"{answers['config']['max_new_tokens']} new tokens, {f'batch {batch}, ' if batch else ''}{answers['precision']}. "
+        f"`{Path(scores['parents']['prompts']['path']).name.removesuffix('.manifest.json')}`. {decoding}, chat template on, "
+        f"at most {answers['config']['max_new_tokens']} new tokens, {f'batch {batch}, ' if batch else ''}{answers['precision']}. "
         "Percent; the standard error covers the choice of prompts, not the training seed."
     )
     return ["## Scores", "", how, "", *_table(["", "score", "standard error", "n"], rows)]

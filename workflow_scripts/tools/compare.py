@@ -15,13 +15,14 @@ import numpy
 import pandas
 
 from workflow_scripts.config.names import METRIC
+from workflow_scripts.evaluation import gsm8k
 from workflow_scripts.plumbing.messages import InputError
-from workflow_scripts.report.collect import verdict
+from workflow_scripts.stats.selection import value
 from workflow_scripts.tools import runs
 
 IFEVAL = ("prompt_level_strict_acc", "prompt_level_loose_acc", "inst_level_strict_acc", "inst_level_loose_acc")
 # The first one -> all of a task.
-METRICS = {"prompt_level_strict_acc": IFEVAL, "exact_match": ("exact_match", "strict_match"), "acc": ("acc", "mc2")}
+METRICS = {"prompt_level_strict_acc": IFEVAL, "exact_match": (*gsm8k.METRICS,), "acc": ("acc", "mc2")}
 AGAINST = {"prompt_level_strict_acc": "prompt strict", "exact_match": "exact match", "acc": "accuracy"}
 
 
@@ -54,8 +55,8 @@ def metrics_of(scores: dict, name: str) -> tuple[str, ...]:
 
 
 def passed(scores: dict) -> pandas.Series:
-    """Key -> 1.0 where the prompt's answer passes, else 0.0."""
-    return pandas.Series({row["key"]: float(verdict(row)) for row in scores["per_prompt"]})
+    """Key -> 1.0 where the prompt's answer passes, else 0.0; of several answers the share."""
+    return pandas.Series({row["key"]: value(row) for row in scores["per_prompt"]})
 
 
 def aligned(after: dict, before: dict) -> tuple[pandas.Series, pandas.Series]:

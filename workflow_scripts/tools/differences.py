@@ -108,6 +108,10 @@ def place(config: Config, kind: str, name: str, path: list[str]) -> str:
         if top == "source":
             path = ["source", *({"file": "path", "files": "paths"}.get(key, key) for key in path[1:])]
         return dotted(["data", "slices", name, *path])
+    if top == "drawn":  # `samples` and `temperature` are the task's, the rest is the same for all
+        if path[-1] in config.data["eval"]["drawn"]:
+            return dotted(["eval", *path])
+        return dotted(["eval", *(["tasks"] if task in config.own_tasks else []), task, *(path[1:] or ["samples"])])
     if verb == "score" and task in config.own_tasks and top not in ALL_TASKS:
         return dotted(["eval", "tasks", task, *path])
     if verb in ("generate", "score"):

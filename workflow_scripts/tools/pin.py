@@ -68,8 +68,8 @@ def _of_task(text: str, mapping: yaml.MappingNode, path: list[str]) -> list[Plac
     keys = {key.value: value.value for key, value in mapping.value}
     name = "task" if "task" in keys else "file"
     place = None if "data_files" in keys else _place(text, mapping, name, path)
-    file = place and (task_files.own_file(place.id) if name == "task" else Path(place.id))
-    hub = task_files.hub_of(task_files.read(file).data) if file else None
+    found = place and (task_files.named(place.id) if name == "task" else task_files.read(Path(place.id)))
+    hub = task_files.hub_of(found.data) if found else None
     return [replace(place, id=hub["id"])] if place and hub and "revision" not in hub else []
 
 

@@ -171,7 +171,7 @@ def first_two(asked: dict, kind: str) -> list[dict]:
 def own(judge: str, of: str, config: dict, inputs: list[str]) -> None:
     """Make a task of `eval.tasks` with its rows, and ask its metric of an answer to the first."""
     with tempfile.TemporaryDirectory() as cache:
-        _, task = own_tasks.load(config, [Path(file) for file in inputs], Path(cache))
+        _, (task, *_) = own_tasks.load(config, [Path(file) for file in inputs], Path(cache))
         doc = task.task_docs[0]
         if task.OUTPUT_TYPE == "generate_until":
             found = task.process_results(doc, [""])
@@ -180,10 +180,9 @@ def own(judge: str, of: str, config: dict, inputs: list[str]) -> None:
                 doc, [(-1.0, False)] * (len(task.doc_to_choice(doc)) if task.config.doc_to_choice else 1)
             )
     name = config["metric"].partition(",")[0]
-    if found.get(name) not in (0, 1):
-        raise InputError(
-            f"{of}.metric: {name} of the first item is {found.get(name)!r}, expected 0 or 1: a verdict for each item"
-        )
+    value = found.get(name)
+    if not own_tasks.is_number(value) or not 0 <= value <= 1:
+        raise InputError(f"{of}.metric: {name} of the first item is {value!r}, expected 0 or 1, a verdict, or a number between")
 
 
 def questions_of(task: str, given: dict) -> list[dict]:

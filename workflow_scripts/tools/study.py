@@ -97,11 +97,30 @@ def freeze(folder: Path, pages: dict[str, list[Path]], also: list[str]) -> None:
     print(f"{folder / ARCHIVE}: {len(kept)} files, {len(packed.getvalue()) / 1e6:.1f} MB")
 
 
+def arms(world: Any) -> Any:
+    """A row for each task and experiment: mean over its seeds, 95 % interval over prompts and seeds, and each seed's score."""
+    import pandas
+
+    from workflow_scripts.config.names import metric_of
+    from workflow_scripts.report.sections import models
+    from workflow_scripts.stats import accuracy
+
+    rows = []
+    for task in world.config["tasks"]:
+        for name in models(world):
+            found = list(dict.fromkeys(world.seeded(name)))
+            clusters: list = [world.clusters(task, run) for run in found]
+            arm = accuracy.of_arm(clusters)
+            each = " ".join(f"{world.scores[task, run][metric_of(task, world.scores[task, run])]:.6g}" for run in found)
+            rows.append({"task": task, "experiment": name, "mean": arm.mean, "stderr": arm.stderr, "low": arm.low,
+                         "high": arm.high, "seeds": arm.seeds, "prompts": arm.prompts, "each": each})  # fmt: skip
+    return pandas.DataFrame(rows)
+
+
 def rebuild(folder: Path, out: Path) -> bool:
     """Write the pages of `folder` to `out`. True if each file was there already with these bytes."""
     from workflow_scripts.report import collect, figures, judge
     from workflow_scripts.report import page as pages
-    from workflow_scripts.report.sections import arms
 
     steps = sorted(folder.glob("*.step.json"))
     if not steps or not (folder / ARCHIVE).is_file():
