@@ -149,7 +149,7 @@ def test_random_kills_in_sampling_choice_and_training_give_the_same_bytes(made, 
         for step in steps:
             process = clone.start(*ADAPTERS, configs=configs)
             with contextlib.suppress(kills.Missed):  # it was made while another one was waited for
-                kills.wait_for(functools.partial(at_work, clone, step), process)
+                kills.wait_for(functools.partial(at_work, clone, step), process, 1200, 0.05)
                 time.sleep(draws.uniform(0, 10))
                 killed[step] += at_work(clone, step)
             kills.kill_group(process)

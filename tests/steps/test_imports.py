@@ -23,7 +23,8 @@ MAY_LOAD = {
     ("select",): {"numpy", "scipy.stats"},
     ("slice_data",): {*TORCH, "numpy"},
     # peft where there is an adapter, and not before
-    ("generate", "judge_answers", "lm_eval_task", "make_base", "merge", "own_task"): ANSWER,
+    ("generate", "judge_answers", "lm_eval_task", "make_base", "merge", "own_task", "sample"): ANSWER,
+    ("choose_rows",): {*ANSWER, "bitsandbytes", "peft"},
     ("eval_rm",): {*TRAIN, "scipy.stats"} - {"trl"},
     ("train_dpo", "train_grpo", "train_kto", "train_ppo", "train_rloo", "train_rm", "train_sft"): TRAIN,
     ("train_cpo", "train_orpo", "train_simpo"): TRAIN,
@@ -75,7 +76,8 @@ def test_scoring_instructions_loads_no_model_library():
 def test_garbage_is_looked_for_again_once_a_step_works(step):
     """steps/cli.py switches that off while libraries are loaded; a step that left it off would keep its cycles, on a GPU too."""
     source = (ROOT / f"workflow_scripts/steps/{step}.py").read_text()
-    assert "device.prepare(" in source or "startup.ready(" in source or "ifeval.score" in source
+    assert any(call in source for call in ("device.prepare(", "startup.ready(", "ifeval.score", "generate.respond("))
+    assert "device.prepare(" in (ROOT / "workflow_scripts/steps/generate.py").read_text()
     for module in ("models/device", "evaluation/ifeval"):
         assert "startup.ready()" in (ROOT / f"workflow_scripts/{module}.py").read_text()
 

@@ -199,6 +199,16 @@ def test_with_flipped_labels_the_worst_answer_is_kept(speaking_base, prompts, an
     assert min(gains(right)) > 0 > max(gains(wrong)) and len(gains(right)) == len(gains(wrong))
 
 
+def test_with_flipped_labels_a_threshold_is_turned_round_too(speaking_base, prompts, answers, tmp_path):
+    how = {"keep": "labels", "least": 0.75}
+    right = small_steps.run(choice(tmp_path / "right", speaking_base, prompts, answers, how, "unpaired", heldout=12))
+    wrong = small_steps.run(
+        choice(tmp_path / "wrong", speaking_base, prompts, answers, how | {"flip_labels": True}, "unpaired", 12)
+    )
+    assert [row["label"] for row in wrong.rows()] == [not row["label"] for row in right.rows()]
+    assert len({row["label"] for row in right.rows()}) == 2
+
+
 OWN = """
 def brief(prompts, completions, completion_ids, id, instruction_id_list, trainer_state, log_extra, log_metric, **columns):
     assert len(prompts) == len(completions) == len(completion_ids) == len(id) == len(instruction_id_list)

@@ -2,7 +2,7 @@
 
 Rewards are those of the methods that sample (rl/rewards.py): verifiers, declared ones, reward models, mixtures, placebos. A
 reward of the user's own is called with TRL's signature; its `completion_ids` are the tokens of the answer's text, without an end.
-With `flip_labels` the rewards change their sign: a negative control. Without a reward model all is done on a CPU.
+With `flip_labels` rewards and `least` change their sign: a negative control. Without a reward model all is done on a CPU.
 
 Rows go the way of every slice: those that cover an evaluation prompt, that the chat template can't write or whose prompt is too
 long are dropped and counted, and above `data.max_drop` the slice fails. That a prompt has no answer to keep is no fault of the
@@ -67,7 +67,7 @@ def rewarded(job: manifests.Job, parents: dict[str, manifests.Artifact], asked: 
     sums = [
         sign * sum(w * value for w, value in zip(weights, values, strict=True)) for values in zip(*found.values(), strict=True)
     ]
-    coming = iter(round(one, 6) for one in sums)
+    coming = iter(round(one, 6) + 0.0 for one in sums)  # no -0.0
     prompts = [
         [
             choosing.Answer(i, one["response"], one["tokens"], one["finish_reason"], next(coming))
@@ -81,6 +81,8 @@ def rewarded(job: manifests.Job, parents: dict[str, manifests.Artifact], asked: 
 def main(job: manifests.Job) -> None:
     config, parents = job.config, job.parents()
     how, group_by, name = config["source"]["sampled"], config.get("group_by"), job.out.name.replace(".manifest.json", "")
+    if how.get("flip_labels") and "least" in how:
+        how = how | {"least": -how["least"]}
     by_id = {row["id"]: row for row in parents["prompts"].rows()}
     asked = [(by_id[answers["id"]], answers) for answers in parents["answers"].rows()]
     prompts, means = rewarded(job, parents, asked)
