@@ -114,7 +114,7 @@ def test_three_shards_give_the_bytes_of_one_job(speaking_base, prompts, answers,
     job.inputs += parts
     assert small_steps.run(job).data["files"] == whole.data["files"]
     job.inputs.pop()
-    with pytest.raises(InputError, match="24 of 80 prompts have no answer"):
+    with pytest.raises(InputError, match="24 of 80 answers are not in"):
         small_steps.run(job)
 
 
