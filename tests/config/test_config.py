@@ -10,8 +10,8 @@ import pytest
 import yaml
 
 from workflow_scripts.config.config import Config, load
-from workflow_scripts.config.experiments import REFERENCE_FREE, rewards
-from workflow_scripts.config.names import run_name
+from workflow_scripts.config.experiments import rewards
+from workflow_scripts.config.names import REFERENCE_FREE, run_name
 from workflow_scripts.config.schema import SCHEMA
 from workflow_scripts.config.written import METHODS_FILE, merge
 from workflow_scripts.config.yaml_files import read_yaml

@@ -333,6 +333,17 @@ def test_the_shipped_configs_plan_without_the_model(files, monkeypatch, tmp_path
     planned.check()
     assert planned.results == f"results/{files[-1]}"
     methods = {"sft_v1", "sft_v2", "dpo", "dpo_4bit", "kto", "rm", "ppo", "grpo", "rloo", "grpo_if", "rloo_if", "grpo_rm"}
-    others = {"rloo_rm", "grpo_random", "grpo_shuffled", "dpo_flipped", "dpo_study", "sft_ruined", "simpo", "orpo"}
+    others = {
+        "rloo_rm",
+        "grpo_random",
+        "grpo_shuffled",
+        "dpo_flipped",
+        "dpo_study",
+        "sft_ruined",
+        "simpo",
+        "orpo",
+        "rft",
+        "dpo_onpolicy",
+    }
     assert set(made.experiments) == methods | others
     assert made.experiments["dpo_study"]["train"]["learning_rate"] == 5.0e-6

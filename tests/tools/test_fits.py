@@ -87,4 +87,4 @@ def test_disk_counts_every_seed():
 
     one, three = total([1]), total([1, 2, 3])
     assert one["merged"] == pytest.approx(4 * 494_032_768 / 1e9) and three["merged"] == pytest.approx(3 * one["merged"])
-    assert three["adapters"] == pytest.approx(3 * 20 * 4 * 8_798_208 / 1e9) and one["base"] == three["base"]
+    assert three["adapters"] == pytest.approx(3 * 22 * 4 * 8_798_208 / 1e9) and one["base"] == three["base"]

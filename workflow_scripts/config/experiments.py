@@ -2,10 +2,9 @@
 
 from collections.abc import Callable, Iterable
 
+from workflow_scripts.config.names import PAIRED
 from workflow_scripts.config.written import Written, merge
 
-REFERENCE_FREE = ("simpo", "cpo", "orpo")  # trained on pairs by the policy's own likelihoods alone
-PAIRED = ("dpo", "rm", *REFERENCE_FREE)  # methods whose batches hold both answers of a row
 # Method -> kinds of the slices that it trains on. Methods with a reward take what their rewards need (`slice_kinds`).
 SLICE_KINDS = {"sft": ("sft",), "kto": ("preference", "unpaired"), **dict.fromkeys(PAIRED, ("preference",))}
 # Rewards that say nothing of an answer (rl/placebos.py): `placebo` of a resolved experiment.

@@ -11,6 +11,8 @@ METRIC = {"ifeval": "prompt_level_strict_acc", "gsm8k": "exact_match", "mmlu": "
 CHOICE = ("mmlu", "truthfulqa")  # tasks that nobody answers: multiple choice, by the log-likelihood of each option
 DEVELOPMENT = "dev"  # no evaluation: a task on prompts by which trials are chosen (config/tuning.py)
 OBJECTIVE = "objective"  # what chooses, where methods share no task: each one's own, on held-out rows
+REFERENCE_FREE = ("simpo", "cpo", "orpo")  # methods on pairs that train by the policy's own likelihoods alone
+PAIRED = ("dpo", "rm", *REFERENCE_FREE)  # methods whose batches hold both answers of a row
 JUDGED = "judge"  # the task whose answers a reward model scores: no verdicts, but rewards
 
 

@@ -8,7 +8,7 @@ import math
 from jsonschema import Draft202012Validator, validators
 
 from workflow_scripts.artifacts.fingerprint import ROOT
-from workflow_scripts.config.experiments import REFERENCE_FREE
+from workflow_scripts.config.names import REFERENCE_FREE
 from workflow_scripts.config.schema_errors import explain
 from workflow_scripts.config.written import Written
 from workflow_scripts.config.yaml_files import read_yaml

@@ -11,8 +11,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from workflow_scripts.artifacts.fingerprint import canonical
-from workflow_scripts.config.experiments import PAIRED
-from workflow_scripts.config.names import EVALUATED, OBJECTIVE, RUN_NAME
+from workflow_scripts.config.names import EVALUATED, OBJECTIVE, PAIRED, RUN_NAME
 from workflow_scripts.config.schema import CONSTANT_BLOCKS, of_method
 from workflow_scripts.config.schema_errors import dotted
 from workflow_scripts.config.written import Written, merge

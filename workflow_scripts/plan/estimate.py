@@ -16,7 +16,7 @@ from functools import cache, cached_property
 from pathlib import Path
 
 from workflow_scripts.config import own_tasks, sampled
-from workflow_scripts.config.experiments import PAIRED
+from workflow_scripts.config.names import PAIRED
 from workflow_scripts.plan.gpu_memory import Memory
 from workflow_scripts.plan.plan import Plan
 from workflow_scripts.plumbing.gpus import WHOLE, share

@@ -11,8 +11,8 @@ from typing import Any
 
 from workflow_scripts.config import own_tasks, sampled
 from workflow_scripts.config.config import Config
-from workflow_scripts.config.experiments import PAIRED, rewards
-from workflow_scripts.config.names import CHOICE
+from workflow_scripts.config.experiments import rewards
+from workflow_scripts.config.names import CHOICE, PAIRED
 from workflow_scripts.plan.passes import Pass, decoding, in_slots, lm_head, step
 from workflow_scripts.plan.shape import lora_parameters, shape_of, weights
 from workflow_scripts.plumbing.gpus import need

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from workflow_scripts.config.experiments import REFERENCE_FREE
+from workflow_scripts.config.names import REFERENCE_FREE
 from workflow_scripts.plumbing.messages import InputError
 
 UP, DOWN = "up", "down"
