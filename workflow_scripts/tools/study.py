@@ -28,7 +28,7 @@ from workflow_scripts.config import config as configs
 from workflow_scripts.plan.plan import Plan
 from workflow_scripts.plumbing.jsonl import write_atomically
 from workflow_scripts.plumbing.messages import InputError
-from workflow_scripts.tools import runs
+from workflow_scripts.tools import differences, runs
 
 ARCHIVE = "results.tar.xz"
 # What a run has beside its scores, from its folder.
@@ -41,7 +41,7 @@ BESIDE = (
 def place(results: Path, role: str) -> Path:
     """The score file that plays a role in the report: "ifeval dpo.seed2", or "rm rm.seed2"."""
     task, run = role.split(" ")
-    return results / run / "rm_eval.json" if task == "rm" else results / f"{task}_{run}.json"
+    return runs.scores_file(results / run, task)
 
 
 def phases(plan: Plan, role: str) -> Iterator[tuple[Path, str, str]]:
@@ -55,14 +55,6 @@ def phases(plan: Plan, role: str) -> Iterator[tuple[Path, str, str]]:
         yield adapter, "train", run
 
 
-def differences(planned: Any, found: Any, path: str = "") -> Iterator[str]:
-    if isinstance(planned, dict) and isinstance(found, dict):
-        for key in sorted({*planned, *found}):
-            yield from differences(planned.get(key), found.get(key), f"{path}.{key}" if path else key)
-    elif planned != found:
-        yield f"{path}: made with {found!r}, planned {planned!r}"
-
-
 def page(files: list[Path], also: list[str]) -> tuple[dict, dict[str, Path]]:
     """(the report's step, name in the archive -> file). InputError where a file is missing or of another config."""
     plan = Plan(configs.load(*files))
@@ -70,8 +62,9 @@ def page(files: list[Path], also: list[str]) -> tuple[dict, dict[str, Path]]:
     scores = [place(results, role) for role in step["parents"]]
     for role in step["parents"]:
         for path, kind, run in phases(plan, role):
-            found = manifests.read(path)
-            if other := next(differences(plan.step(kind, run)["config"], found.data["step"]["config"]), None):
+            made, planned = manifests.read(path).data["step"]["config"], plan.step(kind, run)["config"]
+            for key, before, after in differences.changed(made, planned):
+                other = f"{'.'.join(key)}: made with {differences.text(before)}, planned {differences.text(after)}"
                 raise InputError(f"{path}: {other}; make it again, or freeze with the config that it was made with")
         step["parents"][role] = manifests.read(place(results, role)).fingerprint
     names = [*(role.split(" ")[1] for role in step["parents"]), *also]
@@ -117,8 +110,8 @@ def arms(world: Any) -> Any:
     return pandas.DataFrame(rows)
 
 
-def rebuild(folder: Path, out: Path) -> bool:
-    """Write the pages of `folder` to `out`. True if each file was there already with these bytes."""
+def rebuild(folder: Path, out: Path, check: bool = False) -> bool:
+    """Write the pages of `folder` to `out`; with `check` nothing is written. True if each was there already with these bytes."""
     from workflow_scripts.report import collect, figures, judge
     from workflow_scripts.report import page as pages
 
@@ -146,7 +139,8 @@ def rebuild(folder: Path, out: Path) -> bool:
                 before = (out / inside).read_bytes() if (out / inside).is_file() else None
                 what = "new" if before is None else "as it was" if before == text.encode() else "another than it was"
                 same = same and what == "as it was"
-                write_atomically(out / inside, text.encode())
+                if not check:
+                    write_atomically(out / inside, text.encode())
                 print(f"{out / inside}: {what}", flush=True)
             for control in controls:
                 print(f"  {control.name} control: {control.state}: {control.what}")
@@ -166,12 +160,12 @@ def main() -> None:
     rebuilding = commands.add_parser("rebuild", help="make the pages of a folder again")
     rebuilding.add_argument("folder", type=Path)
     rebuilding.add_argument("--out", type=Path, help="write the pages there instead")
-    rebuilding.add_argument("--check", action="store_true", help="fail where a page is not as it was")
+    rebuilding.add_argument("--check", action="store_true", help="write nothing, and fail where a page is not as it was")
     args = parser.parse_args()
     if args.command == "freeze":
         freeze(args.folder, {name: [Path(file) for file in files] for name, *files in args.page}, args.also)
-    elif not rebuild(args.folder, args.out or args.folder) and args.check:
-        raise InputError(f"{args.out or args.folder}: not as it was")
+    elif not rebuild(args.folder, args.out or args.folder, args.check) and args.check:
+        raise InputError(f"{args.out or args.folder}: not as it was; without --check the pages are written anew")
 
 
 if __name__ == "__main__":
