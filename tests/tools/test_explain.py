@@ -311,6 +311,11 @@ def test_a_mistake_is_one_line(clone):
     done = run(clone, DPO, check=False)
     assert done.returncode == 1 and "overlay.yaml: methods.dpo.train.betta: unknown key" in done.stderr
     assert len(done.stderr.splitlines()) == 1
+    done = clone.run("python", "-m", "workflow_scripts.tools.explain", "--configfile", *CONFIGS, DPO, check=False)
+    assert (
+        done.returncode == 1 and f"no target; --configfile took all of {' '.join(CONFIGS)} {DPO}: name one first" in done.stderr
+    )
+    assert len(done.stderr.splitlines()) == 1
 
 
 def test_it_costs_at_most_a_second_more_than_snakemake_n(clone):

@@ -326,10 +326,13 @@ def summary(found: list[Finding]) -> list[str]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("targets", nargs="+", metavar="TARGET", help="files or rules, as for snakemake")
+    parser.add_argument("targets", nargs="*", metavar="TARGET", help="files or rules, as for snakemake; before --configfile")
     parser.add_argument("--configfile", nargs="+", default=[], metavar="FILE", help="as for snakemake: a config and its overlays")
     parser.add_argument("--json", action="store_true", help="a list of {phase, output, state, reasons, seconds}")
     args = parser.parse_args()
+    if not args.targets:
+        taken = f"; --configfile took all of {' '.join(args.configfile)}" if args.configfile else ""
+        raise InputError(f"no target{taken}: name one first, such as results/ifeval_dpo.json")
     plan = Plan(configs.load(*(args.configfile or [DEFAULT_CONFIG])))
     found = explain(plan, args.targets, planned_jobs(args.targets, args.configfile))
     if args.json:
