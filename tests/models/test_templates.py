@@ -225,6 +225,13 @@ def test_a_family_that_trl_knows_by_its_dated_template_is_known_all_the_same(tok
     assert "strftime_now(" not in templates.undated((TRL / "gptoss.jinja").read_text())
 
 
+@pytest.mark.parametrize("broken", ["{{ now() }}", "{% if %}", "{{ raise_exception('only tools') }}"])
+def test_a_template_that_can_not_write_a_plain_conversation_is_named(tokenizer, broken):
+    tokenizer.chat_template = broken + tokenizer.chat_template
+    with pytest.raises(InputError, match=r"chat template of .*: can't write a question and its answer .*base.training_template"):
+        templates.install(tokenizer, None, None)
+
+
 def test_a_template_without_a_date_has_none(tokenizer):
     assert "date" not in templates.install(tokenizer, None, None)
 
