@@ -124,8 +124,8 @@ def check_end(tokenizer: Any) -> None:
         chat.end_of_turn(tokenizer)
     except TemplateError as error:
         raise InputError(
-            f"chat template of {tokenizer.name_or_path}: can't write a question and its answer ({error}); name one that can under "
-            "base.training_template"
+            f"chat template of {tokenizer.name_or_path}: can't write a question and its answer ({error}); name one that can "
+            "under base.training_template"
         ) from None
     except InputError as error:
         raise InputError(f"{error}: base.end_of_turn in the config") from None
