@@ -112,6 +112,18 @@ def test_a_run_is_asked_for_its_scorers_and_verifiers_each_once(tmp_path):
     }
 
 
+def test_a_program_for_curves_that_is_not_installed_is_said(tmp_path, monkeypatch):
+    user = merge(read_yaml("config/config.yaml"), {"pathvars": {"results": str(tmp_path)}, "track": "wandb"})
+    plan = Plan(Config(user))
+    assert rehearse.parts(plan, [job("make_base", run="base")]) == []  # nothing trains
+    found = rehearse.parts(plan, [job("train_dpo", run="dpo")])
+    assert found == [{"of": "track", "judge": "track", "name": "wandb"}]
+    for installed in (True, False):
+        monkeypatch.setattr(rehearse, "find_spec", lambda name, there=installed: there and name == "wandb")
+        expected = "track: wandb is not installed here; pip install wandb (it decides no number), or set `track: none`"
+        assert said(monkeypatch, found[0]) == ("" if installed else expected)
+
+
 def test_what_chooses_is_tried_as_the_task_that_it_stands_for(tmp_path):
     user = merge(merge(read_yaml("config/config.yaml"), read_yaml("config/tuned.yaml")), {"pathvars": {"results": str(tmp_path)}})
     jobs = [job("score_development", run="dpo_t1"), job("train_dpo", run="dpo_t1")]

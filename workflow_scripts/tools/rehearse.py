@@ -2,7 +2,8 @@
 
 A scorer is the last step of a chain, and what it needs of the machine (the checkers' tables, languages, lm-eval's tasks) it looks
 for when it runs. So does a verifier, at the first rollout. Snakemake runs this before the first job of a run that trains or
-answers. Rows are those of the slices that are there; a slice that is made anew judges its rows itself (evaluation/rows.py).
+answers. Rows are those of the slices that are there; a slice that is made anew judges its rows itself (evaluation/rows.py). Where
+curves go to a program (`track`), it is looked for too: without it the first training would end, after all that comes before it.
 
     python -m workflow_scripts.tools.rehearse '[{"judge": "ifeval", "of": "eval.ifeval", "strip_think": false, "rows": "results/data/ifeval.jsonl"}]'
 """  # noqa: E501
@@ -12,6 +13,7 @@ import json
 import sys
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +43,7 @@ TRIED: dict[str, tuple[dict, str]] = {
 }
 DECLARED = "declared"  # judges by a reward of the config's own
 OWN = "own"  # by a task of `eval.tasks`
+TRACK = "track"  # judges nothing: shows a training's curves
 QUESTION = {"key": 1, "question": "Which one flies?", "choices": ["a", "b", "c", "d"], "answer": 0, "subject": "anatomy"}
 TARGETS = {"choices": ["a bird", "a stone"], "labels": [1, 0]}
 TRUTH = {"key": 1, "question": "What flies?", "mc1_targets": TARGETS, "mc2_targets": TARGETS}
@@ -97,6 +100,8 @@ def parts(plan: Plan, jobs: Iterable[Any]) -> list[dict]:
         elif job.rule.name.startswith("train_"):
             body = plan.experiment(job.wildcards.run)
             rewarded(body, body["slice"])
+    if plan.config.data[TRACK] != "none" and any(job.rule.name.startswith("train_") for job in jobs):
+        found[TRACK] = {"judge": TRACK, "name": plan.config.data[TRACK]}
     return [{"of": of, **part} for of, part in found.items()]
 
 
@@ -185,6 +190,12 @@ def own(judge: str, of: str, config: dict, inputs: list[str]) -> None:
         raise InputError(f"{of}.metric: {name} of the first item is {value!r}, expected 0 or 1, a verdict, or a number between")
 
 
+def curves(judge: str, of: str, name: str) -> None:
+    """Look for the program that shows a training's curves."""
+    if not find_spec(name):
+        raise InputError(f"{of}: {name} is not installed here; pip install {name} (it decides no number), or set `{of}: none`")
+
+
 def questions_of(task: str, given: dict) -> list[dict]:
     """The rows of a slice that is there, or that its files will give; none where it comes from a hub."""
     if given["made"]:
@@ -197,7 +208,7 @@ def questions_of(task: str, given: dict) -> list[dict]:
 def main() -> None:
     for part in json.loads(sys.argv[1]):
         try:
-            judges: dict[str, Callable] = {DECLARED: declared_reward, OWN: own, **dict.fromkeys(CHOICE, choices)}
+            judges: dict[str, Callable] = {DECLARED: declared_reward, OWN: own, TRACK: curves, **dict.fromkeys(CHOICE, choices)}
             judges.get(part["judge"], answers)(**part)
         except (InputError, formats.Unusable) as error:
             sys.exit(str(error))
