@@ -27,6 +27,11 @@ def as_member(clone, *command: str) -> subprocess.CompletedProcess:
     account = ["setpriv", "--reuid", str(MEMBER), "--regid", str(GROUP), "--clear-groups", "--no-new-privs"]
     if not readable_for_all(Path(sys.executable)):
         account += ["--inh-caps", "+dac_read_search", "--ambient-caps", "+dac_read_search"]
+    for above in (clone.folder.parent, *clone.folder.parent.parents):
+        if not above.stat().st_mode & stat.S_IXOTH and above != Path("/"):
+            above.chmod(
+                above.stat().st_mode | 0o011
+            )  # pytest's folders are its own account's alone, again with each pytest that begins
     scratch = clone.folder.parent / "scratch"
     scratch.mkdir(exist_ok=True)
     os.chown(scratch, MEMBER, GROUP)
@@ -53,9 +58,6 @@ def test_a_colleague_of_the_group_makes_again_what_another_account_made_and_move
         os.chown(path, OWNER, GROUP, follow_symlinks=False)
         if not path.is_symlink():
             path.chmod(path.stat().st_mode | 0o060 | (0o010 if path.is_dir() else 0))
-    for above in (clone.folder.parent, *clone.folder.parent.parents):
-        if not above.stat().st_mode & stat.S_IXOTH and above != Path("/"):
-            above.chmod(above.stat().st_mode | 0o011)  # pytest's folders are its own account's alone
     scores = ["results/ifeval_dpo.json"]
     command = ["snakemake", *scores, "--cores", "2", "--quiet", "rules", "--configfile", *MICRO]
     before = [(clone.folder / score).read_text() for score in scores]
