@@ -1,4 +1,5 @@
-"""Models that begin with a token of their own, which the chat template writes and the tokenizer adds too (Llama 3, Gemma)."""
+"""Models that begin with a token of their own, which the chat template writes and the tokenizer adds too (Llama 3, Gemma); and
+models whose padding is their end of turn."""
 
 import json
 
@@ -75,3 +76,18 @@ def test_an_evaluation_sees_it_once(starting, seen, tmp_path):
     small_steps.run(small_steps.job("generate", out, parents, small_steps.answering(8, 3)))
     assert begins_once(seen, starting[1])
     assert json.loads(out.read_text())["kind"] == "responses"
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_padding_that_is_the_end_of_a_turn_changes_no_number(method, base, slices, folder, tmp_path):
+    """mlabonne/llm-course #33, unslothai/unsloth #416: whoever leaves out the loss of padding by its id teaches no end."""
+    padded = folder / "padded with the end"
+    made = padded / "manifest.json"
+    if not padded.exists():
+        small_steps.copy_base(base, padded, pad_token="<|im_end|>")
+        assert chat.tokenizer_of(manifests.read(made)).pad_token_id == chat.tokenizer_of(manifests.read(made)).eos_token_id
+    found = [
+        small_steps.train(tmp_path / start.parent.name, method, start, slices[method], **METHODS[method]).data["objective"]
+        for start in (base, made)
+    ]
+    assert found[0] == found[1]
