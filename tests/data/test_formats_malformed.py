@@ -71,6 +71,8 @@ MALFORMED = [
     ("sft", {"question": "q", "answer": "12"}, "expected an answer that ends with '#### ' and a number"),
     ("sft", {"prompt": "q", "completion": "a"}, "found the keys completion, prompt, which is none of the formats for kind sft"),
     ("sft", {"messages": None}, "found the keys messages (null), which is none of"),
+    # hiyouga/LlamaFactory #3555, "Expected a string, got None": the keys are right, and to rename them would not help
+    ("sft", {"instruction": "i", "output": None}, "a null counts as missing: fill it in, or leave the row out"),
     ("sft", BOTH_SIDES, "a row of the format ultrafeedback_binarized (chosen, rejected) can't give kind sft, only preference"),
     ("preference", CONVERSATION, "a row of the format messages (messages) can't give kind preference, only sft"),
     (

@@ -109,8 +109,11 @@ def _recognise(given: dict, kind: str, place: str, row: dict) -> Format:
 
 def unknown(place: str, keys: dict | Iterable[str], kind: str) -> InputError:
     """The one error for rows that are in no format."""
+    nulls = isinstance(keys, dict) and None in keys.values()
+    there = nulls and any(kind in form.kinds and set(form.needs) <= set(keys) for form in FORMATS)
+    remedy = "a null counts as missing: fill it in, or leave the row out" if there else "rename the keys"
     return InputError(
-        f"{place}: found the keys {_keys(keys)}, which is none of the formats for kind {kind}: {known(kind)}; rename the keys"
+        f"{place}: found the keys {_keys(keys)}, which is none of the formats for kind {kind}: {known(kind)}; {remedy}"
     )
 
 
