@@ -79,6 +79,13 @@ def test_an_error_of_ours_leaves_its_traceback_in_the_log_and_one_line_on_stderr
     assert "Traceback" in (tmp_path / "step.log").read_text() and "boom" in (tmp_path / "step.log").read_text()
 
 
+def test_a_description_that_fails_is_said_and_fails_no_step(tmp_path, run):
+    """A model card did, where a statistic had no value: the adapter was removed, and trained again with each try."""
+    done = run(step_of(tmp_path, text="hard to describe"))
+    assert done.returncode == 0 and (tmp_path / "out/manifest.json").is_file()
+    assert done.stderr.startswith("out/manifest.json: made, but not described: TypeError: unsupported format string")
+
+
 def test_the_log_holds_what_a_step_prints_and_the_terminal_stays_quiet(tmp_path, step, run):
     done = run(step, "--log", "step.log")
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")

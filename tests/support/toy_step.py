@@ -33,7 +33,11 @@ def main(job):
         while "wait" in config and Path(config["wait"]).exists():
             time.sleep(0.02)
 
-cli.run(main, "A step for tests.")
+def describe(folder):
+    if (folder / "data.txt").read_text() == "hard to describe":
+        raise TypeError("unsupported format string passed to NoneType.__format__")
+
+cli.run(main, "A step for tests.", describe)
 """
 
 
