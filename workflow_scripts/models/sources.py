@@ -148,7 +148,9 @@ def from_folder(folder: Path, dtype: Any) -> tuple[Any, Any]:
     except RuntimeError as error:
         if "mismatched" not in str(error):
             raise
-        raise InputError(f"{folder}: the weights have other shapes than config.json says; they do not belong together") from None
+        raise InputError(
+            f"{folder}: the weights have other shapes than config.json says: they are of two models; fetch both again, from one"
+        ) from None
     except (ValueError, OSError, KeyError, ImportError) as error:
         raise InputError(f"{folder}: transformers cannot load this model: {' '.join(str(error).split())[:300]}") from None
     model, report = loaded
