@@ -55,6 +55,16 @@ def test_every_adapter_says_how_far_it_is_from_its_start(experiment, base, slice
         assert 1 <= len(made["tokens"]) <= distance.ROWS and max(map(len, made["tokens"])) <= distance.TOKENS
 
 
+def test_rows_longer_than_what_an_evaluation_writes_have_room_in_it(base, tmp_path):
+    talks = small_steps.world.sft_rows(20, seed=2, follow=0.5, numeric=0.0)
+    for row in talks:
+        row["messages"][-1]["content"] = " ".join([row["messages"][-1]["content"]] * 12)
+    rows = small_steps.write_slice(tmp_path / "data", "sft", talks, heldout=4)
+    adapter = small_steps.train(tmp_path / "run", "sft_v2", base, rows, max_steps=2)
+    assert distance.longest(adapter) == distance.TOKENS
+    assert answer(tmp_path, base, adapter).data["distance"]["kl"] == pytest.approx(adapter.data["distance"]["kl"], rel=0.05)
+
+
 def test_the_figures_are_those_worked_by_hand(base, large, tmp_path):
     start, file = manifests.read(base), load_file(large.file("adapter_model.safetensors"))
     with_adapter, plain = adapted(start, large, tmp_path), loading.load(start, tmp_path, "cpu", "fp32").eval()

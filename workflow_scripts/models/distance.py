@@ -86,6 +86,12 @@ class Peft:
                 yield name, *pair, module.scaling["default"]
 
 
+def longest(adapter: Artifact | None) -> int:
+    """Tokens of the longest row that `check` asks the path for: a generator needs room for it, however short its answers are."""
+    rows = (adapter.data.get("distance") or {}).get("tokens") if adapter is not None else None
+    return max(map(len, rows), default=0) if rows else 0
+
+
 def measure(path: Path, rows: list[list[int]]) -> dict[str, float]:
     """`kl`, `changed` and `noise` on rows of token ids, in the precision in which the model computes on this path."""
     sums = dict.fromkeys(("kl", "changed", "noise"), 0.0)

@@ -159,7 +159,8 @@ def respond(
     chat.check_prompts(tokenizer, [*zip(names, turns, strict=True)], parents["prompts"].path)
     texts, ids = tokens_of(tokenizer, turns)
     new, slots = settings["max_new_tokens"], min(job.slots, len(ids) * samples_of(settings))
-    who = generator.of(model, tokenizer, config["generation"], slots, max(map(len, ids)) + new)
+    length = max(max(map(len, ids)) + new, distance.longest(adapter))
+    who = generator.of(model, tokenizer, config["generation"], slots, length)
     by = "graphs" if isinstance(who, generator.InSlots) else f"hf, {who.size} at a time"  # not always whom the config asks for
     facts = {"generation_config": model.generation_config.to_diff_dict(), "answered_by": by}
     if adapter is not None:

@@ -55,9 +55,9 @@ def _say(
     from workflow_scripts.models import chat, distance, loading
 
     config, step = job.config, job.step
-    who = generator.of(
-        model, tokenizer, config["generation"], min(job.slots, len(ids) * generate.samples_of(config)), max(map(len, ids)) + new
-    )
+    slots = min(job.slots, len(ids) * generate.samples_of(config))
+    length = max(max(map(len, ids)) + new, distance.longest(adapter))
+    who = generator.of(model, tokenizer, config["generation"], slots, length)
     facts["answered_by"] = "graphs" if isinstance(who, generator.InSlots) else f"hf, {who.size} at a time"
     facts["generation_config"] = model.generation_config.to_diff_dict()
     if adapter is not None:
