@@ -127,6 +127,20 @@ def test_neither_slots_nor_what_is_beside_it_changes_an_answer(asked, prompts):
             assert made.tokens == whole[place].tokens, (slots, place)
 
 
+def test_each_engine_of_a_process_has_compiled_code_of_its_own(prompts, monkeypatch):
+    """torch compiles at most eight kinds of one function, and runs the ninth as it stands: another rounding on a GPU. That error
+    is what comes of `fullgraph` there. Traced on a CPU, and not compiled."""
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
+    for n in range(10):
+        model = model_of(("Qwen2", "Qwen3")[n % 2], n % 3 > 0, (torch.float32, torch.bfloat16)[n // 2 % 2])
+        engine = Graphs(model, 4 + n, 100)
+        engine.decoder.compiled()
+        engine.take = of_graphs.compile_own(of_graphs.take)
+        asked = Asked(ENDS, 4, temperature=float(n % 2), logprobs=n > 5)
+        made, plain = (answers(one, prompts[:2], asked) for one in (engine, Graphs(model, 4 + n, 100)))
+        assert [made[key].tokens for key in made] == [plain[key].tokens for key in made]
+
+
 def test_another_adapter_is_a_copy_into_the_same_buffers(prompts):
     model = model_of("Qwen2", True)
     engine = Graphs(model, 11, 100)

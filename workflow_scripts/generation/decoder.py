@@ -23,6 +23,7 @@ once into them, which are the numbers that its own forward pass multiplies with.
 """
 
 from collections.abc import Callable, Iterator
+from types import FunctionType
 from typing import Any, NamedTuple
 
 import torch
@@ -117,6 +118,14 @@ def top(x: Tensor, weight: Tensor, head: Tensor, eps: float) -> Tensor:
     return F.linear(norm(x, weight, eps), head)
 
 
+def compile_own(piece: Callable) -> Callable:
+    """`piece`, compiled for one engine. torch keeps what it has compiled with a function's code, at most eight kinds of it in a
+    process, and runs the ninth as it stands: which rounds otherwise, so that the same prompt would get another answer from a later
+    engine. So each engine has a copy of the code, and what can't be compiled whole is an error."""
+    copy = FunctionType(piece.__code__.replace(), piece.__globals__, piece.__name__, piece.__defaults__)  # type: ignore[attr-defined]
+    return torch.compile(copy, dynamic=False, fullgraph=True)
+
+
 class Decoder:
     """The weights of a model, joined, and its forward pass. `adapter`: peft's name of the adapter beside them, if there is one.
 
@@ -147,7 +156,7 @@ class Decoder:
 
     def compiled(self) -> None:
         """Have torch compile what lies between the products. Shapes are fixed, all layers share one code."""
-        self.before, self.after, self.top = (torch.compile(piece, dynamic=False) for piece in (before, after, top))
+        self.before, self.after, self.top = (compile_own(piece) for piece in (before, after, top))
 
     def angles(self, length: int) -> tuple[Tensor, Tensor]:
         """cos and sin (length, head) of the model's own rotary embedding."""

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from workflow_scripts.generation import attention
 from workflow_scripts.generation.answers import PREFILL, ROWS, Answer, Asked, Done
-from workflow_scripts.generation.decoder import Decoder
+from workflow_scripts.generation.decoder import Decoder, compile_own
 from workflow_scripts.generation.draws import choose
 
 BURST = 8  # steps on a GPU between two looks
@@ -97,7 +97,7 @@ class Graphs:
         self.take = take
         if self.gpu:
             self.decoder.compiled()
-            self.take = torch.compile(take, dynamic=False)
+            self.take = compile_own(take)
 
     def load(self) -> None:
         """Take over the adapter as it is in the model now."""
