@@ -6,7 +6,7 @@ import math
 import pytest
 
 from tests.support import small_steps
-from tests.support.own_task import ASKED, CHOICE, scored, write
+from tests.support.own_task import ASKED, CHOICE, WORDS, scored, write
 from tests.support.slicer import chat_row
 from workflow_scripts.data import task_files
 from workflow_scripts.plumbing.messages import InputError
@@ -226,3 +226,42 @@ def test_the_tasks_of_a_group_are_scored_together_each_as_lm_eval_scores_it_alon
     assert made[name] == pytest.approx(sum(verdicts) / 18)
     clusters = [sum(one - made[name] for one in verdicts[:10]), sum(one - made[name] for one in verdicts[10:])]
     assert made[f"{name}_stderr"] == pytest.approx(math.sqrt(2 * sum(one**2 for one in clusters)) / 18)
+
+
+def test_ifevals_checkers_have_the_tables_that_are_shipped_whichever_task_asks_them(base, tmp_path, monkeypatch):
+    """NLTK finds none of its own here, as on a machine without its data: they were looked for after all answers were there."""
+    import nltk.data
+    import nltk.tokenize
+    from lm_eval.tasks.ifeval import instructions_util
+
+    from workflow_scripts.evaluation import ifeval
+    from workflow_scripts.tools import rehearse
+
+    asked = [("length_constraints:number_sentences", {"num_sentences": n, "relation": "at least"}) for n in (1, 2, 40)]
+    rows = [
+        {
+            "key": n,
+            "prompt": f"Question: what stands behind the {WORDS[n]}\nAnswer:",
+            "instruction_id_list": [name],
+            "kwargs": [given],
+        }
+        for n, (name, given) in enumerate(asked)
+    ]
+    rows_file, file = tmp_path / "rows.jsonl", tmp_path / "mine.yaml"
+    rows_file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    shorter = {"generation_kwargs": {"until": [], "do_sample": False, "max_gen_toks": 12}}
+    read = {"dataset_path": "json", "dataset_kwargs": {"data_files": {"train": str(rows_file)}}}
+    file.write_text(json.dumps({"include": str(task_files.own_file("ifeval")), "task": "mine"} | shorter | read))
+    for tables in (instructions_util._get_sentence_tokenizer, nltk.tokenize._get_punkt_tokenizer):
+        tables.cache_clear()
+    monkeypatch.setattr(nltk.data, "path", [])
+    metric = "prompt_level_strict_acc"
+    rehearse.own(
+        "own", "eval.tasks.mine", {"task": "mine", "metric": metric, "lm_eval": ASKED | {"file": file.name}}, [str(file)]
+    )
+    instructions_util._get_sentence_tokenizer.cache_clear()
+    made = scored(tmp_path, "generate_until", base, file, metric)
+    assert all(one["response"].strip() for one in made["per_prompt"])
+    given = [row | {"response": one["response"]} for row, one in zip(rows, made["per_prompt"], strict=True)]
+    ours = ifeval.score(rows, given, False, "rows", "answers")["per_prompt"]
+    assert [one["correct"] for one in made["per_prompt"]] == [all(one["follow_instruction_list_strict"]) for one in ours]

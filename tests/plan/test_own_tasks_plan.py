@@ -310,7 +310,7 @@ def test_a_task_is_tried_before_anything_is_trained(tmp_path):
     ):
         tried("multiple_choice", "acc", doc_to_choice="{{nothing.there}}")
     pair = [{"metric": "f1", "aggregation": "mean"}, {"metric": "acc", **MEAN}]
-    with pytest.raises(InputError, match="eval.tasks.mine.metric: f1 of the first item is .*, expected 0 or 1"):
+    with pytest.raises(InputError, match="eval.tasks.mine.metric: f1 of an item is .*, expected 0 or 1"):
         tried("multiple_choice", "f1", metric_list=pair)
 
 

@@ -31,13 +31,12 @@ _KINDS = ("strict", "loose")
 
 
 @contextmanager
-def reference() -> Iterator[Any]:
-    """lm-eval's module `lm_eval.tasks.ifeval.utils`, for as long as the block lasts under the conditions above.
+def conditions() -> Iterator[None]:
+    """NLTK and langdetect as above, for as long as the block lasts: for lm-eval's checkers, whichever task runs them.
 
     All that is changed is global to the process, so it is put back at the end: NLTK's search path (not NLTK_DATA, which
     NLTK reads only once, at import), the state of `random`, langdetect's seed, NLTK's time limit and distrust, and the checkers'
     logger, which is silenced because it prints each response whose language it cannot tell.
-    The first call in a process imports lm-eval's task package and NLTK: 1.5 to 2 s, no torch, no network.
     """
     if not (_TOKENIZERS / "punkt_tab" / "english").is_dir():
         raise InputError(f"{_TOKENIZERS}/punkt_tab/english: not found; it belongs to this package, install it again")
@@ -52,13 +51,23 @@ def reference() -> Iterator[Any]:
     try:
         nltk.data.path.insert(0, str(_TOKENIZERS.parent))
         factory.seed, limits.DEFAULT_TIMEOUT, trust.ENFORCE, logger.disabled = 0, None, False, True
+        yield
+    finally:
+        state, nltk.data.path[:], factory.seed, limits.DEFAULT_TIMEOUT, trust.ENFORCE, logger.disabled = before
+        random.setstate(state)
+
+
+@contextmanager
+def reference() -> Iterator[Any]:
+    """lm-eval's module `lm_eval.tasks.ifeval.utils`, for as long as the block lasts under these conditions.
+
+    The first call in a process imports lm-eval's task package and NLTK: 1.5 to 2 s, no torch, no network.
+    """
+    with conditions():
         from lm_eval.tasks.ifeval import utils
 
         startup.ready()
         yield utils
-    finally:
-        state, nltk.data.path[:], factory.seed, limits.DEFAULT_TIMEOUT, trust.ENFORCE, logger.disabled = before
-        random.setstate(state)
 
 
 def verdicts(utils: Any, prompt: dict, response: str, kinds: tuple[str, ...] = _KINDS) -> dict[str, list[bool]]:

@@ -9,7 +9,8 @@ what came before it.
 What counts is one metric, 0 or 1 for each item, or a number between them (TruthfulQA's mc2). The others whose values are numbers
 and which lm-eval takes the mean of are reported beside it. With several answers to an item (`samples`) lm-eval is asked once for
 each of them, and judges it as if it were the only one. Standard errors are ours: of a mean over items, or over groups
-of them (`group_by`, such as questions on one passage), which are then the clusters (evaluation/scores.py).
+of them (`group_by`, such as questions on one passage), which are then the clusters (evaluation/scores.py). Tasks with IFEval's
+checkers have them under the conditions of the project's own IFEval (evaluation/ifeval.py): else NLTK would download its tables.
 """
 
 import logging
@@ -18,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from workflow_scripts.data import task_files
+from workflow_scripts.evaluation import ifeval
 from workflow_scripts.evaluation.samples import several
 from workflow_scripts.evaluation.scores import entries, mean_stderr
 from workflow_scripts.plumbing.messages import InputError
@@ -27,6 +29,7 @@ from workflow_scripts.plumbing.messages import InputError
 Say = Callable[[list[str], list[list[int]], int], list[dict]]
 
 
+@ifeval.conditions()
 def load(config: dict, inputs: list[Path], cache: Path) -> tuple[Any, list[Any]]:
     """lm-eval's TaskManager, and the task with its rows; of a group all its tasks. config: of the step; inputs: the files that it
     was given.
@@ -125,6 +128,7 @@ def evaluate(lm: Any, manager: Any, tasks: list[Any], config: dict) -> list[list
     return [_evaluated(lm, manager, tasks, config) for _ in range(config.get("drawn", {}).get("samples", 1))]
 
 
+@ifeval.conditions()
 def _evaluated(lm: Any, manager: Any, tasks: list[Any], config: dict) -> list[dict]:
     import lm_eval
 

@@ -174,20 +174,20 @@ def first_two(asked: dict, kind: str) -> list[dict]:
 
 
 def own(judge: str, of: str, config: dict, inputs: list[str]) -> None:
-    """Make a task of `eval.tasks` with its rows, and ask its metric of an answer to the first."""
-    with tempfile.TemporaryDirectory() as cache:
-        _, (task, *_) = own_tasks.load(config, [Path(file) for file in inputs], Path(cache))
-        doc = task.task_docs[0]
-        if task.OUTPUT_TYPE == "generate_until":
-            found = task.process_results(doc, [""])
-        else:
-            found = task.process_results(
-                doc, [(-1.0, False)] * (len(task.doc_to_choice(doc)) if task.config.doc_to_choice else 1)
-            )
+    """Make a task of `eval.tasks` with its rows, and ask its metric of an answer to the first; to one of each instruction."""
     name = config["metric"].partition(",")[0]
-    value = found.get(name)
-    if not own_tasks.is_number(value) or not 0 <= value <= 1:
-        raise InputError(f"{of}.metric: {name} of the first item is {value!r}, expected 0 or 1, a verdict, or a number between")
+    with tempfile.TemporaryDirectory() as cache, ifeval.conditions():
+        _, (task, *_) = own_tasks.load(config, [Path(file) for file in inputs], Path(cache))
+        for doc in one_of_each(task.task_docs):
+            if task.OUTPUT_TYPE == "generate_until":
+                found = task.process_results(doc, [TRIED["ifeval"][1]])
+            else:
+                found = task.process_results(
+                    doc, [(-1.0, False)] * (len(task.doc_to_choice(doc)) if task.config.doc_to_choice else 1)
+                )
+            value = found.get(name)
+            if not own_tasks.is_number(value) or not 0 <= value <= 1:
+                raise InputError(f"{of}.metric: {name} of an item is {value!r}, expected 0 or 1, a verdict, or a number between")
 
 
 def curves(judge: str, of: str, name: str) -> None:
