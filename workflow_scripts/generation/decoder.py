@@ -122,8 +122,8 @@ def compile_own(piece: Callable) -> Callable:
     """`piece`, compiled for one engine. torch keeps what it has compiled with a function's code, at most eight kinds of it in a
     process, and runs the ninth as it stands: which rounds otherwise, so that a later engine would give the same prompt another
     answer. So each engine has a copy of the code, and what can't be compiled whole is an error."""
-    code: Any = getattr(piece, "__code__").replace()  # noqa: B009  (mypy knows no code of a Callable)
-    copy = FunctionType(code, globals(), code.co_name)
+    own: Any = piece  # which mypy knows no code of
+    copy = FunctionType(own.__code__.replace(), own.__globals__, own.__name__)
     return torch.compile(copy, dynamic=False, fullgraph=True)
 
 
