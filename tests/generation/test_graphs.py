@@ -10,7 +10,7 @@ from workflow_scripts.generation import attention, decoder, generator
 from workflow_scripts.generation import graphs as of_graphs
 from workflow_scripts.generation.answers import Asked
 from workflow_scripts.generation.graphs import Graphs
-from workflow_scripts.models import distance
+from workflow_scripts.models import distance, loading
 
 GREEDY = Asked(ENDS, NEW)
 
@@ -198,6 +198,7 @@ def test_a_base_in_4_bit_is_dequantised_into_what_its_own_forward_pass_multiplie
     model = AutoModelForCausalLM.from_pretrained(
         tmp_path, quantization_config=quant, device_map={"": "cpu"}, dtype=torch.float32
     ).eval()
+    loading.keep_trainable_on_cpu(model)  # as for each model that the pipeline loads
     with torch.no_grad():
         wanted = model(torch.tensor([prompts[0]])).logits[0]
     torch.testing.assert_close(Graphs(model, 4, 100).logits(prompts[0]), wanted, atol=1e-3, rtol=1e-4)
