@@ -107,6 +107,11 @@ class Config(Written):
         """Answers of an evaluation that are written at once, at most: a batch of `hf`, or the slots of `graphs`."""
         return self.generation().get("batch_size", self.data["generation"]["slots"])
 
+    def sampled_at_once(self) -> int:
+        """The same of the answers that a sampled slice is made from: a batch of `hf` is that of evaluations."""
+        given = self.data["generation"]
+        return self.data["eval"]["batch_size"] if given["rollouts"] == "hf" else given["slots"]
+
     @cached_property
     def trials(self) -> dict[str, str]:
         """Trial of `tune:` -> the experiment that it is a copy of. On the evaluation trials are judged on demand alone."""

@@ -162,7 +162,7 @@ class Estimates:
 
     def _samples(self, name: str) -> dict[str, float]:
         """Answers to the prompts of a sampled slice."""
-        asked, size = sampled.asking(self.config, name)[1], self.config.data["generation"]["slots"]
+        asked, size = sampled.asking(self.config, name)[1], self.config.sampled_at_once()
         new, answers = asked["max_new_tokens"], math.ceil(asked["rows"] * asked["n"] / self.plan.sample_shards(name))
         at_once = min(size, answers)
         on_cpu = self._batch_mb(at_once, False) + self._kept_mb(at_once, new)
