@@ -63,6 +63,9 @@ def test_each_method_trains_on_what_was_kept_of_one_set_of_answers(made):
     second = json.loads((data / "dpo_onpolicy_round2.answers.manifest.json").read_text())
     first = json.loads((made.folder / "results/dpo_onpolicy/adapter/manifest.json").read_text())
     assert second["parents"]["adapter"]["fingerprint"] == first["fingerprint"]  # the second round is answered by the first
+    card = (made.folder / "results/rft/adapter/README.md").read_text()  # of rows that a run made it names the run, and the reward
+    assert '"run":"results/sft_v2"' in card and '"prompts":"instructions"' in card and '"full":0.5' in card
+    assert '"run":"results/dpo_onpolicy"' in (made.folder / "results/dpo_onpolicy_round2/adapter/README.md").read_text()
     chosen = read_jsonl(data / "pairs_of_8.jsonl")
     assert chosen and all(row["rewards"][0] > row["rewards"][1] for row in chosen)
 

@@ -17,7 +17,7 @@ from workflow_scripts.data.questions import part_of
 from workflow_scripts.plan.plan import Plan
 from workflow_scripts.plumbing.messages import InputError
 from workflow_scripts.steps import slice_data
-from workflow_scripts.tools import graph
+from workflow_scripts.tools import explain, graph
 
 IFEVAL = [json.loads(line) for line in (ROOT / "data/ifeval/input_data.jsonl").read_text(encoding="utf-8").splitlines()]
 RULE = {"rule": "ngram", "ngram": 8, "share": 0.5}
@@ -154,6 +154,23 @@ def test_prompts_to_choose_by_and_composed_ones_to_judge_by_end_in_no_loop(confi
     assert set(plan.avoided("more").values()) == {"chosen_on", "sums_eval"}
     assert set(plan.avoided("chosen_on").values()) == {"ifeval", "sums_eval"}
     assert set(plan.avoided("composed").values()) == {"ifeval", "sums_eval", "more"}  # from chosen_on by its questions
+
+
+@pytest.mark.parametrize("prompts", ["chosen_on", "more"])
+def test_rows_to_train_on_keep_away_from_the_prompts_that_choose(config, prompts):
+    """Who was trained on what chooses would be chosen for it. Composed prompts of the other part need not, by their questions."""
+    tune = {"trials": 2, "grid": {"train": {"learning_rate": {"times": [1, 3]}}}, "experiments": {"dpo": {}}, "per_seed": True}
+    chosen = Config(merge(config, {"tune": tune | {"choose": {"task": "ifeval", "prompts": prompts}}}))
+    before, plan = Plan(Config(config)), Plan(chosen)
+    plan.check()
+    for name in ("sft", "pairs", "rm_pairs"):
+        assert plan.avoided(name) == before.avoided(name) | {"dev_prompts": prompts}
+        assert plan.step("slice", name)["parents"]["dev_prompts"] == plan.fingerprint("slice", prompts)
+        assert plan.step("slice", name)["parents"] == {
+            role: plan.fingerprint(*parent) for role, parent in graph.parents(plan, graph.Phase("slice", name)).items()
+        }
+    assert plan.avoided("composed") == before.avoided("composed")
+    assert explain._role_key(plan, graph.Phase("slice", "pairs"), "dev_prompts") == "tune.choose.prompts"
 
 
 def test_composed_prompts_to_judge_or_choose_by_are_of_a_part_that_nothing_else_in_use_has(config):

@@ -54,6 +54,20 @@ def test_estimates_are_within_a_factor_of_two_of_what_was_measured(heading, file
         assert asked["mem_mb"] > mib * 1.048576 and asked["runtime"] * 60 > seconds, (kind, name, asked)
 
 
+def test_answers_behind_examples_need_what_was_measured():
+    """Keys and values of whole prompts, and the logits of one token of each: not those of 2,000 tokens."""
+    files = [*SMOLLM2, "config/smollm2_quick.yaml", "config/protocols/post_training_lab.yaml"]
+    overlay = {"eval": {"tasks": {"lab_gsm8k": {"lm_eval": {"limit": 8}}}}, "generation": {"slots": 8}, "threads": 1}
+    made = estimates(overlay, files=files)
+    found = int(re.search(r"fp32\): ([\d,]+) MiB", (ROOT / "docs/performance.md").read_text())[1].replace(",", ""))
+    assert 0.75 < made.of("own_lab_gsm8k", "base")["memory_mb"] / (found * 1.048576) < 1.33
+    assert made.ask("own_lab_gsm8k", "base", 1)["mem_mb"] > found * 1.048576
+    options = {"eval": {"tasks": {"arc": {"lm_eval": overlay["eval"]["tasks"]["lab_gsm8k"]["lm_eval"] | {
+        "task": "arc_easy", "revision": "0" * 40, "num_fewshot": 8, "chat_template": False, "fewshot_as_multiturn": False,
+        "system": None}, "metric": "acc"}}}}  # fmt: skip
+    assert estimates(overlay, options, files=files).ask("own_arc", "base", 1)["mem_mb"] < 8000
+
+
 def test_a_second_attempt_asks_for_more_and_the_config_says_how_much():
     made = estimates()
     first, second = (made.ask("train", "dpo", attempt) for attempt in (1, 2))

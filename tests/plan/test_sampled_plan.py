@@ -10,9 +10,9 @@ from workflow_scripts.config.config import Config, load
 from workflow_scripts.config.written import merge
 from workflow_scripts.config.yaml_files import read_yaml
 from workflow_scripts.plan import estimate, records
-from workflow_scripts.plan.gpu_memory import Memory
+from workflow_scripts.plan.gpu_memory import Memory, need
 from workflow_scripts.plan.plan import Plan
-from workflow_scripts.tools import adopt, differences, graph
+from workflow_scripts.tools import adopt, differences, fits, graph
 from workflow_scripts.tools.graph import Phase
 
 FILES = [ROOT / "config/config.yaml", ROOT / "config/self_made.yaml"]
@@ -183,6 +183,20 @@ def test_estimates_and_fits_know_the_answers_and_a_choice_by_a_model(config):
         assert 0 < estimates.gpu_mb(kind, "best_of_8.seed2") < 20_000
     assert [one.name for one in memory.phases() if one.kind == "sample"] == ["best_of_8", "dpo_onpolicy_round2"]
     assert memory.samples("best_of_8", 384).peak > memory.samples("best_of_8", 16).peak
+
+
+def test_what_hf_samples_takes_its_memory_by_its_own_batches(config):
+    """Slots are those of the other backend: fewer of them change nothing, and fits does not advise it."""
+    batches = {"device": "cuda", "precision": "bf16", "generation": {"rollouts": "hf"}, "eval": {"batch_size": 64}}
+    study = merge(config, batches)
+    peak, remedies = {}, {}
+    for name, over in {"as it is": {}, "slots": {"generation": {"slots": 4}}, "batch": {"eval": {"batch_size": 8}}}.items():
+        memory = Memory(Config(merge(study, over)))
+        phase = next(one for one in memory.phases() if (one.kind, one.name) == ("sample", "best_of_8"))
+        peak[name], remedies[name] = phase.peak, fits.remedy(memory, phase, need(phase.peak) * 0.97e-9)
+        assert memory.of("samples", "best_of_8").peak == phase.peak
+    assert peak["slots"] == peak["as it is"] > peak["batch"]
+    assert list(remedies["as it is"][0]) == ["eval.batch_size"]
 
 
 def test_the_overlay_plans_over_three_seeds():

@@ -187,7 +187,11 @@ def test_a_job_that_shared_its_card_is_counted_with_its_share(tmp_path):
 def test_budgets_are_means_over_seeds_of_what_each_training_was_given(html):
     budgets = html[html.index('id="budget"') : html.index('id="cost"')]
     rows = dict(re.findall(r"<tr><td>(\w+)</td>(.*?)</tr>", budgets, flags=re.S))
-    assert re.findall(r">([^<]+)</td>", rows["dpo"]) == ["dpo", "pairs", "300", "19", "12,600", "33"]
+    assert re.findall(r">([^<]+)</td>", rows["dpo"]) == ["dpo", "pairs", "300", "19", "16", "12,600", "33"]
+    # 19 steps of 64 answers, each used once; of 16, each used in two epochs
+    assert [re.findall(r"<td>([\d,]*)</td>", rows[name])[1:5] for name in ("grpo", "ppo", "kto")] == [
+        ["19", "64", "12,600", "1,216"], ["19", "16", "12,600", "152"], ["19", "16", "12,600", ""]
+    ]  # fmt: skip
     assert "base" not in rows and "rm" in rows and "<th>seconds</th>" in budgets
 
 

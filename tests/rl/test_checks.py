@@ -1,11 +1,16 @@
 """Checks with settings, which the config declares as rewards (rl/verifiers.py): each holds where its settings say."""
 
 import json
+from importlib import metadata
 
 import pytest
 
+from tests.support.planned import ROOT
+from workflow_scripts.config.config import Config, load
+from workflow_scripts.config.written import merge
+from workflow_scripts.plan.plan import Plan
 from workflow_scripts.plumbing.messages import InputError
-from workflow_scripts.rl import declared, verifiers
+from workflow_scripts.rl import declared, expressions, verifiers
 
 JSON = {"type": "object", "required": ["n"], "properties": {"n": {"type": "integer"}}, "additionalProperties": False}
 CHECKED = [
@@ -50,3 +55,62 @@ def test_a_check_without_its_field_or_its_reference_is_one_line():
         declared.make("mine", settings, None, rows[::2], "rows.jsonl")
     with pytest.raises(InputError, match="json_schema: 'http://nowhere.example/x' is not in the schema itself"):
         verifiers.json_schema({"$ref": "http://nowhere.example/x"})("1", {})
+
+
+EXPRESSIONS = [
+    ("1/2", r"So it is $\frac{2}{4}$.", True),
+    ("1/2", "The answer is 0.5.", True),
+    ("18", "She makes 18 dollars.", True),
+    ("18", "I used 3 steps.", False),
+    (r"\sqrt{8}", r"\boxed{2\sqrt{2}}", True),
+    ("x^2+2x+1", "$(x+1)^2$", True),
+    ("x^2+2x+1", "$(x-1)^2$", False),
+    ("18", "", False),
+]
+
+
+@pytest.mark.parametrize(("final", "response", "holds"), EXPRESSIONS)
+def test_an_expression_is_right_where_it_equals_the_row_s(final, response, holds):
+    pytest.importorskip("math_verify", reason=f"optional: {expressions.INSTALL}")
+    assert declared.checked("equal", {"math": {"field": "final"}})(
+        [], [[{"content": response}]], row=[json.dumps({"id": "a:1", "final": final})]
+    ) == [float(holds)]
+
+
+def test_a_row_without_an_expression_and_a_tower_of_powers_are_told(monkeypatch):
+    pytest.importorskip("math_verify", reason=f"optional: {expressions.INSTALL}")
+    monkeypatch.setattr(expressions, "SECONDS", 1)
+    check = expressions.check({"field": "final"})
+    assert check("$9^{9^{9^{9}}}$", {"final": "3"}) is False
+    with pytest.raises(InputError, match="row a:1: final is '', in which no expression is found"):
+        check("3", {"id": "a:1", "final": ""})
+
+
+@pytest.mark.parametrize("there", ["none", "0.8.0"])
+def test_without_the_library_the_remedy_is_one_line(monkeypatch, there):
+    def version(name: str) -> str:
+        if there == "none":
+            raise metadata.PackageNotFoundError(name)
+        return there
+
+    monkeypatch.setattr(expressions.metadata, "version", version)
+    with pytest.raises(InputError, match=f"needs math-verify 0.9.0, found {there}; install it .* pip install math-verify==0.9"):
+        declared.make("equal", {"math": {"field": "final"}}, None, [], "rows.jsonl")
+
+
+def test_what_compares_expressions_counts_for_who_is_rewarded_by_it_alone():
+    rewards = {"equal": {"math": {"field": "final"}}, "same": {"exact": {"field": "final", "ignore_case": True}}}
+    made = {f"grpo_{name}": {"extends": "grpo", "slice": "sums", "reward": name} for name in rewards}
+    given = merge(load(ROOT / "config/config.yaml").data, {"rewards": rewards, "experiments": made})
+    plan = Plan(Config(given))
+    steps = {name: plan.step("train", name) for name in (*made, "grpo")}
+    assert [name for name, step in steps.items() if "rl.expressions" in step["code"]] == ["grpo_equal"]
+    assert "sympy" in steps["grpo_equal"]["packages"]
+    assert steps["grpo_equal"]["config"]["rewards"] == {"equal": rewards["equal"]}
+
+
+def test_a_reward_with_the_name_of_the_experiment_that_it_is_of_is_one_line():
+    over = {"rewards": {"short": {"length": {"unit": "words", "least": 1, "most": 9}}}}
+    over |= {"experiments": {"short": {"extends": "grpo", "slice": "sums", "reward": "short"}}}
+    with pytest.raises(InputError, match="rewards.short: the name of an experiment; take another one"):
+        Config(merge(load(ROOT / "config/config.yaml").data, over))

@@ -22,7 +22,7 @@ from workflow_scripts.config.yaml_files import read_yaml
 from workflow_scripts.models import loading
 from workflow_scripts.plan.plan import Plan
 from workflow_scripts.plumbing.messages import InputError, Interrupted
-from workflow_scripts.rl import declared
+from workflow_scripts.rl import declared, expressions
 from workflow_scripts.tools import differences, rehearse
 
 GOOD = '''"""Short answers are good."""
@@ -97,6 +97,7 @@ def test_the_example_of_the_documentation_plans_and_judges(write, tmp_path, monk
     told = merge(yaml.safe_load(first), yaml.safe_load(second))
     Plan(config_with(told["rewards"], told["experiments"])).check()
     rows = [{"id": f"a:{n}", "prompt": "p", "final": "18", "chosen": "c"} for n in (1, 2)]
+    monkeypatch.setattr(expressions, "check", lambda settings: lambda response, row: False)  # its library is optional
     for name, settings in told["rewards"].items():
         assert declared.make(name, settings, Path(settings["file"]) if "file" in settings else None, rows, "rows")
     assert declared.own(file, "concise")([], [[{"content": "one two"}]], ["a:1"], ["{}"]) == [1 / 3]
@@ -226,7 +227,7 @@ def test_a_file_that_changed_after_planning_is_not_run(write, base, slices, tmp_
         ({"tokens": {"json_schema": {}}}, "rewards.tokens: not a name to use here"),
         ({"mine": {"file": "a.py"}}, "rewards.mine.function: missing"),
         ({"mine": {"function": "a", "json_schema": {}}}, "rewards.mine.file: missing"),
-        ({"mine": {}}, "rewards.mine: found none of them, expected one of file, exact, number, regex, json_schema, length"),
+        ({"mine": {}}, "rewards.mine: found none of them, expected one of file, exact, number, math, regex, json_schema, length"),
         ({"mine": {"json_schema": {}, "regex": {"pattern": "a", "whole": True}}}, "found regex and json_schema, expected one of"),
         ({"mine": {"regex": {"pattern": "(", "whole": True}}}, "rewards.mine.regex.pattern: no regular expression: missing"),
         ({"mine": {"json_schema": {"type": "text"}}}, "rewards.mine.json_schema.type: no JSON schema"),

@@ -10,7 +10,8 @@ from workflow_scripts.artifacts import manifests
 from workflow_scripts.artifacts.own_code import read as own_code
 from workflow_scripts.plumbing.jsonl import read_jsonl
 from workflow_scripts.plumbing.messages import InputError
-from workflow_scripts.steps import generate, sample
+from workflow_scripts.rl import placebos
+from workflow_scripts.steps import choose_rows, generate, sample
 
 pytestmark = pytest.mark.slow
 GRAPHS, HF = {"backend": "graphs", "adapter": "match"}, {"backend": "hf", "batch_size": 5}
@@ -256,6 +257,24 @@ def test_a_coin_chooses_the_same_again_and_another_with_another_seed(speaking_ba
         return [row["messages"] for row in small_steps.run(job).rows()]
 
     assert coin("a", 1) == coin("b", 1) != coin("c", 2)
+
+
+@pytest.mark.parametrize("at_once", [6, 3])
+def test_a_reward_sees_all_answers_to_a_prompt_together(speaking_base, prompts, answers, tmp_path, monkeypatch, at_once):
+    """Batches end between prompts: else the coins of a prompt's last answers would be those of its first."""
+    seen = []
+
+    def coins(seed):
+        def judge(id, **columns):
+            seen.append(id)
+            return [0.0] * len(id)
+
+        return judge
+
+    monkeypatch.setattr(placebos, "coins", coins)
+    monkeypatch.setattr(choose_rows, "AT_ONCE", at_once)
+    small_steps.run(choice(tmp_path, speaking_base, prompts, answers, {"keep": "best"}, reward={}, placebo="random"))
+    assert [(len(ids), len(set(ids))) for ids in seen] == [(4, 1)] * 20
 
 
 def test_thoughts_are_left_out_where_the_evaluation_leaves_them_out(speaking_base, prompts, answers, tmp_path):

@@ -146,7 +146,8 @@ def _adapter(
     manifest = {"fingerprint": plan.fingerprint("train", run), "files": {}, "objective": objective}
     rank = plan.config.lora(run.partition(".")[0])["r"]
     manifest["constant"] = {"trainable_parameters": 9_728 * rank}  # inputs and outputs of all matrices of the tiny model
-    _write(folder / "manifest.json", manifest | {"step": {"config": {"method": method} | (own or {})}})
+    told = {"method": method, "train": plan.config.experiments[run.partition(".")[0]]["train"]} | (own or {})
+    _write(folder / "manifest.json", manifest | {"step": {"config": told}})
     facts = {"seconds": 33.0, "rows": 300, "steps": 19, "tokens": 12_000 + 300 * plan.config.run(run)[1]}
     _write(folder / "run.json", facts | {"peak_memory_bytes": 9e8, "gpu_peak_memory_bytes": 3 * 2**30})
     steps = numpy.arange(1, 61)

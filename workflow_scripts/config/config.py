@@ -31,12 +31,13 @@ class Config(Written):
         self.experiments, self.rounds = sampled.in_rounds(self, self.experiments)
         schema.check_experiments(self, self.experiments)
         self.experiments, self.tuned = tuning.expand(self, self.experiments)
+        models = self.models
+        taken = dict.fromkeys(models, "a model") | dict.fromkeys(self.experiments, "an experiment")
+        declared.check(self, taken)  # before who is made from whom: a reward with an experiment's name would be that experiment
         references.check(self, self.experiments, [*self.tuned, *self.rounds])
         self.experiments, self.copies = sweep.expand(self, self.experiments)
         self.tuned = tuning.swept(self.tuned, self.copies)
-        models = self.models
-        taken = dict.fromkeys(models, "a model") | dict.fromkeys(self.experiments, "an experiment")
-        declared.check(self, taken)
+        declared.check(self, taken | dict.fromkeys(self.copies, "an experiment"))
         for name in self.experiments:
             stem = view_of(name)[0]
             if stem != name and (stem in self.experiments or stem in models):
@@ -105,6 +106,11 @@ class Config(Written):
     def at_once(self) -> int:
         """Answers of an evaluation that are written at once, at most: a batch of `hf`, or the slots of `graphs`."""
         return self.generation().get("batch_size", self.data["generation"]["slots"])
+
+    def sampled_at_once(self) -> int:
+        """The same of the answers that a sampled slice is made from: a batch of `hf` is that of evaluations."""
+        given = self.data["generation"]
+        return self.data["eval"]["batch_size"] if given["rollouts"] == "hf" else given["slots"]
 
     @cached_property
     def trials(self) -> dict[str, str]:

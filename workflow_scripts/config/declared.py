@@ -7,7 +7,7 @@ from jsonschema.exceptions import SchemaError
 
 from workflow_scripts.config.written import Written
 
-KINDS = ("file", "exact", "number", "regex", "json_schema", "length")
+KINDS = ("file", "exact", "number", "math", "regex", "json_schema", "length")
 
 
 def names(config: Written) -> list[str]:

@@ -76,7 +76,8 @@ def definition(config: Written, name: str) -> Definition:
 def _check_kind(config: Written, place: list, data: dict[str, Any]) -> None:
     """What can be asked of a model here, safely, and greedily."""
     if data.get("unsafe_code"):
-        raise config.fail(place, "runs code that the model writes (unsafe_code: true), which is not done here; leave it out")
+        problem = "runs code that the model writes (unsafe_code: true), and no key allows that: there is no sandbox here"
+        raise config.fail(place, f"{problem}; leave it out")
     if "class" in data or not isinstance(data.get("task"), str):
         raise config.fail(place, "is a task written in Python (class:), of which nothing is known before it runs")
     if (kind := data.get("output_type", "generate_until")) not in TYPES:

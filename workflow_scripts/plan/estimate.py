@@ -38,7 +38,8 @@ DECODE = {"cpu": 0.003, "cuda": 0.003}  # seconds for one layer, of one token of
 GRAPHS = {"cpu": 0.003, "cuda": 0.00015}  # the same by the generator's own steps
 START = {"cpu": 5.0, "cuda": 20.0}  # seconds until a step computes
 ASKED = {"mmlu": (120, 1), "truthfulqa": (190, 12)}  # task -> tokens of a question (or shot), passes for its options
-ITEMS, ITEM, OPTIONS = 2000, 150, 4  # of a task of `eval.tasks`: items, where no limit says how many; tokens of one; its options
+# Of a task of `eval.tasks`: items, where no limit says how many; tokens of one; its options; tokens of an option.
+ITEMS, ITEM, OPTIONS, OPTION = 2000, 220, 4, 128
 FILLED = 0.4  # mean length of a row, as a share of the longest allowed
 CHECKPOINTING = 1.4  # time of a step with activation checkpointing
 RANK = 16  # of the adapters that were measured
@@ -123,6 +124,11 @@ class Estimates:
         width, layers, vocabulary = (self.shape[key] for key in ("hidden_size", "num_hidden_layers", "vocab_size"))
         return tokens * ((140 * width * layers if training else 8 * width) + (16 if training else 4) * vocabulary) / MB
 
+    def _kept_mb(self, answers: int, tokens: int) -> float:
+        """MB of the host for keys and values: on a CPU only. In fp32, of a third of the width, since heads share them."""
+        width, layers = self.shape["hidden_size"], self.shape["num_hidden_layers"]
+        return 8 * layers * width / 3 * answers * tokens / MB if self.device == "cpu" else 0
+
     def _base(self, name: str) -> dict[str, float]:
         base = self.config.models[name]
         if base["source"] != "scratch":
@@ -156,11 +162,10 @@ class Estimates:
 
     def _samples(self, name: str) -> dict[str, float]:
         """Answers to the prompts of a sampled slice."""
-        asked, size = sampled.asking(self.config, name)[1], self.config.data["generation"]["slots"]
+        asked, size = sampled.asking(self.config, name)[1], self.config.sampled_at_once()
         new, answers = asked["max_new_tokens"], math.ceil(asked["rows"] * asked["n"] / self.plan.sample_shards(name))
         at_once = min(size, answers)
-        kept = 8 * self.shape["num_hidden_layers"] * self.shape["hidden_size"] / 3 * at_once * new / MB
-        on_cpu = self._batch_mb(at_once, False) + (kept if self.device == "cpu" else 0)
+        on_cpu = self._batch_mb(at_once, False) + self._kept_mb(at_once, new)
         decoding = self._decode(math.ceil(answers / at_once), answers, new, self.config.data["generation"]["rollouts"])
         return {
             "memory_mb": self._libraries("generate") + 6 * self.parameters / MB + on_cpu,
@@ -217,9 +222,7 @@ class Estimates:
         prompts, shards = self._prompts(task) * self._each(task), self.plan.shards(task)
         new_tokens, size = self.config.task(task)["max_new_tokens"], self.config.at_once()
         batches, at_once = math.ceil(math.ceil(prompts / size) / shards), min(size, prompts)
-        # Keys and values in fp32, of a third of the width: as many query heads share each, or more.
-        kept = 8 * self.shape["num_hidden_layers"] * self.shape["hidden_size"] / 3 * at_once * new_tokens / MB
-        on_cpu = self._batch_mb(at_once, False) + (kept if self.device == "cpu" else 0)
+        on_cpu = self._batch_mb(at_once, False) + self._kept_mb(at_once, new_tokens)
         return {
             "memory_mb": self._libraries("generate") + 6 * self.parameters / MB + on_cpu,
             "seconds": START[self.device]
@@ -252,9 +255,16 @@ class Estimates:
         else:
             size = min(self.config.data["eval"]["batch_size"], items)
             seconds = self._forward(items * OPTIONS, size, length)
-        batch = self._batch_mb(2 * min(size, items) * length, False)
+        on_cpu = 0.0
+        if self.device == "cpu":
+            at_once = min(size, items * self._each(task))
+            if own_tasks.output_type(self.config, task) == "generate_until":  # logits of one token of each answer
+                on_cpu = self._batch_mb(at_once, False) + self._kept_mb(at_once, length + new)
+            else:  # a pass over whole prompts, logits of the options alone, with their logarithms
+                pairs, vocabulary = 2 * at_once, self.shape["vocab_size"]
+                on_cpu = pairs * (8 * self.shape["hidden_size"] * length + 8 * OPTION * vocabulary) / MB
         return {
-            "memory_mb": self._libraries("generate") + 6 * self.parameters / MB + batch + 0.05 * items,
+            "memory_mb": self._libraries("generate") + 6 * self.parameters / MB + on_cpu + 0.05 * items,
             "seconds": 2 * START[self.device] + seconds + 0.01 * items,
             "disk_mb": 10 + 0.01 * items,
         }

@@ -72,7 +72,7 @@ class Memory:
             found.append(self.choose(task) if task in CHOICE else self.generate(task, self.config.at_once()))
         for name, body in self.config.data["data"]["slices"].items():
             if "run" in body["source"].get("sampled", {}):
-                found.append(self.samples(name, self.config.data["generation"]["slots"]))
+                found.append(self.samples(name, self.config.sampled_at_once()))
         return found + [self.own(task) for task in self.config.own_tasks]
 
     def of(self, kind: str, name: str) -> Phase:
@@ -82,7 +82,7 @@ class Memory:
             body = self.config.experiments[name]
             return self.train(name, body) if kind == "train" else self.eval_rm(name, body)
         if kind == "samples":
-            return self.samples(name, self.config.data["generation"]["slots"])
+            return self.samples(name, self.config.sampled_at_once())
         if kind == "slice":
             return self.choose_rows(name)
         if kind == "judge":

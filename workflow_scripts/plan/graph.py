@@ -81,19 +81,27 @@ class Graph(Places):
         Slices that are trained on, or that settings are chosen on, keep away from what is evaluated. Composed prompts keep away
         from every slice that is there to evaluate on, so that prompts for development, too, are none of IFEval's; from
         each other they are apart by their questions (config/slices.py). Of development prompts and evaluated ones, it is the
-        former that keep away.
+        former that keep away; of rows to train on and development prompts, the rows. In the tiny world their splits share none.
         """
         slices = self.config.data["data"]["slices"]
         composed = [one for one in slices if "composed" in slices[one]["source"]]
         evaluated = {f"{task}_prompts": prompts for task, prompts in self.config.evaluations.items()}
+        chosen_by = self.config.development.get("prompts", "")
         if name not in composed:
-            apart = self.config.trains_on(name) or name == self.config.development.get("prompts")
-            return evaluated if apart else {}
+            if not self.config.trains_on(name):
+                return evaluated if name == chosen_by else {}
+            apart_anyway = not chosen_by or self._in_tiny_world(name) and self._in_tiny_world(chosen_by)
+            return evaluated | ({} if apart_anyway else {f"{DEVELOPMENT}_prompts": chosen_by})
         evaluated = {role: prompts for role, prompts in evaluated.items() if prompts not in composed}
-        avoid_it = self.config.development.get("prompts") if name in self.config.evaluations.values() else None
-        apart_anyway = [*composed, *evaluated.values(), avoid_it]
-        others = [one for one in slices if not self.config.trains_on(one) and one not in apart_anyway]
+        avoids_it = chosen_by if name in self.config.evaluations.values() else ""
+        not_these = [*composed, *evaluated.values(), avoids_it]
+        others = [one for one in slices if not self.config.trains_on(one) and one not in not_these]
         return evaluated | {f"slice_{one}_prompts": one for one in others}
+
+    def _in_tiny_world(self, name: str) -> bool:
+        """Whether a slice's prompts are of the tiny world; of a sampled slice, those that are asked."""
+        name = sampled.asking(self.config, name)[1]["prompts"] if self.is_sampled(name) else name
+        return self.is_tiny_slice(name)
 
     def shown(self) -> list[str]:
         """The runs that are scored without being asked for. Trials are not: on the evaluation they are nobody's business."""

@@ -6,6 +6,8 @@ from workflow_scripts.artifacts import fingerprint
 from workflow_scripts.config.experiments import VERIFIERS, rewards
 from workflow_scripts.plan.graph import Graph
 
+EXPRESSIONS = "workflow_scripts.rl.expressions"
+
 
 def config(graph: Graph, body: dict) -> dict:
     """The keys of a step's config that come from `reward` of a body: which, how declared, who judges without thoughts."""
@@ -27,6 +29,9 @@ def _declared(body: dict) -> dict:
 def with_own_code(graph: Graph, step: dict, declared: dict[str, dict]) -> dict:
     """With what the files of rewards of the user's own do, and what they import of this project and of locked libraries.
     A library that is not in the lock has no declared version, and counts for nothing."""
+    if any("math" in body for body in declared.values()):
+        step["code"] = step["code"] | fingerprint.code(EXPRESSIONS)
+        step["packages"] = step["packages"] | fingerprint.packages(EXPRESSIONS) | fingerprint.versions(["sympy"])
     for name in (name for name, body in declared.items() if "file" in body):
         own = graph.code_of(name)
         step.setdefault("external", {}).setdefault("rewards", {})[name] = own.logic

@@ -176,22 +176,23 @@ def rewards(world: World) -> str:
 def budgets(world: World) -> list[dict]:
     """What each experiment's training was given, mean over its seeds.
 
-    rows: of its slice (pairs, conversations, prompts); tokens: as its trainer counts them, answers that it sampled too. A tuned
-    one was given what all its trials were: steps, tokens and seconds are their sums. drawn: answers that its rows were chosen
-    from, which experiments may share, with their tokens and the seconds that they took.
+    rows: of its slice (pairs, conversations, prompts); batch: of a step; tokens: as its trainer counts them, sampled answers too.
+    A tuned one was given what all its trials were: steps, tokens, answers and seconds are their sums. drawn: answers that its
+    rows were chosen from, which experiments may share, with their tokens and the seconds that they took.
     """
     rows = []
     tuned = world.config.get("tune", {}).get("experiments", {})
     for name, body in world.config["experiments"].items():
         trials = tuned.get(name, {}).get("trials", [name])
         runs = world.trials if name in tuned else world.runs
-        trained = [run.phases["training"] for run in runs.values() if run.experiment in trials and "training" in run.phases]
+        made = [run for run in runs.values() if run.experiment in trials and "training" in run.phases]
+        trained = [_given(run) for run in made]
         if not trained:
             continue
         row = {"name": name, "method": body["method"], "slice": body["slice"], "trials": len(trials)}
-        for what in ("rows", "steps", "tokens", "seconds"):
+        for what in ("rows", "steps", "batch", "tokens", "sampled", "seconds"):
             known = [gpu_seconds(facts) if what == "seconds" else facts[what] for facts in trained if facts.get(what) is not None]
-            times = 1 if what == "rows" else len(trials)
+            times = 1 if what in ("rows", "batch") else len(trials)
             row[what] = f"{times * numpy.mean(known):,.0f}" if known else ""
         drawn = [facts for run in runs.values() if run.experiment in trials for facts in run.drawn.values()]
         row["drawn"] = f"{numpy.mean([facts['count'] for facts in drawn]):,.0f}" if drawn else ""
@@ -199,6 +200,15 @@ def budgets(world: World) -> list[dict]:
         row["drawn_seconds"] = f"{numpy.mean([gpu_seconds(facts) for facts in drawn]):,.0f}" if drawn else ""
         rows.append(row)
     return rows
+
+
+def _given(run: Run) -> dict:
+    """What a training's run.json says, with what follows from its settings: the batch of a step, the answers sampled."""
+    facts, train = run.phases["training"], run.manifest.get("step", {}).get("config", {}).get("train", {})
+    size = train.get("per_device_train_batch_size")
+    batch = size and size * train.get("gradient_accumulation_steps", 1)
+    samples = batch and "max_completion_length" in train and facts.get("steps") is not None
+    return facts | {"batch": batch, "sampled": facts["steps"] * batch / train.get("num_iterations", 1) if samples else None}
 
 
 def gpu_seconds(facts: dict) -> float:

@@ -57,7 +57,7 @@ def make(name: str, settings: dict, file: Path | None, rows: list[dict], row_fil
     file: of a function of the user's own. rows: may be none, and then the file is only loaded. row_file: where they stand.
     """
     made = own(file, settings["function"]) if file else checked(name, settings)
-    for field in [settings[kind]["field"] for kind in ("exact", "number") if kind in settings]:
+    for field in [settings[kind]["field"] for kind in ("exact", "number", "math") if kind in settings]:
         for row in rows:
             if not isinstance(row.get(field), str | int | float):
                 found = "no text or number" if field in row else "missing"

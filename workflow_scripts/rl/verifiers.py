@@ -98,9 +98,18 @@ def length(settings: dict) -> Check:
     return check
 
 
+def expressions(settings: dict) -> Check:
+    """Whether the response gives an expression that equals the one in the row's `field` (rl/expressions.py)."""
+    from importlib import import_module
+
+    # So that its code counts for rewards that use it alone (plan/rewarded.py).
+    return import_module("workflow_scripts.rl.expressions").check(settings)
+
+
 CHECKS: dict[str, Callable[[dict], Check]] = {
     "exact": exact,
     "number": number,
+    "math": expressions,
     "regex": regex,
     "json_schema": json_schema,
     "length": length,

@@ -24,7 +24,7 @@ from workflow_scripts.plumbing import startup
 from workflow_scripts.plumbing.messages import InputError
 from workflow_scripts.steps import cli, slice_data
 
-AT_ONCE = 256  # answers that a reward is called with, without a reward model
+AT_ONCE = 256  # answers that a reward is called with, at most, without a reward model
 
 
 def rewarded(job: manifests.Job, parents: dict[str, manifests.Artifact], asked: list[tuple[dict, dict]]) -> tuple[list, dict]:
@@ -44,6 +44,8 @@ def rewarded(job: manifests.Job, parents: dict[str, manifests.Artifact], asked: 
     flat = [(row, one) for row, answers in asked for one in answers["answers"]]
     models = [parents[f"reward {name}"].data["step"]["config"]["train"] for name in rewards.models_of(job)]
     size = min([AT_ONCE, *(train["per_device_eval_batch_size"] for train in models)])
+    n = len(asked[0][1]["answers"]) if asked else 1
+    size = size // n * n or (size if models else n)  # all answers to a prompt together: a coin is of their places among these
     bar = Progress(len(flat), f"rewards of {job.out.stem}")
     found: dict[str, list[float]] = {name: [] for name in functions}
     for first in range(0, len(flat), size):

@@ -117,11 +117,24 @@ def _data(run: runs.Run) -> list[str]:
     for adapter in adapters:
         rows = runs.parent(adapter, "rows")
         config = rows.data.get("step", {}).get("config", {})
+        sampled = config.get("source", {}).get("sampled")
+        if sampled is not None:
+            judged = {key: config[key] for key in ("reward", "placebo") if key in config}
+            config = config | {"source": {"sampled": _asked(rows) | sampled | judged}}
         dropped = "; ".join(f"{count} {reason}" for reason, count in rows.data.get("dropped", {}).items()) or "none"
         facts = [_value(config.get(key, "?")) for key in ("source", "rows", "heldout", "seed")]
         name = rows.path.name.removesuffix(".manifest.json")
         body.append([name, f"`{adapter.folder.parent}`", *facts, dropped, f"`{rows.fingerprint}`"])
     return ["## Data", "", *_table(head, body)]
+
+
+def _asked(rows: Artifact) -> dict:
+    """Which run answered which prompts how, of a slice that a run made: its answers say so."""
+    answers = runs.parent(rows, "answers")
+    asked, model = answers.data["step"]["config"]["source"]["sampled"], answers.data["parents"]
+    run = Path(model["adapter"]["path"]).parents[1] if "adapter" in model else Path(model["start"]["path"]).parent
+    prompts = Path(model["prompts"]["path"]).name.removesuffix(".manifest.json")
+    return {"run": str(run), "prompts": prompts, **asked}
 
 
 def _objective(facts: dict) -> list[str]:

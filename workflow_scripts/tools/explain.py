@@ -28,6 +28,7 @@ from workflow_scripts.artifacts import manifests
 from workflow_scripts.artifacts.manifests import WEIGHTS, Artifact
 from workflow_scripts.config import config as configs
 from workflow_scripts.config import sampled
+from workflow_scripts.config.names import DEVELOPMENT
 from workflow_scripts.config.schema_errors import dotted
 from workflow_scripts.plan import records
 from workflow_scripts.plan.plan import Plan
@@ -264,7 +265,7 @@ def _role_key(plan: Plan, phase: Phase, role: str) -> str:
         return dotted(sampled.place(plan.config, phase.name, ["source", "sampled", "reward"]))
     if role.endswith("prompts"):
         task = role.removesuffix("_prompts") if role != "prompts" else phase.kind.partition("_")[2] or "ifeval"
-        return f"eval.{task}.prompts"
+        return "tune.choose.prompts" if task == DEVELOPMENT else f"eval.{task}.prompts"
     if role == "fewshot":
         return f"eval.{phase.kind.partition('_')[2]}.fewshot"
     key = {"start": "start_from", "rows": "slice"}.get(role)

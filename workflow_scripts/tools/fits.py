@@ -29,14 +29,15 @@ LEAST_PROMPT = 128  # tokens; below it no advice
 def remedy(memory: Memory, phase: Phase, card: float) -> tuple[dict[str, object], float] | None:
     """(keys to change, the peak then) that make a phase fit on a card of so many GB; None if none of these does."""
     if phase.kind in ("generate", "sample"):
-        size = memory.config.at_once() if phase.kind == "generate" else memory.config.data["generation"]["slots"]
-        again = memory.generate if phase.kind == "generate" else memory.samples
+        config, evaluates = memory.config, phase.kind == "generate"
+        size = config.at_once() if evaluates else config.sampled_at_once()
+        again = memory.generate if evaluates else memory.samples
         while not fits(phase.peak, card):
             if size == 1:
                 return None
             size //= 2
             phase = again(phase.name, size)
-        graphs = phase.kind == "sample" or memory.config.generation()["backend"] == "graphs"
+        graphs = (config.generation()["backend"] if evaluates else config.data["generation"]["rollouts"]) == "graphs"
         key = "generation.slots" if graphs else "eval.batch_size"
         return {key: size}, phase.peak
     if phase.kind == "choose":  # a batch of its own, which decides no more than rounding
