@@ -71,14 +71,12 @@ EXPRESSIONS = [
 
 @pytest.mark.parametrize(("final", "response", "holds"), EXPRESSIONS)
 def test_an_expression_is_right_where_it_equals_the_row_s(final, response, holds):
-    pytest.importorskip("math_verify", reason=f"optional: {expressions.INSTALL}")
     assert declared.checked("equal", {"math": {"field": "final"}})(
         [], [[{"content": response}]], row=[json.dumps({"id": "a:1", "final": final})]
     ) == [float(holds)]
 
 
 def test_a_row_without_an_expression_and_a_tower_of_powers_are_told(monkeypatch):
-    pytest.importorskip("math_verify", reason=f"optional: {expressions.INSTALL}")
     monkeypatch.setattr(expressions, "SECONDS", 1)
     check = expressions.check({"field": "final"})
     assert check("$9^{9^{9^{9}}}$", {"final": "3"}) is False

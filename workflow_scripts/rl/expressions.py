@@ -1,7 +1,7 @@
 """Whether a response ends in an expression that equals the row's: 1/2 is 0.5, and sqrt(8) is 2 sqrt(2).
 
 By math-verify (https://github.com/huggingface/Math-Verify), which reads LaTeX and plain expressions out of a text and compares
-them by sympy. It is optional: no lock has it, and of these versions alone is known what they say, so others are refused.
+them by sympy. Of these versions, which are the lock's, is known what they say, so others are refused.
 
 It takes more than it should, as its page says: (1, 2) is also the open interval, and equals {1, 2}. What takes longer than
 SECONDS to read or compare is wrong; that bounds towers of powers, and a slow machine may meet it where a fast one does not.
