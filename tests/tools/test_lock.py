@@ -9,6 +9,7 @@ from importlib import metadata
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
 
 from workflow_scripts.artifacts.fingerprint import DISTRIBUTIONS, LOCK_FILE
 from workflow_scripts.plumbing.messages import InputError
@@ -29,7 +30,7 @@ RUNNING, CHECKING = names(LOCK_FILE), names(lock.DEV_LOCK)
 
 def test_each_lock_has_what_it_is_for_and_they_share_nothing():
     extras = PROJECT["optional-dependencies"]
-    assert {lock.canonical(name) for name in PROJECT["dependencies"] + extras["track"]} <= RUNNING
+    assert {lock.canonical(Requirement(name).name) for name in PROJECT["dependencies"] + extras["track"]} <= RUNNING
     assert {lock.canonical(name) for name in extras["dev"]} <= CHECKING
     assert not RUNNING & CHECKING
     assert not set(lock.needed(PROJECT["dependencies"])) & CHECKING
