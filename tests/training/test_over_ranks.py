@@ -1,4 +1,4 @@
-"""A training by several ranks is that of one process: the same losses, figures, objective and weights, up to the order of sums."""
+"""A training by several ranks is that of one process: same losses, figures, objective and weights, up to the order of sums."""
 
 import pytest
 from safetensors.torch import load_file
@@ -14,6 +14,14 @@ OF_METHOD = {
     "simpo": {"per_device_train_batch_size": 2},
     "kto": {"per_device_train_batch_size": 4},
     "rm": {"per_device_train_batch_size": 2},
+    "grpo": {
+        "num_iterations": 2,
+        "per_device_train_batch_size": 4,
+        "num_generations": 4,
+        "max_completion_length": 8,
+        "steps_per_generation": 4,
+    },
+    "rloo": {"per_device_train_batch_size": 4, "num_generations": 4, "max_completion_length": 8, "steps_per_generation": 4},
 }
 
 
@@ -35,10 +43,12 @@ def check_equal(made, alone, tolerance=1e-4):
     assert max(float((first[name] - second[name]).abs().max()) for name in first) < 10 * tolerance
 
 
-@pytest.mark.parametrize("method", sample("sft_v2", "dpo", "kto", "rm", "simpo", n=4))
+@pytest.mark.parametrize("method", sample("sft_v2", "dpo", "kto", "rm", "simpo", "grpo", "rloo", n=4))
 def test_two_ranks_follow_the_losses_of_one_process(method, base, slices, tmp_path):
     alone = small_steps.run(step_of(method, base, slices, tmp_path / "one"))
     made = several.run(step_of(method, base, slices, tmp_path / "two"), 2)
-    losses = [row["loss"] for row in several.curve(alone) if "loss" in row]
-    assert len(losses) == STEPS and max(losses) - min(losses) > 0.01  # something was learned, so there is a course to follow
+    course = [row["reward" if "reward" in row else "loss"] for row in several.curve(alone) if "loss" in row]
+    assert (
+        len(course) == STEPS and max(course) - min(course) > 0.01 and alone.data["adapter_moved"] == 1
+    )  # there is one to follow
     check_equal(made, alone)

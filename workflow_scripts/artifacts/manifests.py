@@ -186,8 +186,8 @@ def complete(job: Job, kind: str, parents: dict[str, Artifact]) -> Iterator[Draf
     Nothing appears if an exception leaves the block. The manifest lists every file but the volatile ones by sha256.
     """
     if not ranks.first():  # one of several ranks writes, and the others do as if
-        with tempfile.TemporaryDirectory() as folder:
-            yield Draft(Path(folder))
+        with tempfile.TemporaryDirectory() as unread:
+            yield Draft(Path(unread))
         return
     mark = fingerprint(job.step)
     home = job.work / mark

@@ -44,7 +44,7 @@ def run(command: list[str], cards: list[str] | None, count: int, logs: Path, pat
         try:
             for rank in range(count):
                 env = os.environ | ({"CUDA_VISIBLE_DEVICES": cards[rank]} if cards else {})
-                with open(logs / f"rank{rank}.log", "wb") if rank else suppress() as log:
+                with open(logs / f"rank{rank}.log", "wb") as log:
                     processes.append(
                         subprocess.Popen(
                             [*command, "--rank", str(rank), "--meet", name],
@@ -71,7 +71,7 @@ def _signals_passed_on(processes: list[subprocess.Popen]) -> Iterator[None]:
             with suppress(ProcessLookupError):
                 process.send_signal(number)
 
-    before: dict[int, Callable | int | None] = {}
+    before: dict[signal.Signals, Callable | int | None] = {}
     for number in (signal.SIGTERM, signal.SIGINT):
         if signal.getsignal(number) != signal.SIG_IGN:
             before[number] = signal.signal(number, pass_on)
@@ -98,8 +98,10 @@ def _watch(processes: list[subprocess.Popen], folder: Path, logs: Path, patience
         if time.monotonic() - since > patience and at[late][0] < max(now) and ended_at is None:
             ahead = max(at)
             return Ended(
-                "late", late, f"rank {late} did not come to exchange {ahead[0]} ({ahead[1]}) within {patience:.0f} s, and all were ended"
-            )  # fmt: skip
+                "late",
+                late,
+                f"rank {late} did not come to exchange {ahead[0]} ({ahead[1]}) within {patience:.0f} s, and all were ended",
+            )
         time.sleep(LOOK)
 
 

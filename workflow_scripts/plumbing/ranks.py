@@ -10,10 +10,10 @@ come, whichever backend waits.
 
 import datetime
 import json
+import logging
 import os
 import shutil
 import signal
-import sys
 import threading
 from contextlib import contextmanager
 from pathlib import Path
@@ -39,6 +39,7 @@ def join(rank: int, of: int, folder: Path, device: str) -> None:
 
     number, count, _folder, _met = rank, of, folder, 0
     _at = os.open(folder / f"at-{rank}", os.O_WRONLY | os.O_CREAT, 0o600)
+    logging.getLogger("transformers.training_args").addFilter(_of_a_world)
     dist.init_process_group(
         "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo",
         store=dist.FileStore(str(folder / "store"), of),
@@ -46,6 +47,11 @@ def join(rank: int, of: int, folder: Path, device: str) -> None:
         world_size=of,
         timeout=datetime.timedelta(seconds=BACKSTOP),
     )
+
+
+def _of_a_world(record: logging.LogRecord) -> bool:
+    """transformers warns that the ranks are no world of its own: so it is meant."""
+    return "parallel_mode" not in str(record.msg)
 
 
 def leave() -> None:
@@ -114,11 +120,6 @@ def wait(what: str = "the others' end") -> None:
     gathered(None, what)
 
 
-def facts() -> dict:
-    """For run.json."""
-    return {"gpus": count} if count > 1 else {}
-
-
 # -- for who starts them -------------------------------------------------------------------------------------------------------
 
 
@@ -134,7 +135,7 @@ def end_with_starter() -> None:
     """From now on this process dies when the one that started it does: that holds the other end of its standard input."""
 
     def watch() -> None:
-        while sys.stdin.buffer.raw.read(1):  # type: ignore[attr-defined]
+        while os.read(0, 1):
             pass
         if _folder is not None:
             shutil.rmtree(_folder, ignore_errors=True)

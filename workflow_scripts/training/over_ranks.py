@@ -4,8 +4,8 @@ Each rank runs TRL's own loop with the same seed: it draws the same rows in the 
 effective batch (so the loss is normalised as by one process), and steps its own optimiser. Of a step's micro-batches it computes
 those whose place is its rank, modulo their number. Before the gradient is clipped the ranks sum it, in one exchange, with the
 loss; another one carries what TRL noted of each micro-batch, and puts it in the order in which one process would have noted it.
-So log lines, checkpoints and the adapter are what one process makes, up to the order of sums. The state is the same on each rank: a
-checkpoint of two ranks is one of one, or of four.
+So log lines, checkpoints and the adapter are what one process makes, up to the order of sums. The state is the same on each
+rank: a checkpoint of two ranks is one of one, or of four.
 
 Why not DDP: it averages gradients of ranks that each hold an equal batch of their own, with samplers that repeat rows to make
 the last one even. Here the effective batch, its rows and its normaliser are those of the config whatever the number of cards;
@@ -59,7 +59,7 @@ class Shared:
     def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> torch.Tensor:
         """The micro-batch's loss, as transformers adds them up: that of all of the step with its last one, none before."""
         trainer, mine = self.trainer, self.place % ranks.count == ranks.number
-        figures, tokens = trainer._metrics["train"], getattr(trainer, "_total_train_tokens", 0)
+        figures, tokens = trainer._metrics["train"], trainer._total_train_tokens
         before = {name: len(values) for name, values in figures.items()}
         loss = self._computed(model, inputs, num_items_in_batch) if mine else self._passed_over(model, inputs)
         new = {name: values[before.get(name, 0) :] for name, values in figures.items() if name != TOKENS}
@@ -69,8 +69,8 @@ class Shared:
                 del figures[name]
         if mine:
             self.noted[self.place] = {name: values for name, values in new.items() if values}
-            self.tokens += getattr(trainer, "_total_train_tokens", 0) - tokens
-            if hasattr(trainer, "_total_train_tokens"):
+            if not self.samples:  # those of a rollout are counted by all ranks
+                self.tokens += trainer._total_train_tokens - tokens
                 trainer._total_train_tokens = tokens
             self.loss += loss.float()
         self.place += 1
@@ -113,9 +113,8 @@ class Shared:
         for place in range(self.place):
             for name, values in found[place % ranks.count][0].get(place, {}).items():
                 figures[name].extend(values)
-        if hasattr(trainer, "_total_train_tokens"):
-            trainer._total_train_tokens += sum(tokens for _, tokens, _ in found)
-            figures[TOKENS] = [trainer._total_train_tokens]
+        trainer._total_train_tokens += sum(tokens for _, tokens, _ in found)
+        figures[TOKENS] = [trainer._total_train_tokens]
         if watch:
             watch.heard = [wish for *_, wish in found]
         self.place, self.noted, self.tokens, self.loss = 0, {}, 0, torch.zeros_like(self.loss)
