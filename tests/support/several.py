@@ -24,9 +24,8 @@ def together(count: int, do: Callable[[int], None], device: str = "cpu") -> list
                     import datasets.fingerprint
 
                     datasets.fingerprint._TEMP_DIR_FOR_TEMP_CACHE_FILES = None  # a process of its own has its own
-                    ranks.join(rank, count, Path(folder), device)
+                    ranks.become(rank, count, Path(folder), device)
                     do(rank)
-                    ranks.leave()
                     status = 0
                 except BaseException:
                     traceback.print_exc()

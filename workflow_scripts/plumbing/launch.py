@@ -91,7 +91,7 @@ def _watch(processes: list[subprocess.Popen], folder: Path, logs: Path, patience
             ended_at = time.monotonic()
         if all(code is not None for code in codes) or ended_at is not None and time.monotonic() - ended_at > GRACE:
             return _told(codes, folder, logs)
-        at = [_met(folder, rank) for rank in range(len(processes))]
+        at = [ranks.met(folder, rank) for rank in range(len(processes))]
         if (now := tuple(met for met, _ in at)) != apart:
             apart, since = now, time.monotonic()
         late = min(range(len(at)), key=lambda rank: at[rank][0])
@@ -103,15 +103,6 @@ def _watch(processes: list[subprocess.Popen], folder: Path, logs: Path, patience
                 f"rank {late} did not come to exchange {ahead[0]} ({ahead[1]}) within {patience:.0f} s, and all were ended",
             )
         time.sleep(LOOK)
-
-
-def _met(folder: Path, rank: int) -> tuple[int, str]:
-    """How many exchanges a rank has come to, and what the last one is for."""
-    try:
-        met, what = (folder / f"at-{rank}").read_text().split(maxsplit=1)
-        return int(met), what.strip()
-    except (OSError, ValueError):
-        return 0, "their start"
 
 
 def _told(codes: list[int | None], folder: Path, logs: Path) -> Ended | None:

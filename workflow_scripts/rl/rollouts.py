@@ -20,6 +20,7 @@ from workflow_scripts.generation import generator
 from workflow_scripts.generation.answers import Answer, Asked
 from workflow_scripts.generation.graphs import Graphs
 from workflow_scripts.plumbing import ranks
+from workflow_scripts.training import exchange
 
 GAPS = ("sampler/gap", "sampler/gap_max", "sampler/off_policy")
 
@@ -44,7 +45,7 @@ class Rollouts:
 
     def _generate_single_turn(self: Any, prompt_ids: list[list[int]], *others: Any) -> Any:
         if self.engine is None:  # ranks draw from one stream, and what the first drew counts
-            return ranks.of_first(super()._generate_single_turn(prompt_ids, *others), "answers")  # type: ignore[misc]
+            return exchange.of_first(super()._generate_single_turn(prompt_ids, *others), "answers")  # type: ignore[misc]
         args = self.args
         asked = Asked(
             tuple(self.eos_token_ids), args.max_completion_length, args.temperature, args.top_k, args.top_p,
@@ -57,7 +58,7 @@ class Rollouts:
                 ranks.number :: ranks.count
             ]  # a rank's answers are those that one process would draw
             self.engine.answer(share, asked, lambda place, _, made: answers.__setitem__(place, made))
-        for others_answers in ranks.gathered(answers, "answers"):
+        for others_answers in exchange.gathered(answers, "answers"):
             answers |= others_answers
         made = [answers[place] for place in range(len(prompt_ids))]
         self.sampled = [one.logprobs or [] for one in made]
@@ -70,7 +71,7 @@ class Rollouts:
             return super()._calculate_rewards(*given)  # type: ignore[misc]
         found = super()._calculate_rewards(*given).cpu() if ranks.first() else None  # type: ignore[misc]
         noted = self._pending_metrics, self._pending_extra_logs
-        found, (metrics, logs) = ranks.of_first((found, noted), "rewards")
+        found, (metrics, logs) = exchange.of_first((found, noted), "rewards")
         self._pending_metrics, self._pending_extra_logs = metrics, logs
         return found.to(self.accelerator.device)
 
@@ -84,7 +85,9 @@ class Rollouts:
         part = None
         if len(ids[share]):
             part = super()._get_per_token_logps_and_entropies(model, ids[share], mask[share], keep, *more, **named)  # type: ignore[misc]
-        found = ranks.gathered(None if part is None else [one if one is None else one.cpu() for one in part], "log-probabilities")
+        found = exchange.gathered(
+            None if part is None else [one if one is None else one.cpu() for one in part], "log-probabilities"
+        )
         logps = torch.empty(len(ids), keep, dtype=found[0][0].dtype)
         for rank, one in enumerate(found):
             if one is not None:

@@ -155,7 +155,9 @@ def _job(args: argparse.Namespace, step: dict) -> Job:
 def _by_ranks(args: argparse.Namespace, mark: str) -> None:
     """This command by several processes, each with a GPU where there are any. This one holds locks and GPUs, and waits."""
     cards = gpus.held.gpu.split(",") if gpus.held is not None else None
-    ended = launch.run([sys.executable, *sys.orig_argv[1:]], cards, args.gpus, args.work / mark / "ranks")
+    spec = getattr(sys.modules["__main__"], "__spec__", None)
+    command = ["-m", spec.name, *sys.argv[1:]] if spec else sys.orig_argv[1:]
+    ended = launch.run([sys.executable, *command], cards, args.gpus, args.work / mark / "ranks")
     if ended is None:
         return
     if ended.kind == "interrupted":
@@ -174,9 +176,8 @@ def _as_rank(args: argparse.Namespace, main: Callable[[Job], None]) -> None:
     step = read_step(args.step)
     _environment(step.get("threads", 1), _needs_hub(step))
     try:
-        ranks.join(args.rank, args.gpus, args.meet, step["device"])
+        ranks.become(args.rank, args.gpus, args.meet, step["device"])
         main(_job(args, step))
-        ranks.leave()
     except InputError as error:
         ranks.note_end("input", str(error))
         os._exit(1)
@@ -220,6 +221,8 @@ def run(main: Callable[[Job], None], doc: str | None, describe: Callable[[Path],
             os.environ.setdefault("TENSORBOARD_LOGGING_DIR", str(args.log.parent / "tensorboard"))
         runinfo.check_packages(step)
         job = _job(args, step)
+        if args.gpus > 1 and not step["step"].startswith("train_"):
+            raise InputError(f"--gpus {args.gpus}: {step['step']} is done by one process; trainings alone are shared")
         with work.exclusive(args.work, work.place(args.out), say), work.exclusive(args.work, fingerprint(step), say):
             if args.log is not None and not args.alone:
                 os.truncate(args.log, 0)  # the lines before are of an earlier run, or of who held the lock

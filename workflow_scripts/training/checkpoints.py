@@ -23,6 +23,7 @@ from transformers import TrainerCallback
 from workflow_scripts.artifacts.fingerprint import file_sha256
 from workflow_scripts.plumbing import ranks
 from workflow_scripts.plumbing.messages import InputError, Interrupted
+from workflow_scripts.training import exchange
 
 SEAL = "complete.json"
 SUMS = "sums.json"
@@ -133,7 +134,7 @@ def train(trainer: Any, fingerprint: str, minutes: float, boundary: int, measure
     Raises Interrupted if SIGTERM or Ctrl-C ended the training early; a checkpoint was written then.
     """
     folder = Path(trainer.args.output_dir)
-    resumed = ranks.of_first(latest(folder, fingerprint) if ranks.first() else None, "where to begin")
+    resumed = exchange.of_first(latest(folder, fingerprint) if ranks.first() else None, "where to begin")
     if resumed is None:
         if ranks.first():
             shutil.rmtree(folder, ignore_errors=True)
@@ -154,7 +155,7 @@ def train(trainer: Any, fingerprint: str, minutes: float, boundary: int, measure
     finally:
         for number, handler in before_us.items():
             signal.signal(number, handler)
-    ranks.wait("the end of training")  # the first may still be saving
+    exchange.wait("the end of training")  # the first may still be saving
     if watch.stopped:
         raise Interrupted(
             f"ended by {watch.asked_by} at step {trainer.state.global_step} of {trainer.state.max_steps}, with a checkpoint; run "

@@ -25,14 +25,19 @@ import torch
 
 from workflow_scripts.plumbing import ranks
 from workflow_scripts.plumbing.messages import InputError
+from workflow_scripts.training import exchange
 
 TOKENS = "num_tokens"  # TRL's running total: no entry for each micro-batch
 
 
-def settle(trainer: Any) -> None:
+def settle(trainer: Any, method: str) -> None:
     """Make a built trainer one of several. Alone, it stays as it is."""
     if ranks.count == 1:
         return
+    if method == "ppo":
+        raise InputError(
+            f"--gpus {ranks.count}: ppo trains on one GPU: its two backward passes would need exchanges of their own"
+        )
     steps = trainer.args.gradient_accumulation_steps
     if steps % ranks.count:
         raise InputError(
@@ -101,20 +106,21 @@ class Shared:
         step = f"step {trainer.state.global_step + 1}"
         parts = [torch.zeros_like(p) if p.grad is None else p.grad for p in self.parameters]
         flat = torch.cat([*(part.reshape(-1).float() for part in parts), self.loss.reshape(1)])
-        ranks.summed(flat, f"gradients of {step}")
+        exchange.summed(flat, f"gradients of {step}")
         at = 0
         for parameter, part in zip(self.parameters, parts, strict=True):
             parameter.grad = part
             part.copy_(flat[at : at + part.numel()].view_as(part))
             at += part.numel()
         watch = getattr(trainer, "checkpoints", None)
-        found = ranks.gathered((self.noted, self.tokens, watch and watch.wishes()), f"figures of {step}")
+        found = exchange.gathered((self.noted, self.tokens, watch and watch.wishes()), f"figures of {step}")
         figures = trainer._metrics["train"]
         for place in range(self.place):
             for name, values in found[place % ranks.count][0].get(place, {}).items():
                 figures[name].extend(values)
-        trainer._total_train_tokens += sum(tokens for _, tokens, _ in found)
-        figures[TOKENS] = [trainer._total_train_tokens]
+        if not self.samples:
+            trainer._total_train_tokens += sum(tokens for _, tokens, _ in found)
+            figures[TOKENS] = [trainer._total_train_tokens]
         if watch:
             watch.heard = [wish for *_, wish in found]
         self.place, self.noted, self.tokens, self.loss = 0, {}, 0, torch.zeros_like(self.loss)
@@ -129,6 +135,6 @@ def check_equal(trainer: Any) -> None:
     for parameter in trainer.model.parameters():
         if parameter.requires_grad:
             digest.update(parameter.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
-    marks = ranks.gathered(digest.hexdigest(), "what was trained")
+    marks = exchange.gathered(digest.hexdigest(), "what was trained")
     apart = [str(rank) for rank, mark in enumerate(marks) if mark != marks[0]]
     assert not apart, f"the adapters of the ranks have moved apart: rank {', '.join(apart)} has other weights than rank 0"
