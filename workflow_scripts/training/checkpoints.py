@@ -85,8 +85,8 @@ class Checkpoints(TrainerCallback):
         if state.global_step % self.boundary or state.global_step >= state.max_steps:
             return
         heard = self.heard or [self.wishes()]  # ranks that each went by their own clock would part here
-        self.asked_by = next((asked for asked, _ in heard if asked), "")
-        if self.asked_by:
+        if asked := next((asked for asked, _ in heard if asked), ""):
+            self.asked_by = asked
             self.stopped = control.should_save = control.should_training_stop = True
         elif heard[0][1]:
             control.should_save = True
