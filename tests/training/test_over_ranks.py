@@ -1,11 +1,13 @@
 """A training by several ranks is that of one process: same losses, figures, objective and weights, up to the order of sums."""
 
+import importlib
 import json
 import shutil
 
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers.models.qwen2.modeling_qwen2 import Qwen2Model
 
 from tests.support import several, small_steps
 from tests.support.right_way import sample
@@ -137,3 +139,31 @@ def test_by_hand_what_does_not_go_is_said_in_one_line(base, slices, tmp_path, ca
         2, lambda rank: train_sft.main(step_of("sft_v2", base, slices, tmp_path / "run", gradient_accumulation_steps=3))
     ) == [1, 1]
     assert "gpus: 2 ranks share 3 micro-batches of a step (gradient_accumulation_steps) unevenly" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("method", sample("dpo", "kto", "rm"))
+def test_what_needs_no_gradient_is_shared_too(method, base, slices, tmp_path):
+    """The reference and the held-out rows: each batch goes through the model of one rank alone."""
+
+    def passes(place, of):
+        job = step_of(method, base, slices, place, max_steps=1, per_device_eval_batch_size=1 if method == "dpo" else 2)
+        main = importlib.import_module(f"workflow_scripts.steps.{job.step['step']}").main
+
+        def train(rank):
+            count = [0]
+            with pytest.MonkeyPatch.context() as patch:
+                forward = Qwen2Model.forward
+
+                def counted(self, *args, **kwargs):
+                    count[0] += not torch.is_grad_enabled()
+                    return forward(self, *args, **kwargs)
+
+                patch.setattr(Qwen2Model, "forward", counted)
+                main(job)
+            (place / f"passes{rank}").write_text(str(count[0]))
+
+        assert several.together(of, train) == [0] * of
+        return [int((place / f"passes{rank}").read_text()) for rank in range(of)]
+
+    alone, shared = passes(tmp_path / "one", 1)[0], passes(tmp_path / "two", 2)
+    assert max(shared) < 0.65 * alone and alone > 7

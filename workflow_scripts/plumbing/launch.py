@@ -10,6 +10,7 @@ import json
 import os
 import signal
 import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -31,6 +32,12 @@ class Ended:
     kind: str
     rank: int
     text: str
+
+
+def this_command() -> list[str]:
+    """The one that runs, to run it again: with `-m` where it was started so."""
+    spec = getattr(sys.modules["__main__"], "__spec__", None)
+    return [sys.executable, *(["-m", spec.name, *sys.argv[1:]] if spec else sys.orig_argv[1:])]
 
 
 def run(command: list[str], cards: list[str] | None, count: int, logs: Path, patience: float = ranks.PATIENCE) -> Ended | None:

@@ -155,9 +155,7 @@ def _job(args: argparse.Namespace, step: dict) -> Job:
 def _by_ranks(args: argparse.Namespace, mark: str) -> None:
     """This command by several processes, each with a GPU where there are any. This one holds locks and GPUs, and waits."""
     cards = gpus.held.gpu.split(",") if gpus.held is not None else None
-    spec = getattr(sys.modules["__main__"], "__spec__", None)
-    command = ["-m", spec.name, *sys.argv[1:]] if spec else sys.orig_argv[1:]
-    ended = launch.run([sys.executable, *command], cards, args.gpus, args.work / mark / "ranks")
+    ended = launch.run(launch.this_command(), cards, args.gpus, args.work / mark / "ranks")
     if ended is None:
         return
     if ended.kind == "interrupted":

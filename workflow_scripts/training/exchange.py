@@ -8,7 +8,7 @@ several ranks has the numbers of one (training/over_ranks.py).
 import atexit
 import datetime
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -50,6 +50,13 @@ def gathered(thing: Any, what: str) -> list:
         with _exchange(what):
             dist.all_gather_object(found, thing)
     return found
+
+
+def shared_out(things: Iterable[Any], do: Callable[[Any], Any], what: str) -> list:
+    """`do` of each thing, in their order: of each by one rank, and all get it. On the host if they are tensors."""
+    mine = {place: do(thing) for place, thing in enumerate(things) if place % ranks.count == ranks.number}
+    every = {place: made for part in gathered(mine, what) for place, made in part.items()}
+    return [every[place] for place in sorted(every)]
 
 
 def of_first(thing: Any, what: str) -> Any:
