@@ -139,7 +139,7 @@ def room(kind, needed=lambda wildcards: True):
         count = ranks_of(wildcards) if kind == "train" else 1
         alone = count > 1 or not SHARE  # ranks take whole cards
         asked = gpus.WHOLE if alone else ESTIMATES.gpu_mb(whole, wildcards.get("slice") or wildcards.run)
-        return count * min(asked, max(OFFERED.values(), default=asked))
+        return min(count * min(asked, max(OFFERED.values(), default=asked)), sum(OFFERED.values()) or count * asked)
 
     return {"gpu_mb": signed(ask)} if GPU else {}
 

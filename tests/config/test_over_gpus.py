@@ -7,8 +7,10 @@ import pytest
 from workflow_scripts.artifacts.fingerprint import fingerprint
 from workflow_scripts.config.config import load
 from workflow_scripts.plan.estimate import Estimates
+from workflow_scripts.plan.gpu_memory import Memory
 from workflow_scripts.plan.plan import Plan
 from workflow_scripts.plumbing.messages import InputError
+from workflow_scripts.tools import fits
 
 ROOT = Path(__file__).resolve().parents[2]
 TINY = ROOT / "config/config.yaml"
@@ -60,4 +62,6 @@ def test_it_is_in_no_step_and_asks_for_less_time(tmp_path):
         assert fingerprint(one.train(run)) == fingerprint(two.train(run))
     seconds = [Estimates(plan).of("train", "dpo")["seconds"] for plan in (one, two)]
     memory = [Estimates(plan).of("train", "dpo")["memory_mb"] for plan in (one, two)]
+    phases = Memory(two.config).phases()
+    assert "train dpo (each of 2) " in fits.table(phases, [80.0], two.config.gpus)
     assert seconds[1] < 0.85 * seconds[0] and memory[1] == pytest.approx(2 * memory[0])

@@ -40,10 +40,18 @@ def this_command() -> list[str]:
     return [sys.executable, *(["-m", spec.name, *sys.argv[1:]] if spec else sys.orig_argv[1:])]
 
 
-def run(command: list[str], cards: list[str] | None, count: int, logs: Path, patience: float = ranks.PATIENCE) -> Ended | None:
+def run(
+    command: list[str],
+    cards: list[str] | None,
+    count: int,
+    logs: Path,
+    patience: float = ranks.PATIENCE,
+    keep: tuple[int, ...] = (),
+) -> Ended | None:
     """Run `command` once for each rank, with `--rank N --meet FOLDER` behind it. None if all end well.
 
-    cards: the GPU of each rank, where it has one. The first rank writes where this process does, the others into logs/rankN.log.
+    cards: the GPU of each rank, where it has one; keep: descriptors that they have too. The first rank writes where this process
+    does, the others into logs/rankN.log.
     """
     logs.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="ranks.") as name:
@@ -59,6 +67,7 @@ def run(command: list[str], cards: list[str] | None, count: int, logs: Path, pat
                             stdout=log if rank else None,
                             stderr=log if rank else None,
                             env=env,
+                            pass_fds=keep,
                             start_new_session=True,  # Ctrl-C comes once, from here
                         )
                     )

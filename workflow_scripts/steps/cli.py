@@ -38,6 +38,7 @@ def parser(doc: str) -> argparse.ArgumentParser:
     made.add_argument("--alone", action="store_true", help=argparse.SUPPRESS)  # again, with a card for itself
     made.add_argument("--rank", type=int, help=argparse.SUPPRESS)  # which of several processes this is (plumbing/launch.py)
     made.add_argument("--meet", type=Path, help=argparse.SUPPRESS)  # where they meet
+    made.add_argument("--terminal", type=int, help=argparse.SUPPRESS)  # descriptor of the real one
     made.add_argument("--log", type=Path, help="write all messages here instead of to the terminal")
     made.add_argument("--track", default="none", choices=["none", "tensorboard", "wandb"], help="live training curves")
     made.add_argument("--checkpoint-minutes", type=float, default=10.0, help="how often a training saves where it is")
@@ -105,6 +106,12 @@ def _environment(threads: int, online: bool) -> list[str]:
     return acting
 
 
+def _show_on(descriptor: int) -> None:
+    """Progress moves on the real terminal, if that is one."""
+    terminal = os.fdopen(descriptor, "w")
+    progress.set_terminal(terminal if terminal.isatty() else None)
+
+
 def _redirect(log: Path | None) -> tuple[int, int]:
     """Send standard output and error, C libraries' included, into the log. Returns descriptors of the real streams."""
     real, output = os.dup(2), os.dup(1)
@@ -116,8 +123,7 @@ def _redirect(log: Path | None) -> tuple[int, int]:
         os.dup2(descriptor, 1)
         os.dup2(descriptor, 2)
         os.close(descriptor)
-        terminal = os.fdopen(os.dup(real), "w")
-        progress.set_terminal(terminal if terminal.isatty() else None)
+        _show_on(os.dup(real))
     return output, real
 
 
@@ -152,10 +158,11 @@ def _job(args: argparse.Namespace, step: dict) -> Job:
     return Job(step, args.inputs, args.out, args.work, *how)
 
 
-def _by_ranks(args: argparse.Namespace, mark: str) -> None:
+def _by_ranks(args: argparse.Namespace, mark: str, terminal: int) -> None:
     """This command by several processes, each with a GPU where there are any. This one holds locks and GPUs, and waits."""
     cards = gpus.held.gpu.split(",") if gpus.held is not None else None
-    ended = launch.run(launch.this_command(), cards, args.gpus, args.work / mark / "ranks")
+    command = [*launch.this_command(), "--terminal", str(terminal)]
+    ended = launch.run(command, cards, args.gpus, args.work / mark / "ranks", keep=(terminal,))
     if ended is None:
         return
     if ended.kind == "interrupted":
@@ -171,6 +178,8 @@ def _as_rank(args: argparse.Namespace, main: Callable[[Job], None]) -> None:
     ranks.end_with_starter()
     if args.board is not None and args.rank == 0:
         progress.set_board(args.board)
+    if args.log is not None and args.rank == 0:
+        _show_on(args.terminal)
     step = read_step(args.step)
     _environment(step.get("threads", 1), _needs_hub(step))
     try:
@@ -235,7 +244,7 @@ def run(main: Callable[[Job], None], doc: str | None, describe: Callable[[Path],
                     gpus.take(say, gpus.WHOLE if whole else gpus.known(needs, args.gpu_mb), args.gpus)  # until the process ends
                 job.started = time.time()
                 if args.gpus > 1:
-                    _by_ranks(args, fingerprint(step))
+                    _by_ranks(args, fingerprint(step), real)
                 else:
                     main(job)
                 if gpus.held is not None and args.gpus <= 1:

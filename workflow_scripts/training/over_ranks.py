@@ -43,9 +43,7 @@ def settle(trainer: Any, method: str) -> None:
         raise InputError(
             f"gpus: {ranks.count} ranks share {steps} micro-batches of a step (gradient_accumulation_steps) unevenly"
         )
-    shared = Shared(trainer)
-    trainer.training_step = shared.training_step
-    trainer.over_ranks = shared
+    trainer.training_step = Shared(trainer).training_step
     if not ranks.first():  # it has what the first writes
         trainer._save_checkpoint = lambda model, trial: None
 
