@@ -7,6 +7,7 @@ hand. An InputError is one line on standard error and exit status 1.
 """
 
 import argparse
+import contextlib
 import json
 import os
 import shutil
@@ -179,7 +180,8 @@ def _as_rank(args: argparse.Namespace, main: Callable[[Job], None]) -> None:
     if args.board is not None and args.rank == 0:
         progress.set_board(args.board)
     if args.log is not None and args.rank == 0:
-        _show_on(args.terminal)
+        with contextlib.suppress(OSError):
+            _show_on(args.terminal)
     step = read_step(args.step)
     _environment(step.get("threads", 1), _needs_hub(step))
     try:
