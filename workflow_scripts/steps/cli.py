@@ -174,6 +174,14 @@ def _by_ranks(args: argparse.Namespace, mark: str, terminal: int) -> None:
     raise InputError(f"{ended.text}.{more}" if more else ended.text)
 
 
+def _end_rank(kind: str, text: str, status: int) -> NoReturn:
+    """At once: threads of a backend that has lost the other ranks would be waited for."""
+    ranks.note_end(kind, text)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
+
+
 def _as_rank(args: argparse.Namespace, main: Callable[[Job], None]) -> None:
     """One of several: it has its place in the log and its GPU from who started it, and tells that one how it ends."""
     ranks.end_with_starter()
@@ -188,17 +196,13 @@ def _as_rank(args: argparse.Namespace, main: Callable[[Job], None]) -> None:
         ranks.become(args.rank, args.gpus, args.meet, step["device"])
         main(_job(args, step))
     except InputError as error:
-        ranks.note_end("input", str(error))
-        os._exit(1)
+        _end_rank("input", str(error), 1)
     except Interrupted as where:
-        ranks.note_end("interrupted", str(where))
-        os._exit(128 + signal.SIGTERM)
+        _end_rank("interrupted", str(where), 128 + signal.SIGTERM)
     except BaseException as error:
         traceback.print_exc()
         kind = "memory" if gpus.out_of_memory(error) else "lost" if isinstance(error, ranks.Lost) else "error"
-        ranks.note_end(kind, f"{type(error).__name__}: {' '.join(str(error).split())[:500]}")
-        sys.stderr.flush()
-        os._exit(1)  # no wait for threads of a backend that has lost the others
+        _end_rank(kind, f"{type(error).__name__}: {' '.join(str(error).split())[:500]}", 1)
 
 
 def run(main: Callable[[Job], None], doc: str | None, describe: Callable[[Path], None] | None = None) -> None:

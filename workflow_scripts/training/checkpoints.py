@@ -61,9 +61,7 @@ class Checkpoints(TrainerCallback):
         self.trainer, self.fingerprint, self.boundary, self.resumed = trainer, fingerprint, boundary, resumed
         self.seconds, self.last = 60 * minutes, time.monotonic()
         self.asked_by, self.stopped = "", False
-        self.heard: list[tuple[str, bool]] | None = (
-            None  # the wishes of each rank, where there are several (training/over_ranks.py)
-        )
+        self.heard: list[tuple[str, bool]] = []  # the wishes of all ranks, where there are several (training/over_ranks.py)
 
     def wishes(self) -> tuple[str, bool]:
         """(who asked for an end, whether it is time for a checkpoint)."""
