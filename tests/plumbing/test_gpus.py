@@ -273,7 +273,7 @@ def test_a_step_that_needs_more_than_it_asked_for_fails_alone_and_is_done_again_
     assert "Again, with a card for itself" in errors and "waiting for a GPU: asks for a card for itself" in errors
     assert (host.folder / "c/data.txt").read_text() == "c"
     # What was found is asked for by the next one of this kind and estimate, which shares the card again.
-    found = json.loads((host.folder / "work/gpu_needs/thing-2000.json").read_text())["mebibytes"]
+    found = json.loads((host.folder / "work/gpu_needs/train_thing-2000.json").read_text())["mebibytes"]
     assert found == int(gpus.share(5000 * 2**20) / 2**20) + 1
     process, gpu = host.hold("d", 2000, takes=5000)
     assert host.hold("e", 15_000)[1] != gpu  # 14,000 would have been left beside 2,000

@@ -269,6 +269,7 @@ CODE: dict[str, list[str]] = {
     "evaluation/samples.py": [*SCORE, *ROLLOUTS],
     "evaluation/lm_rules.py": ["score_gsm8k", *ROLLOUTS],
     "data/unpaired.py": ["train_kto"],
+    "training/reference.py": ["train_dpo", "train_kto"],
     **dict.fromkeys(("training/reference_free.py", *(f"steps/train_{method}.py" for method in ("simpo", "cpo", "orpo"))), []),
     "evaluation/ifeval.py": ["score_ifeval", *ROLLOUTS],
     "evaluation/nltk_data/tokenizers/punkt_tab/english/abbrev_types.txt": ["score_ifeval", *ROLLOUTS],

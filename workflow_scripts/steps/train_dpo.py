@@ -39,7 +39,7 @@ def main(job: manifests.Job) -> None:
     from trl import DPOConfig
 
     from workflow_scripts.models import chat, device, loading, lora
-    from workflow_scripts.training import passes, speed, trainers
+    from workflow_scripts.training import reference, speed, trainers
 
     config, step = job.config, job.step
     parents = job.parents()
@@ -51,7 +51,7 @@ def main(job: manifests.Job) -> None:
     speed.unpad(model, job)
 
     given = trainers.pairs(short, config)
-    trainer = passes.DPO(
+    trainer = reference.DPO(
         model=model,
         args=DPOConfig(**trainers.arguments(job), **config["train"], disable_dropout=False),
         train_dataset=given[0],

@@ -85,7 +85,7 @@ def main(job: manifests.Job) -> None:
     from trl import KTOConfig
 
     from workflow_scripts.models import chat, device, loading, lora
-    from workflow_scripts.training import passes, speed, trainers
+    from workflow_scripts.training import reference, speed, trainers
 
     config, step = job.config, job.step
     parents = job.parents()
@@ -102,7 +102,7 @@ def main(job: manifests.Job) -> None:
     speed.unpad(model, job)
 
     given = tuple(trainers.data_set(ordered[heldout][0]) for heldout in (False, True))
-    trainer = passes.KTO(
+    trainer = reference.KTO(
         model=model,
         args=KTOConfig(
             **trainers.arguments(job),
