@@ -53,7 +53,7 @@ def check_equal(made, alone, tolerance=1e-4, steps=STEPS):
     assert max(float((first[name] - second[name]).abs().max()) for name in first) < 10 * tolerance
 
 
-@pytest.mark.parametrize("method", sample("sft_v2", "dpo", "kto", "rm", "simpo", "grpo", "rloo", n=4))
+@pytest.mark.parametrize("method", sample("sft_v2", "dpo", "kto", "rm", "simpo", "grpo", "rloo", n=2))
 def test_two_ranks_follow_the_losses_of_one_process(method, base, slices, tmp_path):
     alone = small_steps.run(step_of(method, base, slices, tmp_path / "one"))
     made = several.run(step_of(method, base, slices, tmp_path / "two"), 2)
@@ -62,6 +62,13 @@ def test_two_ranks_follow_the_losses_of_one_process(method, base, slices, tmp_pa
         len(course) == STEPS and max(course) - min(course) > 0.01 and alone.data["adapter_moved"] == 1
     )  # there is one to follow
     check_equal(made, alone)
+
+
+def test_two_ranks_share_a_rollout_and_have_the_rewards_of_one_process(base, slices, tmp_path):
+    alone = small_steps.run(step_of("grpo", base, slices, tmp_path / "one", max_steps=3))
+    made = several.run(step_of("grpo", base, slices, tmp_path / "two", max_steps=3), 2)
+    assert len({row["reward"] for row in several.curve(alone) if "reward" in row}) > 1
+    check_equal(made, alone, steps=3)
 
 
 @pytest.mark.long
