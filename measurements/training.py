@@ -105,19 +105,9 @@ def now() -> float:
     return time.perf_counter()
 
 
-def measure(name: str, way: str, config: Any, folder: Path, slices: dict[str, Path], steps: int) -> dict:
-    import trl
-
-    from workflow_scripts.rl.ppo_trainer import PPOTrainer
-    from workflow_scripts.training import trainers
-
+def job_of(name: str, train: dict, config: Any, folder: Path, slices: dict[str, Path], place: str) -> manifests.Job:
+    """The training of an experiment with these settings, in a folder of its own."""
     body, data = config.experiments[name], config.data
-    method, train = body["method"], dict(body["train"]) | {"max_steps": steps, "logging_steps": 1}
-    if way != "study":
-        train["gradient_checkpointing"] = False
-        if method not in ("kto", "ppo"):
-            train["per_device_train_batch_size"] *= train["gradient_accumulation_steps"]
-            train["gradient_accumulation_steps"] = 1
     settings = {key: value for key, value in body.items() if key not in ("start_from", "slice")} | {"train": train}
     settings |= {"lora": data["lora"], "optim": "paged_adamw_32bit" if data["device"] == "cuda" else "adamw_torch"}
     settings |= {"quant": data["quant"]} if body["quantise"] != "none" else {}
@@ -126,9 +116,25 @@ def measure(name: str, way: str, config: Any, folder: Path, slices: dict[str, Pa
     parents = {"start": base, "rows": slices[body["slice"]]}
     if "rm" in rewards(body):
         parents |= {"start of rm": base, "reward rm": folder / "rm/adapter/manifest.json"}
-    out = folder / ("rm" if name == "rm" else f"{name} {way}") / "adapter/manifest.json"
-    job = small_steps.job(f"train_{method}", out, parents, settings)
+    job = small_steps.job(f"train_{body['method']}", folder / place / "adapter/manifest.json", parents, settings)
     job.step |= {key: data[key] for key in ("device", "precision", "threads")} | {"seed": 1}
+    return job
+
+
+def measure(name: str, way: str, config: Any, folder: Path, slices: dict[str, Path], steps: int) -> dict:
+    import trl
+
+    from workflow_scripts.rl.ppo_trainer import PPOTrainer
+    from workflow_scripts.training import trainers
+
+    body = config.experiments[name]
+    method, train = body["method"], dict(body["train"]) | {"max_steps": steps, "logging_steps": 1}
+    if way != "study":
+        train["gradient_checkpointing"] = False
+        if method not in ("kto", "ppo"):
+            train["per_device_train_batch_size"] *= train["gradient_accumulation_steps"]
+            train["gradient_accumulation_steps"] = 1
+    job = job_of(name, train, config, folder, slices, "rm" if name == "rm" else f"{name} {way}")
     job.speed, clock = WAYS[way], Clock()
     kind: Any = PPOTrainer if method == "ppo" else getattr(trl, study_memory.TRAINERS[method])
     real, real_end = clock.watch(kind), trainers.Watch.on_step_end

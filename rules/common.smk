@@ -92,6 +92,12 @@ def signed(function):
 ON_GPU = "--gpu-mb {resources.gpu_mb}" if GPU else ""
 
 
+@signed
+def ranks_of(wildcards):
+    """The processes of a training, each with a GPU where it has one."""
+    return PLAN.config.gpus[PLAN.config.run(wildcards.run)[0]]
+
+
 def call(step, out, *more):
     """The one shell command of a rule: a step's module, and the output that it is told (the others lie beside it)."""
     words = [
@@ -130,8 +136,10 @@ def room(kind, needed=lambda wildcards: True):
         if not needed(wildcards):
             return 0
         whole = kind + wildcards.task if kind.endswith("_") else kind
-        asked = ESTIMATES.gpu_mb(whole, wildcards.get("slice") or wildcards.run) if SHARE else gpus.WHOLE
-        return min(asked, max(OFFERED.values(), default=asked))
+        count = ranks_of(wildcards) if kind == "train" else 1
+        alone = count > 1 or not SHARE  # ranks take whole cards
+        asked = gpus.WHOLE if alone else ESTIMATES.gpu_mb(whole, wildcards.get("slice") or wildcards.run)
+        return min(count * min(asked, max(OFFERED.values(), default=asked)), sum(OFFERED.values()) or count * asked)
 
     return {"gpu_mb": signed(ask)} if GPU else {}
 

@@ -18,10 +18,11 @@ for method in sorted({body["method"] for body in PLAN.config.experiments.values(
             run=runs_of(method, chosen=False),
         conda:
             ENV
-        threads: THREADS
+        threads: signed(lambda wildcards: THREADS * ranks_of(wildcards))
         resources:
             **room("train"),
-            gpu=GPU,
+            gpu=signed(lambda wildcards: GPU * ranks_of(wildcards)),
+            ranks=ranks_of,
             mem_mb=asks("mem_mb", "train"),
             runtime=asks("runtime", "train"),
             disk_mb=asks("disk_mb", "train"),
@@ -29,4 +30,4 @@ for method in sorted({body["method"] for body in PLAN.config.experiments.values(
             module=f"train_{method}",
             step=signed(lambda wildcards: PLAN.train(wildcards.run)),
         shell:
-            call("{params.module}", "manifest", ON_GPU)
+            call("{params.module}", "manifest", "--gpus {resources.ranks}", ON_GPU)

@@ -1,6 +1,7 @@
 """Several jobs on a card, through the real rules and ledger: steps and cards are pretended, so that this runs anywhere."""
 
 import hashlib
+import json
 import random
 import re
 import subprocess
@@ -98,6 +99,15 @@ def test_jobs_of_a_run_share_two_cards_and_no_card_holds_more_than_it_has(host):
     (first, first_mib), (second, second_mib) = here.most(here.gpus[0]), here.most(here.gpus[1])
     assert first_mib <= 4000 and second_mib <= 2500
     assert first >= 2 and second >= 1 and first + second >= 4, "they did not share"
+
+
+def test_a_training_over_two_cards_has_both_for_itself(host):
+    """Unequal ones: asked of Snakemake is no more than there is."""
+    accumulated = "train: {gradient_accumulation_steps: 2}"
+    here = host(4000, 2500, config=f"methods: {{sft: {{gpus: 2, {accumulated}}}}}\n")
+    said = here.run("results/ifeval_sft_v2.json", "results/ifeval_base.json")
+    info = json.loads((here.clone.folder / "results/sft_v2/adapter/run.json").read_text())
+    assert info["gpus"] == 2 and "waiting" not in said
 
 
 @pytest.mark.long

@@ -51,7 +51,14 @@ cli.run(main, "A step for tests.")
 
 
 def step_of(name: str, **config) -> dict:
-    return {"step": "thing", "config": {"name": name} | config, "parents": {}, "packages": {}, "threads": 1, "device": "cuda"}
+    return {
+        "step": "train_thing",
+        "config": {"name": name} | config,
+        "parents": {},
+        "packages": {},
+        "threads": 1,
+        "device": "cuda",
+    }
 
 
 class Host(PretendedGpus):
@@ -67,6 +74,7 @@ class Host(PretendedGpus):
         """asks: MiB; a card for itself if None."""
         command = [sys.executable, "program.py", "--step", json.dumps(step_of(name, **config)), "--work", "work"]
         command += ["--out", f"{name}/manifest.json", *(["--gpu-mb", str(asks)] if asks is not None else [])]
+        command += ["--gpus", str(config.get("gpus", 1))]
         pipe = subprocess.PIPE
         self.begun[name] = subprocess.Popen(command, cwd=self.folder, env=self.env, stdout=pipe, stderr=pipe, text=True)
         return self.begun[name]
@@ -123,6 +131,28 @@ def test_jobs_share_a_card_as_far_as_it_has_room_and_the_emptiest_goes_first(hos
     errors = process.communicate(timeout=60)[1]
     assert errors.count("waiting for a GPU: asks for 4.9 GiB; 2 may be used here, and none has room: GPU-") == 1
     assert "since" in errors and ": 8.8 GiB" in errors
+
+
+def test_several_cards_are_taken_in_one_go_and_each_process_sees_one(host):
+    one, other = host.gpus
+    host.hold("a", 1000)
+    process = host.start("both", gpus=2)
+    assert host.waits("both")  # one is free: whoever took that and waited for the other could wait for one that does the same
+    host.release("a")
+    assert process.wait(60) == 0
+    assert sorted(gpu for what, name, gpu, _ in host.notes() if (what, name) == ("begin", "both")) == sorted(host.gpus)
+    assert "asks for 2 cards for itself; 2 may be used here, and too few have room" in process.communicate()[1]
+    info = json.loads((host.folder / "both/run.json").read_text())
+    assert info["gpus"] == 2
+    host.hold("c")  # both were given back
+    host.hold("d")
+
+
+def test_more_cards_than_there_are_is_one_line(host):
+    process = host.start("many", gpus=3)
+    assert process.wait(60) == 1
+    said = process.communicate()[1]
+    assert "gpus: 3 GPUs are asked for, and 2 may be used here" in said and said.count("\n") == 1
 
 
 @pytest.mark.slow
@@ -243,7 +273,7 @@ def test_a_step_that_needs_more_than_it_asked_for_fails_alone_and_is_done_again_
     assert "Again, with a card for itself" in errors and "waiting for a GPU: asks for a card for itself" in errors
     assert (host.folder / "c/data.txt").read_text() == "c"
     # What was found is asked for by the next one of this kind and estimate, which shares the card again.
-    found = json.loads((host.folder / "work/gpu_needs/thing-2000.json").read_text())["mebibytes"]
+    found = json.loads((host.folder / "work/gpu_needs/train_thing-2000.json").read_text())["mebibytes"]
     assert found == int(gpus.share(5000 * 2**20) / 2**20) + 1
     process, gpu = host.hold("d", 2000, takes=5000)
     assert host.hold("e", 15_000)[1] != gpu  # 14,000 would have been left beside 2,000

@@ -216,13 +216,13 @@ MODELS = ["merge", "generate", "eval_rm", *TRAIN]
 ROLLOUTS = ["train_ppo", "train_grpo", "train_rloo"]
 EVERY = [*SLICE, "make_base", *MODELS, *SCORE]
 # Plumbing; what plans; what only models from elsewhere need.
-NO_STEP = """steps/cli plumbing/cards plumbing/content_cache plumbing/gpus plumbing/progress plumbing/messages plumbing/signals
-plumbing/startup artifacts/runinfo artifacts/work artifacts/fingerprint artifacts/own_code config/declared data/hub
-evaluation/rows config/__init__ config/config config/schema_errors config/yaml_files config/bases config/comparison
-config/choices config/judged config/names config/sweep config/written config/tuning config/own_tasks config/sampled config/losses
-config/schema config/experiments config/references config/slices plan/__init__ plan/plan plan/places plan/graph
-plan/steps plan/rewarded plan/records plan/estimate plan/gpu_memory plan/passes plan/patterns plan/shape
-plumbing/environment models/sources models/templates""".split()
+NO_STEP = """steps/cli plumbing/cards plumbing/content_cache plumbing/gpus plumbing/launch plumbing/ranks plumbing/progress
+plumbing/messages plumbing/signals plumbing/startup artifacts/runinfo artifacts/work artifacts/fingerprint artifacts/own_code
+config/declared data/hub evaluation/rows config/__init__ config/config config/schema_errors config/yaml_files config/bases
+config/comparison config/choices config/judged config/names config/sweep config/written config/tuning config/own_tasks
+config/sampled config/losses config/over_gpus config/schema config/experiments config/references config/slices plan/__init__
+plan/plan plan/places plan/graph plan/steps plan/rewarded plan/records plan/estimate plan/gpu_memory plan/passes plan/patterns
+plan/shape plumbing/environment models/sources models/templates""".split()
 # The report, which is no target here, and multiple choice, tasks of lm-eval, tuning and sampled slices, which this config has not
 REPORT = """steps/select steps/sample steps/choose_rows data/choosing stats/selection report/__init__ report/capacity
 report/collect report/drawn report/figures report/judge report/page report/protocols report/sections report/sensitivity
@@ -251,7 +251,11 @@ CODE: dict[str, list[str]] = {
     "models/device.py": ["make_base", *MODELS],
     **dict.fromkeys(("models/loading.py", "models/lora.py", "models/distance.py"), MODELS),
     **dict.fromkeys(
-        tuple(f"training/{name}.py" for name in "__init__ trainers checkpoints speed units change".split()), ["eval_rm", *TRAIN]
+        tuple(
+            f"training/{name}.py"
+            for name in "__init__ trainers checkpoints speed units change over_ranks exchange passes".split()
+        ),
+        ["eval_rm", *TRAIN],
     ),
     "data/__init__.py": [*SLICE, "make_base", *MODELS, "score_gsm8k"],
     "data/slicing.py": [*SLICE, *MODELS],
@@ -266,6 +270,7 @@ CODE: dict[str, list[str]] = {
     "evaluation/samples.py": [*SCORE, *ROLLOUTS],
     "evaluation/lm_rules.py": ["score_gsm8k", *ROLLOUTS],
     "data/unpaired.py": ["train_kto"],
+    "training/reference.py": ["train_dpo", "train_kto"],
     **dict.fromkeys(("training/reference_free.py", *(f"steps/train_{method}.py" for method in ("simpo", "cpo", "orpo"))), []),
     "evaluation/ifeval.py": ["score_ifeval", *ROLLOUTS],
     "evaluation/nltk_data/tokenizers/punkt_tab/english/abbrev_types.txt": ["score_ifeval", *ROLLOUTS],

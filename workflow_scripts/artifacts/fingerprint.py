@@ -33,8 +33,8 @@ EXEMPT = frozenset(
     for name in (
         "steps.cli", "tools.card", "artifacts.fingerprint", "artifacts.own_code",
         "artifacts.runinfo", "artifacts.work", "data.hub",
-        "evaluation.rows", "plumbing.cards", "plumbing.content_cache", "plumbing.gpus", "plumbing.messages", "plumbing.progress",
-        "plumbing.startup",
+        "evaluation.rows", "plumbing.cards", "plumbing.content_cache", "plumbing.gpus", "plumbing.launch", "plumbing.messages",
+        "plumbing.progress", "plumbing.ranks", "plumbing.startup",
     )
 )  # fmt: skip
 

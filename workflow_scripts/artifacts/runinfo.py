@@ -13,7 +13,7 @@ import time
 from importlib import metadata
 
 from workflow_scripts.artifacts.fingerprint import ROOT, locked
-from workflow_scripts.plumbing import gpus
+from workflow_scripts.plumbing import gpus, ranks
 from workflow_scripts.plumbing.messages import InputError
 
 
@@ -73,4 +73,8 @@ def collect(started: float, more: dict) -> dict:
         info["gpu_id"] = os.environ.get("CUDA_VISIBLE_DEVICES")
         info["gpu_peak_memory_bytes"] = torch.cuda.max_memory_allocated()
         info["gpu_held_memory_bytes"] = torch.cuda.max_memory_reserved()  # with what the allocator kept beside it
+    if ranks.count > 1:
+        info["gpus"] = ranks.count
+        if "gpu" in info:  # held by who started the ranks, one whole card for each
+            info |= {"gpu_seconds": round(ranks.count * info["seconds"], 2), "gpu_jobs": 1.0}
     return info | gpus.facts() | more

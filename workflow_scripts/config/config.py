@@ -7,7 +7,7 @@ node plans.
 from functools import cached_property
 from pathlib import Path
 
-from workflow_scripts.config import declared, experiments, own_tasks, references, sampled, schema, sweep, tuning
+from workflow_scripts.config import declared, experiments, over_gpus, own_tasks, references, sampled, schema, sweep, tuning
 from workflow_scripts.config.names import RUN_NAME, VIEWS, view_of
 from workflow_scripts.config.written import Written, merge_all
 from workflow_scripts.config.yaml_files import read_yaml
@@ -37,6 +37,7 @@ class Config(Written):
         references.check(self, self.experiments, [*self.tuned, *self.rounds])
         self.experiments, self.copies = sweep.expand(self, self.experiments)
         self.tuned = tuning.swept(self.tuned, self.copies)
+        self.experiments, self.gpus = over_gpus.apart(self, self.experiments)
         declared.check(self, taken | dict.fromkeys(self.copies, "an experiment"))
         for name in self.experiments:
             stem = view_of(name)[0]

@@ -312,16 +312,16 @@ class Estimates:
             micro = train["max_steps"] * train["gradient_accumulation_steps"]
         tokens = micro * size * length * (2 if body["method"] in PAIRED else 1)
         slow = CHECKPOINTING if train["gradient_checkpointing"] else 1.0
-        seconds = START[self.device] + slow * (
-            micro * self.shape["num_hidden_layers"] * LAUNCH[self.device] + self._compute(tokens, 4)
-        )
+        ranks = self.config.gpus[name]  # share the micro-batches and the rollouts; each looks at the held-out rows
+        computing = slow * (micro * self.shape["num_hidden_layers"] * LAUNCH[self.device] + self._compute(tokens, 4)) / ranks
+        seconds = START[self.device] + computing
         judged = train["per_device_eval_batch_size"]
         if "reward" in body:
             new_tokens = train["max_completion_length"]
             each = train.get("steps_per_generation", train["gradient_accumulation_steps"])  # micro-batches of a rollout
             rollouts = math.ceil(micro / (each * updates))
             backend = self.config.data["generation"]["rollouts"]
-            seconds += self._decode(rollouts, rollouts * each * size, new_tokens, backend)
+            seconds += self._decode(rollouts, rollouts * each * size / ranks, new_tokens, backend)
             seconds += 2 * self._decode(math.ceil(held / judged), held, new_tokens, backend)
         else:
             seconds += 2 * self._forward(copies * held, judged, length)
@@ -331,10 +331,8 @@ class Estimates:
         larger = max(0.0, self.config.lora(name)["r"] / RANK - 1) * self.parameters / MB
         widest = max(size * (2 if body["method"] in PAIRED else 1), judged / 2)
         return {
-            "memory_mb": self._libraries("train")
-            + 4 * self.parameters / MB
-            + 0.6 * larger
-            + self._batch_mb(widest * length, True),
+            "memory_mb": ranks
+            * (self._libraries("train") + 4 * self.parameters / MB + 0.6 * larger + self._batch_mb(widest * length, True)),
             "seconds": seconds,
             "disk_mb": 10 + self.parameters / MB + larger,
         }

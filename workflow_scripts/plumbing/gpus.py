@@ -71,7 +71,7 @@ class Claim:
 class Held:
     """A place on a GPU, until its file is closed or the process ends."""
 
-    gpu: str
+    gpu: str  # several: by commas
     file: IO[str]
     bytes: int | None  # what the step keeps to; None on a card for itself
     asked: int
@@ -80,14 +80,16 @@ class Held:
     card_seconds: float = 0.0
     counted: float = field(default_factory=time.monotonic)
     counting: Any = field(default_factory=threading.Lock)
+    more: list[IO[str]] = field(default_factory=list)  # of the other cards, where it holds several
 
     def count(self) -> None:
         """The card's time since the last count: a second with three jobs on it is a third of a second of each."""
-        on_it = sum(self.gpu in one.gpus for one in _living("held"))
+        cards = self.gpu.split(",")
+        on_it = sum(cards[0] in one.gpus for one in _living("held"))
         with self.counting:
             now = time.monotonic()
             self.seconds += now - self.counted
-            self.card_seconds += (now - self.counted) / max(on_it, 1)
+            self.card_seconds += len(cards) * (now - self.counted) / max(on_it, 1)
             self.counted = now
 
     def watch(self) -> None:
@@ -176,9 +178,10 @@ def _room(card: cards.Card, holders: list[Claim], asks: int) -> tuple[int, int, 
     return left, others, max(left, 0) if alone else None
 
 
-def _place(ids: list[str], asks: int, before: list[Claim]) -> tuple[str, int, int] | str:
-    """(GPU, bytes, bytes of others) for who asks for so many bytes, else why there is no place. before: who waits for longer."""
-    known, all_holders, best, full = cards.here(), _living("held"), None, []
+def _place(ids: list[str], asks: int, before: list[Claim], count: int) -> list[tuple[str, int, int]] | str:
+    """(GPU, bytes, bytes of others) for who asks for so many bytes of `count` GPUs, else why there is no place. before: who waits
+    for longer."""
+    known, all_holders, free, full = cards.here(), _living("held"), [], []
     for gpu in ids:
         card = known.get(gpu, cards.Card(gpu, None, 0))
         holders = [one for one in all_holders if gpu in one.gpus]
@@ -187,17 +190,19 @@ def _place(ids: list[str], asks: int, before: list[Claim]) -> tuple[str, int, in
         full.append(
             f"{gpu}: " + "; ".join(filter(None, [taken, f"others use {others / 2**30:.1f} GiB" if others > 2**30 else ""]))
         )
-        if bytes is not None and not any(gpu in one.gpus for one in before) and (best is None or left > best[3]):
-            best = gpu, bytes, others, left
-    return best[:3] if best else ". ".join(full)
+        if bytes is not None and not any(gpu in one.gpus for one in before):
+            free.append((gpu, bytes, others, left))
+    free.sort(key=lambda one: -one[3])  # stable: of equal ones the first
+    return [one[:3] for one in free[:count]] if len(free) >= count else ". ".join(full)
 
 
 def _gib(bytes: int, capacity: int | None) -> str:
     return "the whole card" if capacity is None or bytes >= 0.98 * capacity else f"{bytes / 2**30:.1f} GiB"
 
 
-def take(say: Callable[[str], None], mebibytes: int = WHOLE) -> Held | None:
-    """Hold so much of one of the GPUs that this process may take, and make that the only one it sees.
+def take(say: Callable[[str], None], mebibytes: int = WHOLE, count: int = 1) -> Held | None:
+    """Hold so much of one of the GPUs that this process may take, and make that the only one it sees. Of several, all in one go:
+    who held some and waited for the rest would wait for one that does the same.
 
     Waits while none has room, after those who wait already, and says so once. None where there is no GPU: whoever loads torch
     then says what is missing.
@@ -205,24 +210,31 @@ def take(say: Callable[[str], None], mebibytes: int = WHOLE) -> Held | None:
     global held
     if not (ids := cards.allowed()):
         return None
+    if count > len(ids):
+        raise InputError(
+            f"gpus: {count} GPUs are asked for, and {len(ids)} may be used here ({', '.join(ids)}); set gpus: {len(ids)}"
+        )
     asks, waits, key, began = mebibytes * cards.MIB, None, uuid.uuid4().hex, time.time()
     who = f"process {os.getpid()} on {socket.gethostname()} since {time.strftime('%Y-%m-%d %H:%M:%S')}"
     while True:
         with _ledger():
             before = [one for one in itertools.takewhile(lambda one: one.key != key, _living("waits")) if not one.passable()]
-            found = _place(ids, asks, before)
+            found = _place(ids, asks, before, count)
             if not isinstance(found, str):
-                gpu, bytes, others = found
-                file = _write("held", Claim(key, os.getpid(), [gpu], bytes, others, who, began))
+                gpu, bytes = ",".join(gpu for gpu, *_ in found), found[0][1]
+                file, *more = [
+                    _write("held", Claim(key, os.getpid(), [one], size, others, who, began)) for one, size, others in found
+                ]
                 if waits:
                     waits.close()
                 break
             if not waits:
                 waits = _write("waits", Claim(key, os.getpid(), ids, asks, 0, who, began))
                 want = f"{asks / 2**30:.1f} GiB" if mebibytes < WHOLE else "a card for itself"
-                say(f"waiting for a GPU: asks for {want}; {len(ids)} may be used here, and none has room: {found}")
+                want, none = (want, "none has") if count == 1 else (f"{count} cards for itself", "too few have")
+                say(f"waiting for a GPU: asks for {want}; {len(ids)} may be used here, and {none} room: {found}")
         time.sleep(SECONDS)
-    held = Held(gpu, file, bytes if bytes == asks else None, asks, os.environ.get("CUDA_VISIBLE_DEVICES"))
+    held = Held(gpu, file, bytes if bytes == asks else None, asks, os.environ.get("CUDA_VISIBLE_DEVICES"), more=more)
     os.environ["CUDA_VISIBLE_DEVICES"] = gpu
     threading.Thread(target=held.watch, daemon=True).start()
     return held

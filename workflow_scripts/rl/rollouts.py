@@ -19,6 +19,8 @@ from trl import GRPOTrainer, RLOOTrainer
 from workflow_scripts.generation import generator
 from workflow_scripts.generation.answers import Answer, Asked
 from workflow_scripts.generation.graphs import Graphs
+from workflow_scripts.plumbing import ranks
+from workflow_scripts.training import exchange
 
 GAPS = ("sampler/gap", "sampler/gap_max", "sampler/off_policy")
 
@@ -27,6 +29,7 @@ class Rollouts:
     """Beside a trainer of TRL that samples (below, and rl/ppo_trainer.py). Until `sample_by`, TRL samples itself."""
 
     engine: Graphs | None = None
+    scoring = False  # while a rollout is made, which all ranks do together
     sampled: list[list[float]] | None = None  # the sampler's log-probabilities of the latest rollout
 
     def sample_by(self: Any, backend: str, slots: int, longest: int) -> None:
@@ -41,8 +44,8 @@ class Rollouts:
         self.engine = Graphs(model, min(slots, at_once), longest + self.args.max_completion_length)
 
     def _generate_single_turn(self: Any, prompt_ids: list[list[int]], *others: Any) -> Any:
-        if self.engine is None:
-            return super()._generate_single_turn(prompt_ids, *others)  # type: ignore[misc]
+        if self.engine is None:  # ranks draw from one stream, and what the first drew counts
+            return exchange.of_first(super()._generate_single_turn(prompt_ids, *others), "answers")  # type: ignore[misc]
         args = self.args
         asked = Asked(
             tuple(self.eos_token_ids), args.max_completion_length, args.temperature, args.top_k, args.top_p,
@@ -51,14 +54,52 @@ class Rollouts:
         answers: dict[int, Answer] = {}
         self.engine.load()
         with torch.autocast(self.accelerator.device.type, enabled=False):
-            self.engine.answer([*enumerate(prompt_ids)], asked, lambda place, _, made: answers.__setitem__(place, made))
+            share = [*enumerate(prompt_ids)][
+                ranks.number :: ranks.count
+            ]  # a rank's answers are those that one process would draw
+            self.engine.answer(share, asked, lambda place, _, made: answers.__setitem__(place, made))
+        for others_answers in exchange.gathered(answers, "answers"):
+            answers |= others_answers
         made = [answers[place] for place in range(len(prompt_ids))]
         self.sampled = [one.logprobs or [] for one in made]
         tokens = [one.tokens for one in made]
         return tokens if isinstance(self, RLOOTrainer) else (tokens, None)  # GRPO takes log-probabilities, too: its own way
 
+    def _calculate_rewards(self: Any, *given: Any) -> Any:
+        """The first rank's, which all have: a function of somebody's own may draw, or count how often it is called."""
+        if ranks.count == 1:
+            return super()._calculate_rewards(*given)  # type: ignore[misc]
+        found = super()._calculate_rewards(*given).cpu() if ranks.first() else None  # type: ignore[misc]
+        noted = self._pending_metrics, self._pending_extra_logs
+        found, (metrics, logs) = exchange.of_first((found, noted), "rewards")
+        self._pending_metrics, self._pending_extra_logs = metrics, logs
+        return found.to(self.accelerator.device)
+
+    def _get_per_token_logps_and_entropies(
+        self: Any, model: Any, ids: Any, mask: Any, keep: int, *more: Any, **named: Any
+    ) -> Any:
+        """Of a whole rollout, by shares of its rows; of a micro-batch, which is one rank's, by that rank."""
+        if ranks.count == 1 or not self.scoring:
+            return super()._get_per_token_logps_and_entropies(model, ids, mask, keep, *more, **named)  # type: ignore[misc]
+        share = slice(ranks.number, None, ranks.count)
+        part = None
+        if len(ids[share]):
+            part = super()._get_per_token_logps_and_entropies(model, ids[share], mask[share], keep, *more, **named)  # type: ignore[misc]
+        found = exchange.gathered(
+            None if part is None else [one if one is None else one.cpu() for one in part], "log-probabilities"
+        )
+        logps = torch.empty(len(ids), keep, dtype=found[0][0].dtype)
+        for rank, one in enumerate(found):
+            if one is not None:
+                logps[rank :: ranks.count] = one[0]
+        return logps.to(ids.device), None, None
+
     def _generate_and_score_completions(self: Any, inputs: Any) -> Any:
-        batch = super()._generate_and_score_completions(inputs)  # type: ignore[misc]
+        self.scoring = True
+        try:
+            batch = super()._generate_and_score_completions(inputs)  # type: ignore[misc]
+        finally:
+            self.scoring = False
         if self.model.training and self.sampled is not None:
             self._measure_gap(batch)
         return batch

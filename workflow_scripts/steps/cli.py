@@ -7,6 +7,7 @@ hand. An InputError is one line on standard error and exit status 1.
 """
 
 import argparse
+import contextlib
 import json
 import os
 import shutil
@@ -21,7 +22,7 @@ from typing import NoReturn
 from workflow_scripts.artifacts import runinfo, work
 from workflow_scripts.artifacts.fingerprint import fingerprint
 from workflow_scripts.artifacts.manifests import Job
-from workflow_scripts.plumbing import gpus, progress, startup
+from workflow_scripts.plumbing import gpus, launch, progress, ranks, startup
 from workflow_scripts.plumbing.messages import InputError, Interrupted
 
 
@@ -31,9 +32,14 @@ def parser(doc: str) -> argparse.ArgumentParser:
     made.add_argument("--inputs", nargs="*", default=[], type=Path, help="manifests of the parents, and their files")
     made.add_argument("--out", required=True, type=Path, help="where the manifest goes; the other files go beside it")
     made.add_argument("--work", type=Path, default=Path("results/.work"), help="locks and unfinished work")
-    made.add_argument("--gpus", type=int, default=1, help="GPUs that the job was given: with 0 the step takes none")
+    made.add_argument(
+        "--gpus", type=int, default=1, help="GPUs of the job: with 0 it takes none; a training by N, as N processes"
+    )
     made.add_argument("--gpu-mb", type=int, default=gpus.WHOLE, help="MiB of a GPU that it needs; a card for itself if not given")
     made.add_argument("--alone", action="store_true", help=argparse.SUPPRESS)  # again, with a card for itself
+    made.add_argument("--rank", type=int, help=argparse.SUPPRESS)  # which of several processes this is (plumbing/launch.py)
+    made.add_argument("--meet", type=Path, help=argparse.SUPPRESS)  # where they meet
+    made.add_argument("--terminal", type=int, help=argparse.SUPPRESS)  # descriptor of the real one
     made.add_argument("--log", type=Path, help="write all messages here instead of to the terminal")
     made.add_argument("--track", default="none", choices=["none", "tensorboard", "wandb"], help="live training curves")
     made.add_argument("--checkpoint-minutes", type=float, default=10.0, help="how often a training saves where it is")
@@ -101,6 +107,12 @@ def _environment(threads: int, online: bool) -> list[str]:
     return acting
 
 
+def _show_on(descriptor: int) -> None:
+    """Progress moves on the real terminal, if that is one."""
+    terminal = os.fdopen(descriptor, "w")
+    progress.set_terminal(terminal if terminal.isatty() else None)
+
+
 def _redirect(log: Path | None) -> tuple[int, int]:
     """Send standard output and error, C libraries' included, into the log. Returns descriptors of the real streams."""
     real, output = os.dup(2), os.dup(1)
@@ -112,8 +124,7 @@ def _redirect(log: Path | None) -> tuple[int, int]:
         os.dup2(descriptor, 1)
         os.dup2(descriptor, 2)
         os.close(descriptor)
-        terminal = os.fdopen(os.dup(real), "w")
-        progress.set_terminal(terminal if terminal.isatty() else None)
+        _show_on(os.dup(real))
     return output, real
 
 
@@ -143,6 +154,57 @@ def _full(work: Path) -> str:
     return f"no space left where {work} is; free some and run snakemake again. " if free < 1_000_000 else ""
 
 
+def _job(args: argparse.Namespace, step: dict) -> Job:
+    how = args.track, args.checkpoint_minutes, args.slots, args.speed, args.limits
+    return Job(step, args.inputs, args.out, args.work, *how)
+
+
+def _by_ranks(args: argparse.Namespace, mark: str, terminal: int) -> None:
+    """This command by several processes, each with a GPU where there are any. This one holds locks and GPUs, and waits."""
+    cards = gpus.held.gpu.split(",") if gpus.held is not None else None
+    command = [*launch.this_command(), "--terminal", str(terminal)]
+    ended = launch.run(command, cards, args.gpus, args.work / mark / "ranks", keep=(terminal,))
+    if ended is None:
+        return
+    if ended.kind == "interrupted":
+        raise Interrupted(ended.text)
+    more = " Run snakemake again to go on from the last checkpoint" if ended.kind in ("killed", "late", "lost") else ""
+    if ended.kind == "memory":
+        more = " It had the GPU for itself; `make fits` names the keys that make it smaller"
+    raise InputError(f"{ended.text}.{more}" if more else ended.text)
+
+
+def _end_rank(kind: str, text: str, status: int) -> NoReturn:
+    """At once: threads of a backend that has lost the other ranks would be waited for."""
+    ranks.note_end(kind, text)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
+
+
+def _as_rank(args: argparse.Namespace, main: Callable[[Job], None]) -> None:
+    """One of several: it has its place in the log and its GPU from who started it, and tells that one how it ends."""
+    ranks.end_with_starter()
+    if args.board is not None and args.rank == 0:
+        progress.set_board(args.board)
+    if args.log is not None and args.rank == 0:
+        with contextlib.suppress(OSError):
+            _show_on(args.terminal)
+    step = read_step(args.step)
+    _environment(step.get("threads", 1), _needs_hub(step))
+    try:
+        ranks.become(args.rank, args.gpus, args.meet, step["device"])
+        main(_job(args, step))
+    except InputError as error:
+        _end_rank("input", str(error), 1)
+    except Interrupted as where:
+        _end_rank("interrupted", str(where), 128 + signal.SIGTERM)
+    except BaseException as error:
+        traceback.print_exc()
+        kind = "memory" if gpus.out_of_memory(error) else "lost" if isinstance(error, ranks.Lost) else "error"
+        _end_rank(kind, f"{type(error).__name__}: {' '.join(str(error).split())[:500]}", 1)
+
+
 def run(main: Callable[[Job], None], doc: str | None, describe: Callable[[Path], None] | None = None) -> None:
     """Run a step: read the arguments, take its lock, take over a finished copy if there is one, else call `main`.
 
@@ -151,6 +213,8 @@ def run(main: Callable[[Job], None], doc: str | None, describe: Callable[[Path],
     """
     args = parser(doc or "").parse_args()
     startup.begin()
+    if args.rank is not None:
+        return _as_rank(args, main)
     output, real = _redirect(args.log)
     if args.board is not None:
         progress.set_board(args.board)
@@ -169,8 +233,9 @@ def run(main: Callable[[Job], None], doc: str | None, describe: Callable[[Path],
         if args.log is not None:
             os.environ.setdefault("TENSORBOARD_LOGGING_DIR", str(args.log.parent / "tensorboard"))
         runinfo.check_packages(step)
-        how = args.track, args.checkpoint_minutes, args.slots, args.speed, args.limits
-        job = Job(step, args.inputs, args.out, args.work, *how)
+        job = _job(args, step)
+        if args.gpus > 1 and not step["step"].startswith("train_"):
+            raise InputError(f"--gpus {args.gpus}: {step['step']} is done by one process; trainings alone are shared")
         with work.exclusive(args.work, work.place(args.out), say), work.exclusive(args.work, fingerprint(step), say):
             if args.log is not None and not args.alone:
                 os.truncate(args.log, 0)  # the lines before are of an earlier run, or of who held the lock
@@ -181,10 +246,14 @@ def run(main: Callable[[Job], None], doc: str | None, describe: Callable[[Path],
             else:
                 work.claim(args.work, fingerprint(step), args.out, step)
                 if step.get("device") == "cuda" and args.gpus:
-                    gpus.take(say, gpus.WHOLE if args.alone else gpus.known(needs, args.gpu_mb))  # until the process ends
+                    whole = args.alone or args.gpus > 1
+                    gpus.take(say, gpus.WHOLE if whole else gpus.known(needs, args.gpu_mb), args.gpus)  # until the process ends
                 job.started = time.time()
-                main(job)
-                if gpus.held is not None:
+                if args.gpus > 1:
+                    _by_ranks(args, fingerprint(step), real)
+                else:
+                    main(job)
+                if gpus.held is not None and args.gpus <= 1:
                     gpus.learn(needs, args.gpu_mb, _peak())
             if describe is not None:
                 try:

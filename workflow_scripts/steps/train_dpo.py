@@ -36,10 +36,10 @@ from workflow_scripts.tools import card
 
 
 def main(job: manifests.Job) -> None:
-    from trl import DPOConfig, DPOTrainer
+    from trl import DPOConfig
 
     from workflow_scripts.models import chat, device, loading, lora
-    from workflow_scripts.training import speed, trainers
+    from workflow_scripts.training import reference, speed, trainers
 
     config, step = job.config, job.step
     parents = job.parents()
@@ -51,7 +51,7 @@ def main(job: manifests.Job) -> None:
     speed.unpad(model, job)
 
     given = trainers.pairs(short, config)
-    trainer = DPOTrainer(
+    trainer = reference.DPO(
         model=model,
         args=DPOConfig(**trainers.arguments(job), **config["train"], disable_dropout=False),
         train_dataset=given[0],

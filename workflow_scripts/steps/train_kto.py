@@ -38,7 +38,8 @@ def told_apart(trainer: Any, rows: list[dict]) -> tuple[dict[str, float | None],
     """
     import torch
 
-    rewards: list[float] = []
+    from workflow_scripts.training import exchange
+
     model = trainer.model.eval()
 
     def log_prob(batch: dict) -> Any:
@@ -47,12 +48,15 @@ def told_apart(trainer: Any, rows: list[dict]) -> tuple[dict[str, float | None],
         taken = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"], "use_cache": False}
         return model(**taken, labels=labels, fused_lm_head=True).log_probs.sum(-1)
 
+    def rewarded(inputs: dict) -> list[float]:
+        batch = trainer._prepare_inputs(inputs)
+        with model.disable_adapter():
+            reference = log_prob(batch)
+        return (trainer.beta * (log_prob(batch) - reference)).tolist()
+
     with torch.no_grad(), trainer.accelerator.autocast():
-        for inputs in trainer.get_eval_dataloader():
-            batch = trainer._prepare_inputs(inputs)
-            with model.disable_adapter():
-                reference = log_prob(batch)
-            rewards += (trainer.beta * (log_prob(batch) - reference)).tolist()
+        batches = exchange.shared_out(trainer.get_eval_dataloader(), rewarded, "held-out rewards")
+    rewards: list[float] = [reward for batch in batches for reward in batch]
     groups: dict[str, tuple[list[float], list[float]]] = {}
     for row, reward in zip(rows, rewards, strict=True):
         groups.setdefault(json.dumps(row["prompt"]), ([], []))[row["label"]].append(reward)
@@ -78,10 +82,10 @@ def told_apart(trainer: Any, rows: list[dict]) -> tuple[dict[str, float | None],
 
 
 def main(job: manifests.Job) -> None:
-    from trl import KTOConfig, KTOTrainer
+    from trl import KTOConfig
 
     from workflow_scripts.models import chat, device, loading, lora
-    from workflow_scripts.training import speed, trainers
+    from workflow_scripts.training import reference, speed, trainers
 
     config, step = job.config, job.step
     parents = job.parents()
@@ -98,7 +102,7 @@ def main(job: manifests.Job) -> None:
     speed.unpad(model, job)
 
     given = tuple(trainers.data_set(ordered[heldout][0]) for heldout in (False, True))
-    trainer = KTOTrainer(
+    trainer = reference.KTO(
         model=model,
         args=KTOConfig(
             **trainers.arguments(job),

@@ -23,7 +23,7 @@ def main(job: manifests.Job) -> None:
 
     from workflow_scripts.models import chat, device, loading, lora
     from workflow_scripts.rl import reward_model
-    from workflow_scripts.training import speed, trainers
+    from workflow_scripts.training import exchange, speed, trainers
 
     config, step = job.config, job.step
     parents = job.parents()
@@ -51,7 +51,13 @@ def main(job: manifests.Job) -> None:
 
     def objective() -> trainers.Measured:
         batch_size = config["train"]["per_device_eval_batch_size"]
-        scores = reward_model.score_pairs(trainer.model, tokenizer, short[True], batch_size, max_length)
+        batches = [short[True][first : first + batch_size] for first in range(0, len(short[True]), batch_size)]
+
+        def scored(batch: list[dict]) -> tuple[list[float], list[float]]:
+            return reward_model.score_pairs(trainer.model, tokenizer, batch, batch_size, max_length)
+
+        found = exchange.shared_out(batches, scored, "held-out rewards")
+        scores = [score for one, _ in found for score in one], [score for _, one in found for score in one]
         return reward_model.objective(*scores), reward_model.by_pair(*scores)
 
     facts |= trainers.fit(trainer, job, objective) | left

@@ -127,11 +127,13 @@ def disk(plan: Plan, memory: Memory) -> dict[str, float]:
     return {name: size / 1e9 for name, size in found.items()}
 
 
-def table(phases: list[Phase], cards: list[float]) -> str:
+def table(phases: list[Phase], cards: list[float], of: dict[str, int]) -> str:
+    """of: experiment -> GPUs of its training, each of which needs the peak."""
     rows = [["phase", "peak GiB", "at", *(f"{card:g} GB" for card in cards)]]
     for phase in phases:
         marks = ["yes" if fits(phase.peak, card) else "no" for card in cards]
-        rows.append([f"{phase.kind} {phase.name}", f"{phase.peak / GIB:.1f}", phase.stage, *marks])
+        several = f" (each of {of[phase.name]})" if phase.kind == "train" and of[phase.name] > 1 else ""
+        rows.append([f"{phase.kind} {phase.name}{several}", f"{phase.peak / GIB:.1f}", phase.stage, *marks])
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows)
 
@@ -165,7 +167,7 @@ def main() -> None:
     else:
         if plan.config.data["device"] == "cpu":
             print("device: cpu, so nothing here takes a GPU; on one it would be:")
-        print(table(phases, cards))
+        print(table(phases, cards, plan.config.gpus))
         for card in cards:
             for line in lines[card]:
                 print(f"{card:g} GB: {line}")

@@ -21,7 +21,9 @@ from typing import Any
 from transformers import TrainerCallback
 
 from workflow_scripts.artifacts.fingerprint import file_sha256
+from workflow_scripts.plumbing import ranks
 from workflow_scripts.plumbing.messages import InputError, Interrupted
+from workflow_scripts.training import exchange
 
 SEAL = "complete.json"
 SUMS = "sums.json"
@@ -59,6 +61,11 @@ class Checkpoints(TrainerCallback):
         self.trainer, self.fingerprint, self.boundary, self.resumed = trainer, fingerprint, boundary, resumed
         self.seconds, self.last = 60 * minutes, time.monotonic()
         self.asked_by, self.stopped = "", False
+        self.heard: list[tuple[str, bool]] = []  # the wishes of all ranks, where there are several (training/over_ranks.py)
+
+    def wishes(self) -> tuple[str, bool]:
+        """(who asked for an end, whether it is time for a checkpoint)."""
+        return self.asked_by, time.monotonic() - self.last >= self.seconds
 
     def on_train_begin(self, args, state, control, **kwargs):
         self.last = time.monotonic()
@@ -75,12 +82,17 @@ class Checkpoints(TrainerCallback):
     def on_step_end(self, args, state, control, **kwargs):
         if state.global_step % self.boundary or state.global_step >= state.max_steps:
             return
-        if self.asked_by:
+        heard = self.heard or [self.wishes()]  # ranks that each went by their own clock would part here
+        if asked := next((asked for asked, _ in heard if asked), ""):
+            self.asked_by = asked
             self.stopped = control.should_save = control.should_training_stop = True
-        elif time.monotonic() - self.last >= self.seconds:
+        elif heard[0][1]:
             control.should_save = True
 
     def on_save(self, args, state, control, **kwargs):
+        self.last = time.monotonic()
+        if not ranks.first():
+            return
         folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
         (folder / SUMS).write_text(json.dumps(sums(self.trainer)))
         files = {str(p.relative_to(folder)): file_sha256(p) for p in sorted(folder.rglob("*")) if p.is_file() and p.name != SEAL}
@@ -120,15 +132,17 @@ def train(trainer: Any, fingerprint: str, minutes: float, boundary: int, measure
     Raises Interrupted if SIGTERM or Ctrl-C ended the training early; a checkpoint was written then.
     """
     folder = Path(trainer.args.output_dir)
-    resumed = latest(folder, fingerprint)
+    resumed = exchange.of_first(latest(folder, fingerprint) if ranks.first() else None, "where to begin")
     if resumed is None:
-        shutil.rmtree(folder, ignore_errors=True)
+        if ranks.first():
+            shutil.rmtree(folder, ignore_errors=True)
         before = measure()
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / BEFORE).write_text(json.dumps(before))
+        if ranks.first():
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / BEFORE).write_text(json.dumps(before))
     else:
         before = json.loads((folder / BEFORE).read_text())
-    watch = Checkpoints(trainer, fingerprint, minutes, boundary, resumed)
+    watch = trainer.checkpoints = Checkpoints(trainer, fingerprint, minutes, boundary, resumed)
     trainer.add_callback(watch)
     before_us = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
     for number, handler in before_us.items():
@@ -139,6 +153,7 @@ def train(trainer: Any, fingerprint: str, minutes: float, boundary: int, measure
     finally:
         for number, handler in before_us.items():
             signal.signal(number, handler)
+    exchange.wait("the end of training")  # the first may still be saving
     if watch.stopped:
         raise Interrupted(
             f"ended by {watch.asked_by} at step {trainer.state.global_step} of {trainer.state.max_steps}, with a checkpoint; run "

@@ -11,9 +11,10 @@ from workflow_scripts.artifacts.fingerprint import fingerprint
 from workflow_scripts.artifacts.manifests import Artifact, Draft, Job
 from workflow_scripts.data.fitting import fitting
 from workflow_scripts.models import chat, distance, lora
+from workflow_scripts.plumbing import ranks
 from workflow_scripts.plumbing.messages import InputError
 from workflow_scripts.plumbing.progress import Progress
-from workflow_scripts.training import checkpoints, speed, units
+from workflow_scripts.training import checkpoints, over_ranks, speed, units
 from workflow_scripts.training.change import Units, changes
 
 # Measurements of time: they go to run.json, not into a manifest or a curve that two equal runs share.
@@ -40,7 +41,7 @@ def arguments(job: Job) -> dict[str, Any]:
         "logging_first_step": True,
         "logging_nan_inf_filter": False,
         "disable_tqdm": True,
-        "report_to": job.track,
+        "report_to": job.track if ranks.first() else "none",
         "run_name": job.run,
         "dataloader_num_workers": 0,
     }
@@ -119,6 +120,7 @@ def settle(
     lora.settle(trainer, job.step["seed"])
     facts = lora.check_trainer(trainer, job.config["lora"], job.config["optim"], dropout)
     trainer.speed = speed.settle(trainer, job)
+    over_ranks.settle(trainer, job.config["method"])
     return facts
 
 
@@ -196,6 +198,7 @@ def fit(trainer: Any, job: Job, measure: Callable[[], Measured]) -> dict:
     rollout = getattr(args, "steps_per_generation", 1) * getattr(args, "num_iterations", 1)
     boundary = rollout // math.gcd(rollout, args.gradient_accumulation_steps)
     before, after = checkpoints.train(trainer, fingerprint(job.step), job.checkpoint_minutes, boundary, measure)
+    over_ranks.check_equal(trainer)
     found: dict[str, Any] = {"before": before[0], "after": after[0], "change": changes(before[1], after[1])}
     with trainer.accelerator.autocast():
         far = distance.of_training(trainer.model, trainer.processing_class, job.parents()["rows"])

@@ -20,6 +20,8 @@ from contextlib import contextmanager
 from statistics import fmean
 from typing import Any
 
+from workflow_scripts.plumbing import ranks
+from workflow_scripts.training import passes
 from workflow_scripts.training.change import Units, of_ratio
 
 LENGTH = "completions/mean_length"
@@ -36,7 +38,14 @@ def kept(trainer: Any) -> Iterator[Units]:
     predict, judge = trainer.prediction_step, getattr(trainer, "_calculate_rewards", None)
 
     def prediction_step(*args: Any, **kwargs: Any) -> Any:
-        result = predict(*args, **kwargs)
+        if shared is None:
+            result = predict(*args, **kwargs)
+        else:
+            loss, figures, rows = shared.pop(0)
+            trainer._metrics["eval"].update({name: trainer._metrics["eval"][name] + values for name, values in figures.items()})
+            for figure, values in rows.items():
+                tokens[figure] += values
+            result = (loss.to(trainer.args.device), None, None)
         found["loss"].append(result[0].item())
         found.update({name: list(values) for name, values in trainer._metrics["eval"].items()})  # cleared when it is logged
         return result
@@ -59,11 +68,13 @@ def kept(trainer: Any) -> Iterator[Units]:
                 answers.setdefault(figure, {}).setdefault(row["id"], []).append(value)
         return rewards
 
-    trainer.prediction_step = prediction_step
     model: Any = trainer.model
     hook = model.register_forward_hook(forward) if isinstance(trainer, SFTTrainer) else None
     if judge is not None:
         trainer._calculate_rewards = calculate_rewards
+    # Where several ranks train, the batches are shared out beforehand; rollouts share their answers themselves.
+    shared = passes.evaluated(trainer, predict, tokens) if ranks.count > 1 and judge is None else None
+    trainer.prediction_step = prediction_step
     try:
         yield found
     finally:

@@ -1,0 +1,81 @@
+"""What the ranks of a training (plumbing/ranks.py) say to each other. Without ranks each function gives back what it was given.
+
+The engine is torch's: gloo between CPUs, NCCL between GPUs, opened with the first exchange. The ranks are no "world" for
+transformers, accelerate or TRL, which each see one process: what is shared is shared here, explicitly, so that a training by
+several ranks has the numbers of one (training/over_ranks.py).
+"""
+
+import atexit
+import datetime
+import logging
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch.distributed as dist
+from torch import Tensor
+
+from workflow_scripts.plumbing import ranks
+
+
+def _open() -> None:
+    # Before it, transformers would warn that the ranks are no world of its own: so it is meant.
+    logging.getLogger("transformers.training_args").addFilter(lambda record: "parallel_mode" not in str(record.msg))
+    dist.init_process_group(
+        "cpu:gloo,cuda:nccl" if ranks.device == "cuda" else "gloo",
+        store=dist.FileStore(str(ranks.meeting / "store"), ranks.count),  # type: ignore[operator]
+        rank=ranks.number,
+        world_size=ranks.count,
+        timeout=datetime.timedelta(seconds=1.5 * ranks.PATIENCE),  # who started the ranks sees sooner who did not come
+    )
+    atexit.register(dist.destroy_process_group)
+
+
+@contextmanager
+def _exchange(what: str) -> Iterator[None]:
+    number = ranks.come(what)
+    try:
+        if not dist.is_initialized():
+            _open()
+        yield
+    except (RuntimeError, EOFError) as error:
+        said = " ".join(str(error).split())[:300]
+        raise ranks.Lost(f"rank {ranks.number} lost the others at exchange {number} ({what}): {said}") from error
+
+
+def gathered(thing: Any, what: str) -> list:
+    """The thing of each rank, in their order; by pickle, through the host's memory."""
+    found: list = [thing] * ranks.count
+    if ranks.count > 1:
+        with _exchange(what):
+            dist.all_gather_object(found, thing)
+    return found
+
+
+def shared_out(things: Iterable[Any], do: Callable[[Any], Any], what: str) -> list:
+    """`do` of each thing, in their order: of each by one rank, and all get it. On the host if they are tensors."""
+    mine = {place: do(thing) for place, thing in enumerate(things) if place % ranks.count == ranks.number}
+    every = {place: made for part in gathered(mine, what) for place, made in part.items()}
+    return [every[place] for place in sorted(every)]
+
+
+def of_first(thing: Any, what: str) -> Any:
+    """The first rank's thing."""
+    found = [thing]
+    if ranks.count > 1:
+        with _exchange(what):
+            dist.broadcast_object_list(found, src=0)
+    return found[0]
+
+
+def summed(tensor: Tensor, what: str) -> Tensor:
+    """The sum over the ranks, the same on each bit for bit; in place."""
+    if ranks.count > 1:
+        with _exchange(what):
+            dist.all_reduce(tensor)
+    return tensor
+
+
+def wait(what: str) -> None:
+    """Until all have come."""
+    gathered(None, what)
