@@ -11,19 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.planned import (
-    ALL_RUNS,
-    DPO,
-    EVALS,
-    EVERYTHING,
-    RM,
-    SLICES,
-    config_over_a_local_file,
-    evals,
-    fingerprints,
-    runs,
-    stale,
-)
+from tests.support import planned
+from tests.support.planned import ALL_RUNS, DPO, EVALS, EVERYTHING, RM, SLICES, evals, fingerprints, runs, stale
 from workflow_scripts.artifacts import fingerprint
 from workflow_scripts.config.config import Config
 from workflow_scripts.plan.plan import Plan
@@ -78,7 +67,7 @@ def module(tree):
 
 @pytest.fixture
 def user(tmp_path):
-    return config_over_a_local_file(tmp_path)
+    return planned.config_over_a_local_file(tmp_path)
 
 
 SCORES = evals("score_ifeval")
