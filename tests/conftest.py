@@ -157,6 +157,14 @@ def laid_out(shared) -> Clone:
 
 
 @pytest.fixture(scope="session")
+def compared(shared) -> Path:
+    """The tiny world's comparison as a finished one leaves it, with its page. Do not change it: take a copy."""
+    from tests.support import report_world  # not above: it takes its own names from here
+
+    return shared.folder("compared", report_world.compare)
+
+
+@pytest.fixture(scope="session")
 def base(shared) -> Path:
     """The manifest of a base model with random weights."""
     return shared.folder("base", small_steps.write_base) / "manifest.json"
