@@ -157,6 +157,14 @@ def laid_out(shared) -> Clone:
 
 
 @pytest.fixture(scope="session")
+def compared(shared) -> Path:
+    """The tiny world's comparison as a finished one leaves it, with its page. Do not change it: take a copy."""
+    from tests.support import report_world  # not above: it takes its own names from here
+
+    return shared.folder("compared", report_world.compare)
+
+
+@pytest.fixture(scope="session")
 def base(shared) -> Path:
     """The manifest of a base model with random weights."""
     return shared.folder("base", small_steps.write_base) / "manifest.json"
@@ -228,7 +236,8 @@ def fresh(tmp_path: Path) -> Clone:
 # Rooms and files that train or run Snakemake. What takes longest comes first, so that neither of two processes of tests is left
 # alone with it at the end.
 SLOW = (
-    "dag/test_tiny_gains", "slurm/", "dag/test_kills", "training/test_methods_broken", "dag/test_dag", "dag/test_random_edits",
+    "dag/test_tiny_gains", "slurm/", "dag/test_kills", "training/test_methods_broken", "dag/test_accounts",
+    "steps/test_self_made_gains", "dag/test_dag", "dag/test_random_edits",
     "dag/test_s", "profiles/", "training/", "rl/test_ppo", "rl/test_r", "gpu/", "models/test_adapters",
     "models/test_distance", "models/test_models", "models/test_chat", "models/test_qwen_tokenizer", "models/test_end_tokens",
     "models/test_start_token", "report/test_trained", "report/test_report_browser", "evaluation/test_lm_eval_task",

@@ -14,6 +14,8 @@ from tests.support.choice_rows import DEV, MMLU, SHOTS, SUBJECTS, TRUTH, questio
 from tests.support.slicer import chat_row
 from workflow_scripts.evaluation import lm_tasks
 
+pytestmark = pytest.mark.usefixtures("undescribed")
+
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory):

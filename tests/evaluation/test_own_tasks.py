@@ -11,6 +11,8 @@ from tests.support.slicer import chat_row
 from workflow_scripts.data import task_files
 from workflow_scripts.plumbing.messages import InputError
 
+pytestmark = pytest.mark.usefixtures("undescribed")
+
 
 @pytest.fixture
 def base(speaking_base):

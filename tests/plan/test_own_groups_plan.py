@@ -39,6 +39,7 @@ def test_a_group_is_one_task_whose_tasks_are_clusters(tmp_path, monkeypatch):
     assert place.id == "cais/mmlu"
 
 
+@pytest.mark.slow
 def test_a_family_of_a_grouped_task_takes_groups_for_what_is_drawn(tmp_path):
     """Verdicts that go together in pairs: the family's error is that of half as many independent ones."""
     rows = [row | {"story": f"s{i}"} for i, row in enumerate(own_task.CHOICE)]

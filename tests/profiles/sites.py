@@ -8,7 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from tests.conftest import MICRO, ROOT, make_clone
+from tests.conftest import MICRO, ROOT, make_clone, warm_steps
 from tests.profiles import scheduler
 
 HERE = ROOT / "tests/profiles"
@@ -44,7 +44,13 @@ class Site:
     def environment(self, executor: str = "none", plugin: str | None = None, **more: str) -> dict[str, str]:
         path = [str(self.clone.folder), str(self.plugins(executor)), *([str(self.clone.folder / plugin)] if plugin else [])]
         commands = f"{self.folder / 'bin'}:{Path(sys.executable).parent}:{os.environ['PATH']}"
-        return {**os.environ, "PYTHONPATH": ":".join(path), "PATH": commands, **more}
+        kept = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
+        return {**kept, "PYTHONPATH": ":".join(path), "PATH": commands, **more}
+
+    def warmed(self, *given: str | None, **more: str) -> dict[str, str]:
+        """The same, and what runs beside the executor, a look at the verifiers, is a fork: tests/support/warm.py."""
+        found = self.environment(*given, **more)
+        return found | {"PATH": f"{warm_steps().bin()}:{found['PATH']}"}
 
     def snakemake(self, *args: str, env: dict[str, str], cwd: Path | None = None) -> subprocess.CompletedProcess:
         command = ["snakemake", *args]

@@ -91,7 +91,7 @@ def test_every_profile_reruns_by_parameters_alone_and_keeps_our_lock(site, name)
 
 
 def test_slurm_gets_gpus_memory_cores_and_time_and_signals_the_job_step(site):
-    env = site.environment("slurm", **site.queue())
+    env = site.warmed("slurm", **site.queue())
     sent = submitted(site.jobs(*TARGETS, "--workflow-profile", "profiles/slurm", env=env))
     calls = site.calls("sbatch")
     assert len(calls) == len(sent)
@@ -108,7 +108,7 @@ def test_slurm_gets_gpus_memory_cores_and_time_and_signals_the_job_step(site):
 
 
 def test_pbs_gets_gpus_memory_cores_and_time(site):
-    env = site.environment("cluster_generic", **site.queue())
+    env = site.warmed("cluster_generic", **site.queue())
     sent = submitted(site.jobs(*TARGETS, "--workflow-profile", "profiles/cluster-generic", env=env))
     calls = site.calls("qsub")
     assert len(calls) == len(sent)
@@ -126,7 +126,7 @@ def test_the_commented_lines_for_sge_ask_for_the_same(site):
     profile = yaml.safe_load(text) | yaml.safe_load(submit.replace("\n# ", "\n")) | yaml.safe_load(status)
     (site.clone.folder / "profiles/sge").mkdir()
     (site.clone.folder / "profiles/sge/profile.yaml").write_text(yaml.safe_dump(profile))
-    env = site.environment("cluster_generic", **site.queue())
+    env = site.warmed("cluster_generic", **site.queue())
     sent = submitted(site.jobs(*TARGETS, "--workflow-profile", "profiles/sge", env=env))
     for job, call in zip(sent, site.calls("qsub"), strict=True):
         wants = job["resources"]
@@ -186,7 +186,7 @@ def test_the_status_of_a_job_in_the_words_of_its_scheduler(tmp_path, kind, answe
 
 def kubernetes(site: Site, server: servers.Kubernetes) -> dict[str, str]:
     (site.folder / "kubeconfig").write_text(server.config())
-    return site.environment("kubernetes", PLUGINS["kubernetes"], KUBECONFIG=str(site.folder / "kubeconfig"), HF_TOKEN="of a user")
+    return site.warmed("kubernetes", PLUGINS["kubernetes"], KUBECONFIG=str(site.folder / "kubeconfig"), HF_TOKEN="of a user")
 
 
 def test_kubernetes_gets_gpus_memory_cores_disk_and_time(site):
@@ -295,7 +295,7 @@ def test_kubernetes_is_refused_off_the_volume_and_without_ours_everywhere(site):
 
 
 def test_lsf_gets_gpus_memory_cores_and_time(site):
-    env = site.environment("lsf", **site.queue())
+    env = site.warmed("lsf", **site.queue())
     sent = submitted(site.jobs(*TARGETS, "--workflow-profile", site.snippet("lsf"), env=env))
     calls = site.calls("bsub")
     assert len(calls) == len(sent)
@@ -312,7 +312,7 @@ def test_lsf_gets_gpus_memory_cores_and_time(site):
 def test_aws_batch_gets_gpus_memory_cores_and_time(site):
     server, profile = servers.Batch(), ["--workflow-profile", "profiles/aws-batch"]
     more = {"AWS_ACCESS_KEY_ID": "none", "AWS_SECRET_ACCESS_KEY": "none", "AWS_EC2_METADATA_DISABLED": "true"}
-    env = site.environment("aws_batch", PLUGINS["aws-batch"], AWS_ENDPOINT_URL=server.url, **more)
+    env = site.warmed("aws_batch", PLUGINS["aws-batch"], AWS_ENDPOINT_URL=server.url, **more)
     try:
         refused = site.snakemake(TARGETS[0], *profile, "--configfile", *CUDA, env=env)
         assert f"expected ID:PATH of the file system with {site.clone.folder}" in refused.stderr

@@ -20,15 +20,13 @@ from workflow_scripts.report import page as pages
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("made")
-    config = report_world.write_config(folder)
-    return folder, report_world.make(folder, config)
+def made(compared):
+    return compared, report_world.plan_of(compared)
 
 
 @pytest.fixture(scope="module")
 def html(made) -> str:
-    return report_world.report(*made)
+    return report_world.page_of(made[0])
 
 
 @pytest.fixture
@@ -146,11 +144,42 @@ def test_the_same_results_give_the_same_bytes(copy, html):
     assert report_world.report(*copy) == html
 
 
+@pytest.fixture(scope="module")
+def alarmed(tmp_path_factory) -> str:
+    """A page with two alarms: a control that failed, and two runs with the same verdicts."""
+    folder = tmp_path_factory.mktemp("alarmed")
+    plan = report_world.make(folder, report_world.write_config(folder), accuracy={"dpo_flipped": 0.6})
+    repeat(folder, "kto")
+    return report_world.report(folder, plan)
+
+
+def repeat(folder: Path, other: str) -> None:
+    """Another run's answers get the verdicts of DPO's."""
+    dpo = json.loads((folder / "results/ifeval_dpo.json").read_text())
+    copied = {key: dpo[key] for key in ("per_prompt", "prompt_level_strict_acc")}
+    alter(folder, f"ifeval_{other}.json", lambda data: data.update(copied))
+
+
+def repeated(html: str, other: str) -> bool:
+    found = re.search(rf"(dpo and {other}|{other} and dpo) have the same verdict on each of 200 prompts", html)
+    return "Something is wrong with the data." in html and bool(found)
+
+
 @pytest.mark.slow
-def test_a_failed_control_says_in_red_that_the_comparison_is_not_to_be_trusted(tmp_path):
-    plan = report_world.make(tmp_path, report_world.write_config(tmp_path), accuracy={"dpo_flipped": 0.6})
-    html = report_world.report(tmp_path, plan)
-    assert 'class="box alarm"><strong>Do not trust this comparison:' in html and "negative: FAILED" in html
+def test_a_failed_control_says_in_red_that_the_comparison_is_not_to_be_trusted(alarmed):
+    assert 'class="box alarm"><strong>Do not trust this comparison:' in alarmed and "negative: FAILED" in alarmed
+
+
+@pytest.mark.slow
+def test_two_runs_with_the_same_verdicts_are_a_warning(alarmed):
+    assert repeated(alarmed, "kto")
+
+
+@pytest.mark.long
+def test_two_seeds_with_the_same_verdicts_are_a_warning(copy):
+    folder, plan = copy
+    repeat(folder, "dpo.seed2")
+    assert repeated(report_world.report(folder, plan), "dpo.seed2")
 
 
 @pytest.mark.slow
@@ -163,25 +192,27 @@ def test_with_a_margin_what_is_surely_within_it_is_equivalent(tmp_path):
     assert found["ppo"] == ("equivalent", 0.3) and found["dpo"] == ("better", 0.3)
 
 
-@pytest.mark.slow
-def test_costs_are_gpu_hours_and_money_where_there_is_a_gpu_and_a_price(tmp_path):
-    """A DPO run trains 33 s and answers two tasks in 12.5 s each: 58 s for each of three seeds."""
+@pytest.fixture(scope="module")
+def costs(tmp_path_factory) -> dict[str, list[str]]:
+    """Run -> its cells, where there is a GPU and a price. One training of DPO shared its card: 11 of its 33 s were its own."""
+    folder = tmp_path_factory.mktemp("costs")
     overlay = {"device": "cuda", "precision": "bf16", "report": {"price": 36.0, "currency": "EUR"}}
-    html = report_world.report(tmp_path, report_world.make(tmp_path, report_world.write_config(tmp_path, overlay=overlay)))
-    costs = html[html.index('id="cost"') : html.index('id="graph"')]
-    row = re.search(r"<tr><td>dpo</td>(.*?)</tr>", costs, flags=re.S)[1]
-    assert re.findall(r"<td>(.*?)</td>", row) == ["3", "99 s", "75 s", "", "3.00", "0.05", "1.74 EUR"]
+    plan = report_world.make(folder, report_world.write_config(folder, overlay=overlay))
+    alter(folder, "dpo/adapter/run.json", lambda run: run.update(gpu_seconds=11.0, gpu_jobs=3.0))
+    html = report_world.report(folder, plan)
+    rows = re.findall(r"<tr><td>(\w+)</td>(.*?)</tr>", html[html.index('id="cost"') : html.index('id="graph"')], flags=re.S)
+    return {name: re.findall(r"<td>(.*?)</td>", row) for name, row in rows}
 
 
 @pytest.mark.slow
-def test_a_job_that_shared_its_card_is_counted_with_its_share(tmp_path):
-    """As above, but one training had two others beside it: 11 of its 33 s were its own."""
-    overlay = {"device": "cuda", "precision": "bf16", "report": {"price": 36.0, "currency": "EUR"}}
-    plan = report_world.make(tmp_path, report_world.write_config(tmp_path, overlay=overlay))
-    alter(tmp_path, "dpo/adapter/run.json", lambda run: run.update(gpu_seconds=11.0, gpu_jobs=3.0))
-    html = report_world.report(tmp_path, plan)
-    row = re.search(r"<tr><td>dpo</td>(.*?)</tr>", html[html.index('id="cost"') : html.index('id="graph"')], flags=re.S)[1]
-    assert re.findall(r"<td>(.*?)</td>", row) == ["3", "99 s", "75 s", "", "3.00", "0.04", "1.52 EUR"]
+def test_costs_are_gpu_hours_and_money_where_there_is_a_gpu_and_a_price(costs):
+    """A KTO run trains 33 s and answers two tasks in 12.5 s each: 58 s for each of three seeds."""
+    assert costs["kto"] == ["3", "99 s", "75 s", "", "3.00", "0.05", "1.74 EUR"]
+
+
+@pytest.mark.slow
+def test_a_job_that_shared_its_card_is_counted_with_its_share(costs):
+    assert costs["dpo"] == ["3", "99 s", "75 s", "", "3.00", "0.04", "1.52 EUR"]
 
 
 def test_budgets_are_means_over_seeds_of_what_each_training_was_given(html):
@@ -204,18 +235,6 @@ def test_one_seed_is_said_loudly(tmp_path):
     assert not re.search(r"better by|worse by|cannot tell|equivalent|p, family|Minimum detectable", verdicts)
     rows = list(csv.DictReader(io.StringIO((tmp_path / "results/report/comparison.csv").read_text())))
     assert {(row["verdict"], row["p"], row["p_family"], row["mde"]) for row in rows} == {("no verdict", "", "", "")}
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("other", ["kto", pytest.param("dpo.seed2", marks=pytest.mark.long)])
-def test_two_runs_with_the_same_verdicts_are_a_warning(copy, other):
-    folder, plan = copy
-    dpo = json.loads((folder / "results/ifeval_dpo.json").read_text())
-    copied = {key: dpo[key] for key in ("per_prompt", "prompt_level_strict_acc")}
-    alter(folder, f"ifeval_{other}.json", lambda data: data.update(copied))
-    html = report_world.report(folder, plan)
-    assert "Something is wrong with the data." in html
-    assert re.search(rf"(dpo and {other}|{other} and dpo) have the same verdict on each of 200 prompts", html)
 
 
 def test_a_seed_that_is_a_copy_of_another_is_refused(copy):

@@ -41,10 +41,8 @@ def browser(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def page(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("world")
-    report_world.report(folder, report_world.make(folder, report_world.write_config(folder)))
-    return folder / "results/report/comparison.html"
+def page(compared) -> Path:
+    return compared / "results/report/comparison.html"
 
 
 def emulate(browser, width: int) -> None:

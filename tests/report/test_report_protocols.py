@@ -83,6 +83,7 @@ def test_several_answers_have_a_table_and_families_take_their_share(made, world)
         assert one.verdict == other.verdict and one.mcnemar == other.mcnemar
 
 
+@pytest.mark.slow
 def test_without_other_protocols_and_with_one_answer_the_report_says_nothing_of_them(tmp_path):
     html = report_world.report(tmp_path, report_world.make(tmp_path, report_world.write_config(tmp_path, seeds=1)))
     assert 'id="protocols"' not in html and "pass@" not in html

@@ -24,7 +24,12 @@ def made(tmp_path_factory):
             place.with_name(f"{place.name}.manifest.json").write_text(json.dumps({"answers": {"sampled": count}}))
             facts = {"seconds": 40.0 + seed, "tokens": 100_000 + seed, "peak_memory_bytes": 2**30}
             place.with_name(f"{place.name}.run.json").write_text(json.dumps(facts))
-    return plan, report_world.report(folder, plan)
+    return folder, plan
+
+
+@pytest.fixture(scope="module")
+def html(made) -> str:
+    return report_world.report(*made)
 
 
 def cells(html: str, start: str, end: str) -> dict[str, list[str]]:
@@ -33,16 +38,18 @@ def cells(html: str, start: str, end: str) -> dict[str, list[str]]:
     return {name: re.findall(r"<td[^>]*>([^<]*)</td>", row) for name, row in rows}
 
 
-def test_budgets_have_what_was_drawn_also_where_it_is_shared(made):
-    budgets = cells(made[1], "budget", "cost")
+@pytest.mark.slow
+def test_budgets_have_what_was_drawn_also_where_it_is_shared(html):
+    budgets = cells(html, "budget", "cost")
     for name in ("rft", "dpo_onpolicy", "kto_onpolicy"):  # one set of answers, the mean over three seeds
         assert budgets[name][-3:] == ["6,400", "100,002", "42"], name
     assert budgets["dpo_onpolicy_round2"][-3:] == ["3,200", "100,002", "42"] and budgets["dpo"][-3:] == ["", "", ""]
-    assert "<th>answers drawn</th>" in made[1]
+    assert "<th>answers drawn</th>" in html
 
 
-def test_their_time_stands_once_in_the_costs(made):
-    costs = cells(made[1], "cost", "how")
+@pytest.mark.slow
+def test_their_time_stands_once_in_the_costs(html):
+    costs = cells(html, "cost", "how")
     rows = {name: row for name, row in costs.items() if name.startswith("answers of")}
     assert rows == {
         name: ["3", "", "126 s", "", "1.00", "", ""] for name in ("answers of best_of_8", "answers of dpo_onpolicy_round2")
@@ -50,7 +57,7 @@ def test_their_time_stands_once_in_the_costs(made):
 
 
 def test_who_learns_from_one_reward_on_one_set_of_prompts_has_one_source(made):
-    experiments = json.loads(made[0].report())["config"]["experiments"]
+    experiments = json.loads(made[1].report())["config"]["experiments"]
     assert judge.source(experiments, "rft") == judge.source(experiments, "dpo_onpolicy") == judge.source(experiments, "grpo")
     assert judge.source(experiments, "dpo") == "pairs"
     world = SimpleNamespace(config={"experiments": experiments})

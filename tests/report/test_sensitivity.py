@@ -113,6 +113,7 @@ def test_trials_stand_in_no_other_section_and_a_copy_of_the_choice_is_no_warning
     assert "the best of 4 trials" in section(html, "graph", "how")
 
 
+@pytest.mark.slow
 def test_the_answers_of_the_chosen_trial_are_those_of_the_tuned_one_and_no_warning(made, tmp_path):
     """As in a real run, where the chosen trial is also scored for the curve: the same verdicts."""
     folder = shutil.copytree(made[0], tmp_path / "copy")
@@ -126,6 +127,7 @@ def test_the_answers_of_the_chosen_trial_are_those_of_the_tuned_one_and_no_warni
     assert "Something is wrong" not in report_world.report(folder, plan)
 
 
+@pytest.mark.slow
 def test_a_tuned_one_and_its_trial_are_alike_in_a_view_too(tmp_path):
     """`dpo` is the best trial, and both are judged in NF4: the same adapter on the same base."""
     given = overlay()
@@ -140,6 +142,7 @@ def test_a_tuned_one_and_its_trial_are_alike_in_a_view_too(tmp_path):
     assert "dpo_tuned: dpo by" in html and "Something is wrong" not in html
 
 
+@pytest.mark.slow
 def test_where_an_adapter_is_gone_the_other_seeds_keep_their_names(made, tmp_path):
     folder = shutil.copytree(made[0], tmp_path / "copy")
     (folder / "results/dpo_tuned/adapter/manifest.json").unlink()
@@ -148,6 +151,7 @@ def test_where_an_adapter_is_gone_the_other_seeds_keep_their_names(made, tmp_pat
     assert said == [("dpo_tuned.seed2", "dpo_t3.seed2"), ("dpo_tuned.seed3", "dpo_t3.seed3")]
 
 
+@pytest.mark.slow
 def test_without_a_curve_the_evaluation_of_trials_is_neither_asked_for_nor_shown(tmp_path):
     plan = report_world.make(tmp_path, report_world.write_config(tmp_path, seeds=1, overlay=overlay()), accuracy=ACCURACY)
     assert not [file for file in plan.report_inputs() if re.search(r"/(ifeval|gsm8k)_\w+_t\d", file)]
@@ -156,6 +160,7 @@ def test_without_a_curve_the_evaluation_of_trials_is_neither_asked_for_nor_shown
     assert "(0.005): widen the grid" in html  # with one seed
 
 
+@pytest.mark.slow
 def test_another_number_of_trials_is_said_where_it_is_declared(tmp_path):
     more = {"grid": {"train": {"learning_rate": {"times": [1, 3]}}}, "trials": 2}
     given = overlay(experiments={"dpo": {}, "kto": more})
@@ -164,6 +169,7 @@ def test_another_number_of_trials_is_said_where_it_is_declared(tmp_path):
     assert "kto_tuned: the best of 2 trials; dpo_tuned: the best of 4 trials" in html
 
 
+@pytest.mark.slow
 def test_by_the_own_objective_the_changes_are_shown(tmp_path):
     given = overlay(choose="objective", experiments={"dpo": {}, "kto": {}, "sft_v2": {}})
     html = report_world.report(tmp_path, report_world.make(tmp_path, report_world.write_config(tmp_path, seeds=1, overlay=given)))
@@ -173,6 +179,7 @@ def test_by_the_own_objective_the_changes_are_shown(tmp_path):
     assert said and said[1] == "dpo_tuned by accuracy, kto_tuned by accuracy, sft_v2_tuned by loss (less is better)"
 
 
+@pytest.mark.slow
 def test_the_curve_is_of_the_task_that_chooses(tmp_path):
     given = overlay(curve=True, choose={"task": "gsm8k", "prompts": "dev_sums"})
     given["data"]["slices"]["dev_sums"] = {"kind": "numeric", "source": {"tiny": {"split": "dev"}}, "rows": 50, "seed": 1}

@@ -30,6 +30,7 @@ def test_a_group_for_each_item_and_groups_of_one_size():
     np.testing.assert_allclose(summed(table, GROUPS + ["e"]).mean(-1), table.mean(-1))
 
 
+@pytest.mark.slow
 def test_intervals_cover_where_items_of_a_group_go_together_and_without_groups_they_do_not():
     """Thirty subjects of 10 to 40 questions, one seed; the difference of two arms varies by subject, and is 0 on the whole."""
     draw = np.random.default_rng(5)

@@ -136,6 +136,18 @@ def test_where_seeds_are_all_the_interval_is_student_s_with_their_degrees_of_fre
     assert components.p_value(np.array(stats.t.isf(alpha / 2, df)), of_seeds(df)) == pytest.approx(alpha, rel=1e-3)
 
 
+def test_an_interval_is_found_in_a_few_steps_and_its_p_is_alpha(monkeypatch):
+    """Newton's last step ends on the bracket itself; halving from there took three times as many, and most of a report's time."""
+    asked, tail = [], components.tail
+    monkeypatch.setattr(components, "tail", lambda *given: asked.append(1) or tail(*given))
+    own = components.parts(np.stack(list(random_arms(6, 3, prompts=200, gain=0.3, seed_sd=0.1).values())).astype(float))
+    for split in (components.alone(own), *(of_seeds(df, 2.0, prompt, 0.5) for df in (2, 7) for prompt in (0.0, 1.0, 100.0))):
+        asked.clear()
+        half = components.half_width(split, 0.01)
+        assert len(asked) <= 12
+        assert components.p_value(half, split) == pytest.approx(0.01, rel=1e-7)
+
+
 def test_prompts_and_seeds_together_are_fisher_s_behrens_fisher():
     """P(|Z + sqrt(2) T| > x), T Student's with 2 degrees of freedom, is drawn."""
     rng = np.random.default_rng(2)

@@ -178,6 +178,21 @@ def _write(path: Path, data: dict) -> None:
     path.write_text(manifests.dump(data))
 
 
+def compare(folder: Path) -> None:
+    """The tiny world's comparison and its page, for tests that only read them."""
+    folder.mkdir()
+    report(folder, make(folder, write_config(folder)))
+
+
+def plan_of(folder: Path) -> Plan:
+    with contextlib.chdir(folder):
+        return Plan(configs.load(folder / "world.yaml"))
+
+
+def page_of(folder: Path) -> str:
+    return (folder / "results/report/comparison.html").read_text(encoding="utf-8")
+
+
 def job(plan: Plan) -> Job:
     """The report's step, as its rule would start it in the folder."""
     inputs = [Path(file) for file in plan.report_inputs()]

@@ -77,16 +77,21 @@ class Warm:
             client.chmod(0o755)
         return str(client.parent)
 
-    def run(self, command: tuple[str, ...], cwd: Path, env: dict[str, str]) -> subprocess.CompletedProcess:
+    def run(self, command: tuple[str, ...], cwd: Path, env: dict[str, str], text: str = "") -> subprocess.CompletedProcess:
+        """Run a command to its end; `text` comes to it through a pipe, which holds as much as 64 kB."""
         from tests.support import cpu  # not above: the process itself loads nothing of this project
 
+        given, giving = os.pipe()
+        with open(giving, "w") as pipe:
+            pipe.write(text)
         with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err, socket.socket(socket.AF_UNIX) as server:
             server.connect(self.address)
             asked = json.dumps([command, str(cwd), env]).encode()
-            socket.send_fds(server, [len(asked).to_bytes(4, "big")], [0, out.fileno(), err.fileno()])
+            socket.send_fds(server, [len(asked).to_bytes(4, "big")], [given, out.fileno(), err.fileno()])
             server.sendall(asked)
             code, computed = server.recv(64).split()
             texts = [file.seek(0) or file.read().decode(errors="replace") for file in (out, err)]
+        os.close(given)
         cpu.of_forks += float(computed)
         return subprocess.CompletedProcess(command, int(code), *texts)
 

@@ -1,6 +1,7 @@
 """A comparison that is published: frozen from results that were drawn, rebuilt without them; and the one in docs/studies."""
 
 import contextlib
+import io
 import json
 import re
 import shutil
@@ -21,10 +22,11 @@ PAGES = {"main.html", "main.csv", "main_scores.csv", "main.svg"}
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory) -> Path:
+def made(compared, tmp_path_factory) -> Path:
     """A folder with a config and its results, each with the step that it would have had on another machine."""
-    folder = tmp_path_factory.mktemp("made")
-    plan = report_world.make(folder, report_world.write_config(folder))
+    folder = shutil.copytree(compared, tmp_path_factory.mktemp("study") / "made")
+    shutil.rmtree(folder / "results/report")
+    plan = report_world.plan_of(folder)
     with contextlib.chdir(folder):
         for role in plan.step("report", "")["parents"]:
             for path, kind, run in study.phases(plan, role):
@@ -46,15 +48,25 @@ def freeze(folder: Path, *more: Path) -> None:
         study.freeze(Path("study"), {"main": [Path("world.yaml"), *more]}, [])
 
 
-def test_what_was_made_elsewhere_is_frozen_and_rebuilt_without_results_or_config(copy, tmp_path, capsys):
-    freeze(copy)
-    (tmp_path / "there").mkdir()
-    shutil.move(copy / "study", tmp_path / "there/study")
-    shutil.rmtree(copy)
-    assert not study.rebuild(tmp_path / "there/study", tmp_path / "there/study")
-    assert {path.name for path in (tmp_path / "there/study").iterdir()} == PAGES | {"main.step.json", study.ARCHIVE}
-    assert capsys.readouterr().out.count("new") == 4
-    assert study.rebuild(tmp_path / "there/study", tmp_path / "there/study")
+@pytest.fixture(scope="module")
+def published(made, tmp_path_factory) -> tuple[Path, str]:
+    """The study in a folder of its own, rebuilt there once without results or config; and what was said. Take a copy of it."""
+    folder = tmp_path_factory.mktemp("published")
+    shutil.copytree(made, folder / "here")
+    freeze(folder / "here")
+    shutil.move(folder / "here/study", folder / "study")
+    shutil.rmtree(folder / "here")
+    with contextlib.redirect_stdout(io.StringIO()) as said:
+        assert not study.rebuild(folder / "study", folder / "study")
+    return folder / "study", said.getvalue()
+
+
+def test_what_was_made_elsewhere_is_frozen_and_rebuilt_without_results_or_config(published, tmp_path, capsys):
+    folder, said = published
+    assert {path.name for path in folder.iterdir()} == PAGES | {"main.step.json", study.ARCHIVE}
+    assert said.count("new") == 4
+    shutil.copytree(folder, tmp_path / "study")
+    assert study.rebuild(tmp_path / "study", tmp_path / "study")
     said = capsys.readouterr().out
     assert (
         said.count("as it was") == 4
@@ -72,9 +84,8 @@ def test_the_same_results_give_the_same_archive(copy):
     assert (copy / "study" / study.ARCHIVE).read_bytes() == first
 
 
-def test_a_changed_verdict_is_another_page(copy, capsys):
-    freeze(copy)
-    study.rebuild(copy / "study", copy / "study")
+def test_a_changed_verdict_is_another_page(copy, published, capsys):
+    shutil.copytree(published[0], copy / "study")
     path = copy / "results/ifeval_dpo.json"
     data = json.loads(path.read_text())
     row = next(row for row in data["per_prompt"] if row["follow_instruction_list_strict"] == [True])
@@ -83,9 +94,10 @@ def test_a_changed_verdict_is_another_page(copy, capsys):
     path.write_text(json.dumps(data))
     freeze(copy)
     capsys.readouterr()
-    for _ in range(2):  # a check leaves what it found
-        assert not study.rebuild(copy / "study", copy / "study", check=True)
-        assert "main_scores.csv: another than it was" in capsys.readouterr().out
+    before = {path.name: path.read_bytes() for path in (copy / "study").iterdir()}
+    assert not study.rebuild(copy / "study", copy / "study", check=True)
+    assert "main_scores.csv: another than it was" in capsys.readouterr().out
+    assert {path.name: path.read_bytes() for path in (copy / "study").iterdir()} == before  # a check leaves what it found
 
 
 def test_a_phase_of_another_config_is_not_frozen(copy):

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from tests.conftest import warm_steps
 from tests.support.tool import edit, tool
 from workflow_scripts.artifacts.fingerprint import fingerprint
 from workflow_scripts.plumbing.messages import InputError
@@ -52,10 +53,9 @@ def test_chat_reads_a_pipe_and_keeps_the_conversation_until_new(read_only):
     one = reply(first)
     two = reply(first, one, "and the sea?")
     alone = reply("and the sea?")
-    done = tool(
-        read_only, "chat", "results/dpo", "--max-new-tokens", "10", "--threads", "1",
-        text=f"{first}\n\nand the sea?\n/new\nand the sea?\n",
-    )  # fmt: skip
+    command = ("python", "-m", "workflow_scripts.tools.chat", "results/dpo", "--max-new-tokens", "10", "--threads", "1")
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = warm_steps().run(command, read_only, env, text=f"{first}\n\nand the sea?\n/new\nand the sea?\n")
     assert done.stdout == f"{one}\n{two}\n{alone}\n", done.stderr
     assert two != alone  # the conversation went in
 

@@ -163,8 +163,9 @@ def half_width(split: Split, alpha: float) -> np.ndarray:
         slope = -2 * (ratio * peak * np.exp(-(df + 1) / 2 * np.log1p(ratio**2 / df))) @ WEIGHTS / np.where(p > 0, p, 1.0)
         with np.errstate(all="ignore"):
             newton = x * np.exp(-np.log(p / alpha) / slope)
-        after = np.where((newton > low) & (newton < high), newton, (low + high) / 2)
-        if np.all(np.abs(after - x) <= 1e-9 * x):
+        found = np.abs(newton - x) <= 1e-9 * x  # also where the last step ends on a bracket, or a hair beyond it
+        after = np.where(found | ((newton > low) & (newton < high)), newton, (low + high) / 2)
+        if np.all(found | (np.abs(after - x) <= 1e-9 * x)):
             return after
         x = after
     return x
