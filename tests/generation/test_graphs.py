@@ -127,6 +127,7 @@ def test_neither_slots_nor_what_is_beside_it_changes_an_answer(asked, prompts):
             assert made.tokens == whole[place].tokens, (slots, place)
 
 
+@pytest.mark.slow
 def test_each_engine_of_a_process_has_compiled_code_of_its_own(prompts, monkeypatch):
     """torch compiles at most eight kinds of one function, and runs the ninth as it stands: another rounding on a GPU. That error
     is what comes of `fullgraph` there. Traced on a CPU, and not compiled."""
