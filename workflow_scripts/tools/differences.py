@@ -84,6 +84,8 @@ def place(config: Config, kind: str, name: str, path: list[str]) -> str:
     top = path[0]
     if top in CONSTANT_BLOCKS or top == "rewards":
         return dotted(path)
+    if top == "correction":
+        return "generation.cap"
     if top == "generation":
         return {"train": "generation.rollouts", "samples": "generation.rollouts"}.get(kind) or dotted(
             ["eval", path[-1]] if path[-1] == "batch_size" else path
