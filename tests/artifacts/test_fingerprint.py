@@ -258,7 +258,7 @@ PLUMBING_USED = {
     "runinfo.check_packages": "stops a step; what differs is written beside the results",
     "runinfo.collect": "run.json, which nothing reads",
     "startup.ready": "says when garbage is looked for",
-    "gpus.limit": "bounds what a step may allocate: it fails or it does not",
+    "gpus.limit": "bounds what a step may allocate: it fails or not; with vllm, how many answers are decoded at once",
     "work.publish": "moves finished files",
     "work.exclusive": "waits",
     "work.claim": "says whose working folder it is",

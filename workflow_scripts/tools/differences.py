@@ -87,9 +87,10 @@ def place(config: Config, kind: str, name: str, path: list[str]) -> str:
     if top == "correction":
         return "generation.cap"
     if top == "generation":
-        return {"train": "generation.rollouts", "samples": "generation.rollouts"}.get(kind) or dotted(
-            ["eval", path[-1]] if path[-1] == "batch_size" else path
-        )
+        if kind in ("train", "samples"):
+            return "generation.rollouts"
+        chunks = config.generation()["backend"] == "vllm"
+        return dotted((["generation", "chunk"] if chunks else ["eval", path[-1]]) if path[-1] == "batch_size" else path)
     if kind in ("train", "merge", "eval_rm"):
         if top == "optim":
             return "optim (follows device)"
