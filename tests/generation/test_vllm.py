@@ -75,6 +75,11 @@ def test_the_version_is_that_of_its_lock_and_the_environment_installs_it():
     there = fingerprint.of_vllm({"torch": "0", "unknown": "7"})
     assert there["vllm"] == REAL["version"] and there["unknown"] == "7"
     assert there["torch"] not in ("0", fingerprint.locked()["torch"])  # a torch of its own: hence an environment of its own
+    for step in ("generate", "own_task"):
+        packages = fingerprint.packages(f"workflow_scripts.steps.{step}")
+        assert {name for name, version in fingerprint.of_vllm(packages).items() if packages.get(name) != version} == {
+            "numpy", "torch", "vllm",
+        }  # fmt: skip
     assert "-r vllm.lock" in (ROOT / "envs/vllm.yaml").read_text()
     assert "vllm" not in fingerprint.locked()
 

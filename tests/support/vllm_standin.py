@@ -84,7 +84,6 @@ class LLM:
         assert skip_tokenizer_init and 0 < gpu_memory_utilization <= 1
         folder = Path(model, "generation_config.json")
         self.folder = json.loads(folder.read_text()) if folder.exists() else {}
-        self.acts = generation_config == "auto"
         self.model = AutoModelForCausalLM.from_pretrained(model, dtype=getattr(torch, dtype)).eval()
         self.longest, self.mode, self.rank, self.loaded = max_model_len, logprobs_mode, max_lora_rank * enable_lora, ""
 
@@ -115,7 +114,7 @@ class LLM:
         ends = set(how.stop_token_ids or [])
         eos = self.folder.get("eos_token_id", [])
         ends |= set() if how.ignore_eos else {eos} if isinstance(eos, int) else set(eos)
-        penalty = self.folder.get("repetition_penalty", 1.0) if self.acts else how.repetition_penalty
+        penalty = how.repetition_penalty  # the folder's acts alone where nothing is asked for
         draw = torch.Generator().manual_seed(how.seed) if how.seed is not None else None
         said: list[int] = []
         likely: list[dict[int, Logprob]] = []
