@@ -49,6 +49,8 @@ if workflow.is_main_process and workflow.local_exec and (workflow.resource_setti
 SHARE = {"always": True, "local": workflow.is_main_process and workflow.local_exec, "never": False}[PLAN.config.data["share_gpu"]]
 OFFERED = {}  # what GPUs this host has, once a real run begins: GPU -> MiB
 ENV = f"../envs/{'cuda' if DEVICE == 'cuda' else 'cpu'}.yaml"
+# Of jobs that answer: vLLM has a torch of its own.
+ANSWER_ENV = "../envs/vllm.yaml" if PLAN.config.generation()["backend"] == "vllm" else ENV
 
 # A run is an experiment, or one with `.seedN` (N from 2): one run has one name.
 SEED = r"(\.seed([2-9]|[1-9][0-9]+))?"
@@ -152,6 +154,12 @@ def prompts_of(wildcards):
 @signed
 def own_task_inputs(wildcards):
     return edges(PLAN.own_task_inputs(wildcards.task))
+
+
+@signed
+def own_env(wildcards):
+    """Of a task of `eval.tasks`: what is answered in text is answered where all answers are, the rest where all else is."""
+    return ANSWER_ENV if "generation" in PLAN.step(f"score_{wildcards.task}", wildcards.run)["config"] else ENV
 
 
 def edges(files):

@@ -16,7 +16,7 @@ rule generate:
         run=ANSWERING,
         task=WHOLE,
     conda:
-        ENV
+        ANSWER_ENV
     threads: THREADS
     resources:
         **room("generate_"),
@@ -47,7 +47,7 @@ rule generate_shard:
         shard="[1-9][0-9]*",
         shards="[1-9][0-9]*",
     conda:
-        ENV
+        ANSWER_ENV
     threads: THREADS
     resources:
         **room("generate_"),
@@ -79,7 +79,7 @@ rule gather:
         task=SHARDED,
     localrule: True
     conda:
-        ENV
+        ANSWER_ENV
     threads: 1
     resources:
         gpu=0,
@@ -219,7 +219,7 @@ rule own_task:
         run=ANSWERING,
         task=OWN_TASKS,
     conda:
-        ENV
+        own_env
     threads: THREADS
     resources:
         **room("own_"),

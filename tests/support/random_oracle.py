@@ -100,6 +100,9 @@ KEYS: dict[str, tuple[list, set[Phase]]] = {
     "eval.tasks": ([{"arc": {"metric": "acc", "lm_eval": ARC}}], NOTHING),  # phases of its own
     "eval.batch_size": ([7, 31], NOTHING),  # of generation.backend: hf
     "generation.slots": ([7, 31], NOTHING),
+    "generation.chunk": ([7, 31], NOTHING),  # of generation.backend: vllm
+    "generation.correct": (["truncated"], trained("grpo", "grpo_numeric", "grpo_rm", "rloo")),
+    "generation.cap": ([2.0], NOTHING),  # of generation.correct: truncated
     "methods.rloo.missing_eos_penalty": ([0.5], trained("rloo")),
     "generation.adapter": (["fp32"], NOTHING),  # beside an evaluation in bf16 or fp16
     "track": (["tensorboard"], NOTHING),
@@ -220,7 +223,7 @@ NO_STEP = """steps/cli plumbing/cards plumbing/content_cache plumbing/gpus plumb
 plumbing/messages plumbing/signals plumbing/startup artifacts/runinfo artifacts/work artifacts/fingerprint artifacts/own_code
 config/declared data/hub evaluation/rows config/__init__ config/config config/schema_errors config/yaml_files config/bases
 config/comparison config/choices config/judged config/names config/sweep config/written config/tuning config/own_tasks
-config/sampled config/losses config/over_gpus config/schema config/experiments config/references config/slices plan/__init__
+config/sampled config/losses config/over_gpus config/answering config/schema config/experiments config/references config/slices plan/__init__
 plan/plan plan/places plan/graph plan/steps plan/rewarded plan/records plan/estimate plan/gpu_memory plan/passes plan/patterns
 plan/shape plumbing/environment models/sources models/templates""".split()
 # The report, which is no target here, and multiple choice, tasks of lm-eval, tuning and sampled slices, which this config has not
@@ -286,6 +289,8 @@ CODE: dict[str, list[str]] = {
         ["generate", *ROLLOUTS],
     ),
     "rl/rollouts.py": ROLLOUTS,
+    "rl/correction.py": [step for step in ROLLOUTS if step != "train_ppo"],
+    "generation/vllm_engine.py": ["generate"],
     "steps/slice_data.py": SLICE,
     **{f"steps/{step}.py": [step] for step in ("make_base", "merge", "generate", "eval_rm", *SCORE, *TRAIN)},
     **dict.fromkeys((f"{name}.py" for name in NO_STEP), []),
@@ -325,6 +330,7 @@ PACKAGES: dict[str, list[str]] = {
 # Files of the repository that no step reads.
 UNUSED = ["README.md", "CHANGELOG.md", "docs/methods.md", "docs/staleness.md", "Makefile", "pyproject.toml", "tests/conftest.py"]
 UNUSED += ["config/schema.yaml", "config/qwen05b.yaml", "config/smollm2.yaml", "profiles/default/profile.yaml", "envs/cpu.yaml"]
+UNUSED += ["envs/vllm.yaml", "envs/vllm.lock"]  # of generation.backend: vllm
 RULES = "base common data eval merge preflight progress select snakemake_itself train turn".split()
 UNUSED += ["LICENSE", "Snakefile", *(f"rules/{name}.smk" for name in RULES)]
 

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import pytest
 
 from tests.support.choice_rows import DEV, MMLU
+from workflow_scripts.artifacts import fingerprint
 from workflow_scripts.config.config import Config
 from workflow_scripts.config.written import merge
 from workflow_scripts.config.yaml_files import read_yaml
@@ -122,6 +123,30 @@ def test_a_program_for_curves_that_is_not_installed_is_said(tmp_path, monkeypatc
         monkeypatch.setattr(rehearse, "find_spec", lambda name, there=installed: there and name == "wandb")
         expected = "track: wandb is not installed here; pip install wandb (it decides no number), or set `track: none`"
         assert said(monkeypatch, found[0]) == ("" if installed else expected)
+
+
+def test_a_server_that_is_not_installed_is_said_before_the_first_job(tmp_path, monkeypatch):
+    more = {
+        "pathvars": {"results": str(tmp_path)},
+        "generation": {"backend": "vllm"},
+        "device": "cuda",
+        "eval": {"precision": "bf16"},
+    }
+    plan = Plan(Config(merge(read_yaml("config/config.yaml"), more)))
+    assert "generation.backend" not in {part["of"] for part in rehearse.parts(plan, [job("train_dpo", run="dpo")])}
+    (found,) = rehearse.parts(plan, [job("generate", run="dpo", task="ifeval")])
+    versions = fingerprint.of_vllm({"torch": ""})
+    assert found == {"of": "generation.backend", "judge": "generation.backend", "versions": versions}
+    (alone,) = rehearse.parts(
+        Plan(Config(merge(plan.config.data, {"allow_package_mismatch": True}))), [job("generate_shard", run="dpo", task="ifeval")]
+    )
+    assert alone["versions"] == {"vllm": versions["vllm"]}
+    wants = "generation.backend: vllm needs an environment of its own, with {} (here: {}); run snakemake with `--sdm conda` "
+    wants += "(envs/vllm.yaml), or set `generation.backend: graphs`"
+    assert said(monkeypatch, found) == wants.format(f"vllm {versions['vllm']}", "not installed")
+    for torch, expected in (("2.0.0", wants.format(f"torch {versions['torch']}", "2.0.0 is installed")), (versions["torch"], "")):
+        monkeypatch.setattr(rehearse.runinfo, "installed", lambda names, torch=torch: {**versions, "torch": torch})
+        assert said(monkeypatch, found) == expected
 
 
 def test_what_chooses_is_tried_as_the_task_that_it_stands_for(tmp_path):

@@ -219,11 +219,21 @@ def code(module: str, tiny: bool = False) -> dict[str, str]:
 @cache
 def locked() -> dict[str, str]:
     """Distribution name (lower case, with dashes) -> version in the lock file, local tags (+cpu, +cu128) left out."""
+    return _locked_in(LOCK_FILE)
+
+
+def _locked_in(file: Path) -> dict[str, str]:
     versions = {}
-    for line in LOCK_FILE.read_text().splitlines():
+    for line in file.read_text().splitlines():
         if match := re.match(r"([A-Za-z0-9._-]+)==([^\s;+]+)", line):
             versions[match[1].lower().replace("_", "-")] = match[2].split("+")[0]
     return versions
+
+
+def of_vllm(packages: dict[str, str]) -> dict[str, str]:
+    """A step's packages as they are in the environment of `generation.backend: vllm`, with vLLM itself."""
+    there = _locked_in(LOCK_FILE.with_name("vllm.lock"))
+    return {name: there.get(name, version) for name, version in packages.items()} | {"vllm": there["vllm"]}
 
 
 def packages(module: str, tiny: bool = False) -> dict[str, str]:

@@ -48,7 +48,9 @@ def check_packages(step: dict) -> dict[str, dict[str, str]]:
         raise InputError(
             f"{name}: {versions['installed']} is installed, the lock file says {versions['locked']}"
             + (f" (and {len(differ) - 1} more)" if len(differ) > 1 else "")
-            + "; run `make setup`, or set `allow_package_mismatch: true` in the config, which every result then states"
+            + ("; this step answers by vLLM, in an environment of its own: " if "vllm" in step["packages"] else "; ")
+            + ("run snakemake with `--sdm conda` (envs/vllm.yaml)" if "vllm" in step["packages"] else "run `make setup`")
+            + ", or set `allow_package_mismatch: true` in the config, which every result then states"
         )
     return differ
 

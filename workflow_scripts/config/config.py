@@ -7,7 +7,18 @@ node plans.
 from functools import cached_property
 from pathlib import Path
 
-from workflow_scripts.config import declared, experiments, over_gpus, own_tasks, references, sampled, schema, sweep, tuning
+from workflow_scripts.config import (
+    answering,
+    declared,
+    experiments,
+    over_gpus,
+    own_tasks,
+    references,
+    sampled,
+    schema,
+    sweep,
+    tuning,
+)
 from workflow_scripts.config.names import RUN_NAME, VIEWS, view_of
 from workflow_scripts.config.written import Written, merge_all
 from workflow_scripts.config.yaml_files import read_yaml
@@ -47,6 +58,7 @@ class Config(Written):
                 )
         own_tasks.check_names(self, self.judged)
         self._check_who_answers()
+        answering.check(self, self.experiments)
 
     def place(self, name: str, path: list) -> list:
         name = self.copies.get(name, name)
@@ -97,15 +109,11 @@ class Config(Written):
         return experiment not in self.models and view_of(name)[1] == "nf4"
 
     def generation(self) -> dict:
-        """Who answers an evaluation's prompts, with what of it can change an answer: the batches of `hf`, how `graphs` rounds an
-        adapter."""
-        given, evaluation = self.data["generation"], self.data["eval"]
-        if given["backend"] == "hf" or evaluation["decoding"] == "folder":  # penalties are transformers' own
-            return {"backend": "hf", "batch_size": evaluation["batch_size"]}
-        return {"backend": "graphs", "adapter": "match" if evaluation["precision"] == "fp32" else given["adapter"]}
+        """Who answers an evaluation's prompts, with what of it can change an answer."""
+        return answering.of_evaluations(self)
 
     def at_once(self) -> int:
-        """Answers of an evaluation that are written at once, at most: a batch of `hf`, or the slots of `graphs`."""
+        """Answers of an evaluation that are written at once, at most: a batch of `hf`, a chunk of `vllm`, slots of `graphs`."""
         return self.generation().get("batch_size", self.data["generation"]["slots"])
 
     def sampled_at_once(self) -> int:

@@ -37,6 +37,7 @@ LAUNCH = {"cpu": 0.008, "cuda": 0.014}  # seconds for one layer, forwards and ba
 DECODE = {"cpu": 0.003, "cuda": 0.003}  # seconds for one layer, of one token of a whole batch, by transformers' generate
 GRAPHS = {"cpu": 0.003, "cuda": 0.00015}  # the same by the generator's own steps
 START = {"cpu": 5.0, "cuda": 20.0}  # seconds until a step computes
+VLLM = 100.0  # until vLLM does: 18 to 22 to be imported, 60 to 84 for an engine with cold caches (H200)
 ASKED = {"mmlu": (120, 1), "truthfulqa": (190, 12)}  # task -> tokens of a question (or shot), passes for its options
 # Of a task of `eval.tasks`: items, where no limit says how many; tokens of one; its options; tokens of an option.
 ITEMS, ITEM, OPTIONS, OPTION = 2000, 220, 4, 128
@@ -76,6 +77,8 @@ class Estimates:
         experiment = (name if of_slice else self.config.view(name)[0]).partition(".")[0]
         if self.memory is None or experiment in self.config.models and experiment != "base":
             return WHOLE
+        if kind.startswith(("generate_", "own_")) and self.config.generation()["backend"] == "vllm":
+            return WHOLE  # it fills what it is given
         return math.ceil(share(self.memory.of(kind, experiment).peak) / 2**20)
 
     @cached_property
@@ -215,8 +218,9 @@ class Estimates:
 
     def _decode(self, batches: float, rows: float, new_tokens: int, backend: str) -> float:
         """Seconds to decode so many batches of so many rows together."""
-        step = (GRAPHS if backend == "graphs" else DECODE)[self.device] * self.shape["num_hidden_layers"]
-        return batches * new_tokens * step + self._compute(rows * new_tokens, 2)
+        step = (DECODE if backend == "hf" else GRAPHS)[self.device] * self.shape["num_hidden_layers"]
+        start = VLLM if backend == "vllm" else 0.0
+        return start + batches * new_tokens * step + self._compute(rows * new_tokens, 2)
 
     def _generate(self, task: str, name: str) -> dict[str, float]:
         prompts, shards = self._prompts(task) * self._each(task), self.plan.shards(task)

@@ -212,6 +212,8 @@ class Memory:
         if backend == "graphs":
             ranks = [self._block(body)["r"] for body in self.config.experiments.values()]
             answering = fixed + in_slots(how, rows, prompt + new, kind == "sample", max(ranks))
+        elif backend == "vllm":  # it fills what it is given with keys and values; one answer has to fit
+            answering = fixed + decoding(how, 1, prompt, new)
         else:
             answering = fixed + decoding(how, rows, prompt, new)
         return Phase(kind, task, {"answers": answering})

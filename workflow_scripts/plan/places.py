@@ -52,7 +52,7 @@ class Places:
 
     def shards(self, task: str) -> int:
         """Jobs that share the answering of a task's prompts: as many as the config says, and no more than there are prompts (for
-        `hf`, batches)."""
+        `hf`, batches; for `vllm`, chunks)."""
         rows = self.config.data["data"]["slices"][self.config.asked[task]]["rows"]
         return min(self.config.data["eval"]["shards"], math.ceil(rows / self.config.generation().get("batch_size", 1)))
 

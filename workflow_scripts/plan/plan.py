@@ -91,9 +91,10 @@ class Plan(Graph):
         comparison.check(self.config)
         wanted, most = self.config.data["eval"]["shards"], max(map(self.shards, answered(self.config.asked)))
         if wanted > most:
-            of_hf = self.config.generation()["backend"] == "hf"
-            problem = f"found {wanted}, but there are {most} {'batches' if of_hf else 'prompts'} at most; lower it"
-            raise self.config.fail(["eval", "shards"], problem + (", or eval.batch_size" if of_hf else ""))
+            parts, key = {"hf": ("batches", ", or eval.batch_size"), "vllm": ("chunks", ", or generation.chunk")}.get(
+                self.config.generation()["backend"], ("prompts", "")
+            )
+            raise self.config.fail(["eval", "shards"], f"found {wanted}, but there are {most} {parts} at most; lower it{key}")
         for name in self.config.data["data"]["slices"]:
             self._text("slice", name)
         for name in [*self.config.models, *self.config.experiments]:

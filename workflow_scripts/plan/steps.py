@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from workflow_scripts.artifacts import fingerprint
-from workflow_scripts.config import bases, choices, comparison, judged, own_tasks, sampled
+from workflow_scripts.config import answering, bases, choices, comparison, judged, own_tasks, sampled
 from workflow_scripts.config.experiments import rewards
 from workflow_scripts.config.names import CHOICE, DEVELOPMENT, JUDGED, run_name
 from workflow_scripts.config.tuning import GROUPS, OBJECTIVES, Tuned
@@ -185,6 +185,7 @@ class Steps:
         config["optim"] = "paged_adamw_32bit" if self.config.data["device"] == "cuda" else "adamw_torch"
         if "reward" in body:
             config |= {"generation": self.config.data["generation"]["rollouts"]} | rewarded.config(self.graph, body)
+            config |= answering.correction(self.config, body["method"])
         return config
 
     def _select(self, run: str, tuned: Tuned) -> dict:
@@ -224,7 +225,8 @@ class Steps:
         config |= {"generation": self.config.generation()} | self._quantised(run)
         if drawn := self.config.drawn(task):
             config["drawn"] = drawn
-        return self._step("generate", config, self._evaluated(task, run), **self._machine(evaluation["precision"]))
+        step = self._step("generate", config, self._evaluated(task, run), **self._machine(evaluation["precision"]))
+        return answering.served(self.config, step, run)
 
     def _quantised(self, run: str) -> dict:
         return {"quant": self.config.data["quant"]} if self.config.judged_in_4bit(run) else {}
@@ -250,7 +252,8 @@ class Steps:
         """A task of `eval.tasks`, which is asked and scored in one step."""
         config, external = self._of_own_task(task)
         config, precision = config | self._quantised(run), self.config.data["eval"]["precision"]
-        return self._step("own_task", config, self._model(run), external=external, **self._machine(precision))
+        step = self._step("own_task", config, self._model(run), external=external, **self._machine(precision))
+        return answering.served(self.config, step, run)
 
     def _own_task_alone(self, task: str) -> tuple[dict, dict]:
         """(config, what its files hold) of a task, whoever is asked."""

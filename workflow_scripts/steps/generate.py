@@ -8,7 +8,7 @@ it, on the path that answers, what it did when it was trained (models/distance.p
 Who answers is `generation.backend` (generation/). `graphs` gives each prompt the same answer whatever is answered beside it.
 `hf` answers in batches from the longest prompt to the shortest, ties in order of their text, padded on the left: the order and
 batches of lm-eval's own runner, so that the scores equal those of its `simple_evaluate`. There the batch size changes greedy
-answers a little (padding, kernels), so it is part of the evaluation's fingerprint.
+answers a little (padding, kernels), so it is part of the evaluation's fingerprint. So are the chunks of `vllm`, an option.
 
 With `eval.shards: N` the prompts (for `hf`, the batches) are shared among N jobs: shard k answers k, k + N, ... and writes them
 to one file. The step that gathers the files is the one that would have answered alone, and its outputs are the same, byte for
@@ -24,6 +24,7 @@ whatever is answered beside it, after a kill too. In the file of answers each ha
 """
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -145,32 +146,95 @@ def respond(
     config. label: of its progress, if not the run's.
     """
     from workflow_scripts.data import slicing
-    from workflow_scripts.generation import generator
-    from workflow_scripts.models import chat, device, distance, loading
+    from workflow_scripts.models import chat, device, loading
 
     config, step, start, adapter = job.config, job.step, parents["start"], parents.get("adapter")
     device.prepare(step)
-    quant = config.get("quant")
-    model, with_adapter = loading.evaluated(start, adapter, job.work, step["device"], step["precision"], quant)
+    models = loading.evaluated(start, adapter, job.work, step["device"], step["precision"], config.get("quant"))
+    model = models[0]
     tokenizer, turns = chat.tokenizer_of(start), [slicing.prompt_turns(row) for row in prompts]
     settings = settings or config
     chat.decode_as_declared(model, tokenizer, settings["decoding"])
     names = [row["key"] if "key" in row else row["id"] for row in prompts]
     chat.check_prompts(tokenizer, [*zip(names, turns, strict=True)], parents["prompts"].path)
     texts, ids = tokens_of(tokenizer, turns)
-    new, slots = settings["max_new_tokens"], min(job.slots, len(ids) * samples_of(settings))
-    length = max(max(map(len, ids)) + new, distance.longest(adapter))
-    who = generator.of(model, tokenizer, config["generation"], slots, length)
-    by = "graphs" if isinstance(who, generator.InSlots) else f"hf, {who.size} at a time"  # not always whom the config asks for
-    facts = {"generation_config": model.generation_config.to_diff_dict(), "answered_by": by}
-    if adapter is not None:
-        path = who if isinstance(who, generator.InSlots) else distance.Peft(with_adapter)
-        facts["distance"] = loading.check(path, adapter, step["precision"], quant)
+    new = settings["max_new_tokens"]
+    who, facts = who_answers(job, models, (start, adapter), ids, new, samples_of(settings), tokenizer)
     saved = job.work / fingerprint(step) / "answers.jsonl"
     saved.parent.mkdir(parents=True, exist_ok=True)
     asked = asked_of(settings, tuple(chat.ends(tokenizer, model)), new)
     label = label or f"answers of {job.run}"
     return answer(who, tokenizer, asked, texts, ids, label, saved, tuple(step.get("shard", (1, 1)))), facts
+
+
+def who_answers(
+    job: manifests.Job, models: tuple[Any, Any], parts: tuple[Any, Any], ids: list[list[int]], new: int, samples: int,
+    tokenizer: Any,
+) -> tuple[Any, dict]:  # fmt: skip
+    """(the generator, facts for the manifest: who it is, which settings of the folder act, what the adapter does on that path).
+
+    models: of `loading.evaluated`; parts: the artifacts, start and adapter.
+    """
+    from workflow_scripts.generation import generator
+    from workflow_scripts.models import distance, loading
+
+    (model, with_adapter), (start, adapter), settings = models, parts, job.config["generation"]
+    facts = {"generation_config": model.generation_config.to_diff_dict()}
+    length = max(max(map(len, ids)) + new, distance.longest(adapter))
+    found = partial(loading.check, adapter=adapter, dtype=job.step["precision"], quant=job.config.get("quant"))
+    if settings["backend"] == "vllm":
+        if adapter is not None:
+            facts["distance"] = found(distance.Peft(with_adapter))
+        engine, more = served(job, models, start, adapter, length)
+        return engine, facts | more
+    who: Any = generator.of(model, tokenizer, settings, min(job.slots, len(ids) * samples), length)
+    slots = isinstance(who, generator.InSlots)
+    facts["answered_by"] = "graphs" if slots else f"hf, {who.size} at a time"  # not always whom the config asks for
+    if adapter is not None:
+        facts["distance"] = found(who if slots else distance.Peft(with_adapter))
+    return who, facts
+
+
+def served(job: manifests.Job, models: tuple[Any, Any], start: Any, adapter: Any, length: int) -> tuple[Any, dict]:
+    """(vLLM with the adapter beside the base's weights, facts for the manifest). The models leave the card before it comes.
+
+    Its path has no logits to measure by as the other paths are measured: what the adapter changes of log-probabilities of the
+    held-out tokens is laid beside the same on peft's path, which is measured so.
+    """
+    import torch
+
+    from workflow_scripts.generation import vllm_engine
+
+    model, with_adapter = models
+    if length > (most := getattr(model.config, "max_position_embeddings", length)):
+        raise InputError(
+            f"{job.out}: the longest prompt with its answer may have {length} tokens, the model knows {most} positions, and "
+            "vLLM answers no further; lower max_new_tokens, or set generation.backend: graphs"
+        )
+    texts = [] if adapter is None else [ids for ids in adapter.data["distance"]["tokens"] if len(ids) > 1]
+    theirs = changes(with_adapter, texts) if texts else []
+    (with_adapter or model).to("cpu")
+    torch.cuda.empty_cache()
+    folder, rank = (None, 0) if adapter is None else (adapter.folder, with_adapter.peft_config["default"].r)
+    dtype = {"bf16": "bfloat16", "fp16": "float16"}[job.step["precision"]]
+    room = max(length, 1 + max(map(len, texts), default=0))  # a text is asked for one more token
+    who = vllm_engine.Engine(start.folder, folder, rank, dtype, room, job.config["generation"]["batch_size"])
+    facts: dict = {"answered_by": f"vllm, {who.size} at a time"}
+    if texts:
+        ours = [a - b for a, b in zip(who.likely(texts, True), who.likely(texts, False), strict=True)]
+        facts["distance_served"] = vllm_engine.agreement(ours, theirs)
+    return who, facts
+
+
+def changes(with_adapter: Any, texts: list[list[int]]) -> list[float]:
+    """By how much the adapter changes the log-probability of each token but the first of each text, on peft's path."""
+    from workflow_scripts.models import distance
+
+    path, found = distance.Peft(with_adapter), []
+    for ids in texts:
+        trained, plain = (path.logits(ids, strength)[:-1].log_softmax(-1) for strength in (1.0, 0.0))
+        found += [(trained - plain)[place, token].item() for place, token in enumerate(ids[1:])]
+    return found
 
 
 def main(job: manifests.Job) -> None:

@@ -27,12 +27,13 @@ def main(job: manifests.Job) -> None:
     kept = job.work / fingerprint(step)
     kept.mkdir(parents=True, exist_ok=True)
     manager, tasks = own_tasks.load(config, job.inputs, kept / "rows")
-    model, with_adapter = loading.evaluated(start, adapter, job.work, step["device"], step["precision"], quant)
+    models = loading.evaluated(start, adapter, job.work, step["device"], step["precision"], quant)
+    model, with_adapter = models
     tokenizer = chat.tokenizer_of(start)
     facts: dict[str, Any] = {"unpinned": True} if "revision" not in config["lm_eval"].get("hub", {"revision": ""}) else {}
     if "generation" in config:
         chat.decode_as_declared(model, tokenizer, config["decoding"])
-        say = partial(_say, job, model, with_adapter, adapter, tokenizer, facts)
+        say = partial(_say, job, models, (start, adapter), tokenizer, facts)
         lm = own_tasks.answering(model, tokenizer, say, generate.samples_of(config))
     else:
         if adapter is not None:
@@ -47,24 +48,16 @@ def main(job: manifests.Job) -> None:
 
 
 def _say(
-    job: manifests.Job, model: Any, with_adapter: Any, adapter: Any, tokenizer: Any, facts: dict,
+    job: manifests.Job, models: tuple[Any, Any], parts: tuple[Any, Any], tokenizer: Any, facts: dict,
     texts: list[str], ids: list[list[int]], new: int,
 ) -> list[dict]:  # fmt: skip
     """The generator's answers; notes in `facts` who answered, and that the adapter does on that path what it did in training."""
-    from workflow_scripts.generation import generator
-    from workflow_scripts.models import chat, distance, loading
+    from workflow_scripts.models import chat
 
-    config, step = job.config, job.step
-    slots = min(job.slots, len(ids) * generate.samples_of(config))
-    length = max(max(map(len, ids)) + new, distance.longest(adapter))
-    who = generator.of(model, tokenizer, config["generation"], slots, length)
-    facts["answered_by"] = "graphs" if isinstance(who, generator.InSlots) else f"hf, {who.size} at a time"
-    facts["generation_config"] = model.generation_config.to_diff_dict()
-    if adapter is not None:
-        path = who if isinstance(who, generator.InSlots) else distance.Peft(with_adapter)
-        facts["distance"] = loading.check(path, adapter, step["precision"], config.get("quant"))
-    saved = job.work / fingerprint(step) / "answers.jsonl"
-    asked = generate.asked_of(config, tuple(chat.ends(tokenizer, model)), new)
+    who, found = generate.who_answers(job, models, parts, ids, new, generate.samples_of(job.config), tokenizer)
+    facts |= found
+    saved = job.work / fingerprint(job.step) / "answers.jsonl"
+    asked = generate.asked_of(job.config, tuple(chat.ends(tokenizer, models[0])), new)
     return generate.answer(who, tokenizer, asked, texts, ids, f"answers of {job.out.stem}", saved)
 
 

@@ -35,7 +35,7 @@ def main(job: manifests.Job) -> None:
     from trl import GRPOConfig
 
     from workflow_scripts.models import chat, device, loading, lora
-    from workflow_scripts.rl import rewards, rollouts
+    from workflow_scripts.rl import correction, rewards
     from workflow_scripts.training import speed, trainers
 
     config, step = job.config, job.step
@@ -50,7 +50,7 @@ def main(job: manifests.Job) -> None:
     speed.unpad(model, job)
     chat.sample_plainly(model)
 
-    trainer = rollouts.GRPO(
+    trainer = correction.GRPO(
         model=model,
         args=GRPOConfig(
             **trainers.arguments(job),
@@ -67,6 +67,7 @@ def main(job: manifests.Job) -> None:
     )
     facts: dict = {"constant": trainers.settle(trainer, job, tokenizer, given, rows, dropout=False, mask=False)}
     trainer.sample_by(config["generation"], job.slots, trainers.longest_prompt(tokenizer, given))
+    trainer.correct_by(config.get("correction"))
 
     keys = {"reward": "reward", "tokens": "completions/mean_length"} | {name: f"rewards/{name}/mean" for name in functions}
     facts |= trainers.fit(trainer, job, lambda: trainers.objective(trainer, keys))

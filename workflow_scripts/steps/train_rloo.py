@@ -26,7 +26,7 @@ def main(job: manifests.Job) -> None:
     from trl import RLOOConfig
 
     from workflow_scripts.models import chat, device, loading, lora
-    from workflow_scripts.rl import rewards, rollouts
+    from workflow_scripts.rl import correction, rewards
     from workflow_scripts.training import speed, trainers
 
     config, step = job.config, job.step
@@ -41,7 +41,7 @@ def main(job: manifests.Job) -> None:
     speed.unpad(model, job)
     chat.sample_plainly(model)
 
-    trainer = rollouts.RLOO(
+    trainer = correction.RLOO(
         model=model,
         args=RLOOConfig(
             **trainers.arguments(job),
@@ -58,6 +58,7 @@ def main(job: manifests.Job) -> None:
     )
     facts: dict = {"constant": trainers.settle(trainer, job, tokenizer, given, rows, dropout=False, mask=False)}
     trainer.sample_by(config["generation"], job.slots, trainers.longest_prompt(tokenizer, given))
+    trainer.correct_by(config.get("correction"))
 
     keys = {"reward": "reward", "tokens": "completions/mean_length"} | {name: f"rewards/{name}/mean" for name in functions}
     facts |= trainers.fit(trainer, job, lambda: trainers.objective(trainer, keys))

@@ -84,10 +84,13 @@ def place(config: Config, kind: str, name: str, path: list[str]) -> str:
     top = path[0]
     if top in CONSTANT_BLOCKS or top == "rewards":
         return dotted(path)
+    if top == "correction":
+        return "generation.cap"
     if top == "generation":
-        return {"train": "generation.rollouts", "samples": "generation.rollouts"}.get(kind) or dotted(
-            ["eval", path[-1]] if path[-1] == "batch_size" else path
-        )
+        if kind in ("train", "samples"):
+            return "generation.rollouts"
+        chunks = config.generation()["backend"] == "vllm"
+        return dotted((["generation", "chunk"] if chunks else ["eval", path[-1]]) if path[-1] == "batch_size" else path)
     if kind in ("train", "merge", "eval_rm"):
         if top == "optim":
             return "optim (follows device)"

@@ -4,6 +4,7 @@ A scorer is the last step of a chain, and what it needs of the machine (the chec
 for when it runs. So does a verifier, at the first rollout. Snakemake runs this before the first job of a run that trains or
 answers. Rows are those of the slices that are there; a slice that is made anew judges its rows itself (evaluation/rows.py). Where
 curves go to a program (`track`), it is looked for too: without it the first training would end, after all that comes before it.
+So is what answers, where that is another project's server (`generation.backend: vllm`).
 
     python -m workflow_scripts.tools.rehearse '[{"judge": "ifeval", "of": "eval.ifeval", "strip_think": false, "rows": "results/data/ifeval.jsonl"}]'
 """  # noqa: E501
@@ -17,6 +18,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from workflow_scripts.artifacts import fingerprint, runinfo
 from workflow_scripts.config import sampled
 from workflow_scripts.config.experiments import VERIFIERS, rewards
 from workflow_scripts.config.names import CHOICE, DEVELOPMENT, EVALUATED
@@ -44,6 +46,7 @@ TRIED: dict[str, tuple[dict, str]] = {
 DECLARED = "declared"  # judges by a reward of the config's own
 OWN = "own"  # by a task of `eval.tasks`
 TRACK = "track"  # judges nothing: shows a training's curves
+SERVER = "generation.backend"  # nor does it: answers
 QUESTION = {"key": 1, "question": "Which one flies?", "choices": ["a", "b", "c", "d"], "answer": 0, "subject": "anatomy"}
 TARGETS = {"choices": ["a bird", "a stone"], "labels": [1, 0]}
 TRUTH = {"key": 1, "question": "What flies?", "mc1_targets": TARGETS, "mc2_targets": TARGETS}
@@ -68,6 +71,7 @@ def parts(plan: Plan, jobs: Iterable[Any]) -> list[dict]:
         return {"files": files, **{key: slices[name].get(key) for key in ("rows", "seed", "format", "group_by")}}
 
     found: dict[str, dict] = {}
+    own_steps: list[dict] = []
 
     def rewarded(body: dict, name: str) -> None:
         """Of an experiment or a sampled slice: what judges answers to the prompts of a slice."""
@@ -92,6 +96,7 @@ def parts(plan: Plan, jobs: Iterable[Any]) -> list[dict]:
             found[f"eval.{task}"] = {"judge": task, "shots": evaluation[task].get("shots", 0), **given}
         elif job.rule.name == "own_task":
             step = json.loads(job.params.step)
+            own_steps.append(step)
             if "hub" not in step["config"]["lm_eval"]:  # those of a hub would be fetched for it
                 found[f"eval.tasks.{task}"] = {"judge": OWN, "config": step["config"], "inputs": plan.own_task_inputs(task)}
         elif job.rule.name == "choose_rows":
@@ -102,6 +107,14 @@ def parts(plan: Plan, jobs: Iterable[Any]) -> list[dict]:
             rewarded(body, body["slice"])
     if plan.config.data[TRACK] != "none" and any(job.rule.name.startswith("train_") for job in jobs):
         found[TRACK] = {"judge": TRACK, "name": plan.config.data[TRACK]}
+    answering = (
+        "generate",
+        "generate_shard",
+        *(["own_task"] if any("generation" in step["config"] for step in own_steps) else []),
+    )
+    if plan.config.generation()["backend"] == "vllm" and any(job.rule.name in answering for job in jobs):
+        versions = fingerprint.of_vllm({} if plan.config.data.get("allow_package_mismatch") else {"torch": ""})
+        found[SERVER] = {"judge": SERVER, "versions": versions}
     return [{"of": of, **part} for of, part in found.items()]
 
 
@@ -196,6 +209,17 @@ def curves(judge: str, of: str, name: str) -> None:
         raise InputError(f"{of}: {name} is not installed here; pip install {name} (it decides no number), or set `{of}: none`")
 
 
+def server(judge: str, of: str, versions: dict[str, str]) -> None:
+    """Look for vLLM, and for the torch that it comes with, at the versions that the steps say."""
+    for name, there in runinfo.installed(sorted(versions, reverse=True)).items():
+        if there != versions[name]:
+            found = there if there == "not installed" else f"{there} is installed"
+            raise InputError(
+                f"{of}: vllm needs an environment of its own, with {name} {versions[name]} (here: {found}); run snakemake with "
+                f"`--sdm conda` (envs/vllm.yaml), or set `{of}: graphs`"
+            )
+
+
 def questions_of(task: str, given: dict) -> list[dict]:
     """The rows of a slice that is there, or that its files will give; none where it comes from a hub."""
     if given["made"]:
@@ -208,7 +232,13 @@ def questions_of(task: str, given: dict) -> list[dict]:
 def main() -> None:
     for part in json.loads(sys.argv[1]):
         try:
-            judges: dict[str, Callable] = {DECLARED: declared_reward, OWN: own, TRACK: curves, **dict.fromkeys(CHOICE, choices)}
+            judges: dict[str, Callable] = {
+                DECLARED: declared_reward,
+                OWN: own,
+                TRACK: curves,
+                SERVER: server,
+                **dict.fromkeys(CHOICE, choices),
+            }
             judges.get(part["judge"], answers)(**part)
         except (InputError, formats.Unusable) as error:
             sys.exit(str(error))
