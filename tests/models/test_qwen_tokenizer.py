@@ -1,10 +1,11 @@
 """Qwen2.5's own vocabulary and chat template through make_base."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
-import torch
+from safetensors.torch import load_file, save_file
 
 from tests.conftest import ROOT
 from tests.support import qwen_vocabulary, small_steps
@@ -13,7 +14,7 @@ from workflow_scripts.artifacts import manifests
 from workflow_scripts.config import config as configs
 from workflow_scripts.config.written import merge
 from workflow_scripts.config.yaml_files import read_yaml
-from workflow_scripts.models import chat, sources
+from workflow_scripts.models import chat
 from workflow_scripts.plan.plan import Plan
 from workflow_scripts.plumbing.messages import InputError
 
@@ -50,8 +51,13 @@ def made(model) -> manifests.Artifact:
     return small_steps.run(manifests.Job(plan.step("base", "base"), [model], out, model.parent / ".work"))
 
 
-def test_turns_end_with_a_token_of_the_vocabulary_and_documents_with_another(made):
-    tokenizer = chat.tokenizer_of(made)
+@pytest.fixture(scope="module")
+def tokenizer(made):
+    """Only to be read."""
+    return chat.tokenizer_of(made)
+
+
+def test_turns_end_with_a_token_of_the_vocabulary_and_documents_with_another(made, tokenizer):
     assert tokenizer.convert_tokens_to_ids(SPECIAL) == list(range(WORDS, TOKENS)) and len(tokenizer) == TOKENS
     assert made.data["end_of_turn"] == "<|im_end|>" and chat.end_of_turn(tokenizer) == tokenizer.eos_token_id == 151_645
     assert made.data["template"]["eos_token_was"] == tokenizer.pad_token == "<|endoftext|>"
@@ -61,17 +67,15 @@ def test_turns_end_with_a_token_of_the_vocabulary_and_documents_with_another(mad
     assert json.loads((made.folder / "config.json").read_text())["vocab_size"] == ROWS  # no row is added or cut
 
 
-def test_text_is_split_as_qwen_splits_it(made):
+def test_text_is_split_as_qwen_splits_it(tokenizer):
     """One token for each digit, words with their space, whatever is no word by bytes; every text comes back."""
-    tokenizer = chat.tokenizer_of(made)
     assert tokenizer.tokenize("12,345 tokens") == ["1", "2", ",", "3", "4", "5", "Ġtokens"]
     assert tokenizer("Hello world")["input_ids"] == [9707, 1879]
     for text in ("Two  spaces,\n\n\tand don't", "cafés 日本語 🙂", "x" * 300):
         assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
 
 
-def test_the_loss_is_on_the_answers_and_on_what_ends_them(made):
-    tokenizer = chat.tokenizer_of(made)
+def test_the_loss_is_on_the_answers_and_on_what_ends_them(tokenizer):
     turns = [
         {"role": "user", "content": "What is 2 + 3?"}, {"role": "assistant", "content": "5."},
         {"role": "user", "content": "And 3 + 4?"}, {"role": "assistant", "content": "7."},
@@ -88,15 +92,12 @@ def test_the_loss_is_on_the_answers_and_on_what_ends_them(made):
 
 
 def test_a_tokenizer_with_more_tokens_than_rows_is_refused(model, tmp_path):
-    import shutil
-
-    from transformers import AutoModelForCausalLM
-
     shutil.copytree(model, tmp_path / "model")
-    small, tokenizer = sources.from_folder(tmp_path / "model", torch.float32)
-    small.resize_token_embeddings(TOKENS - 1)
-    small.save_pretrained(tmp_path / "model")
-    assert AutoModelForCausalLM.from_pretrained(tmp_path / "model").config.vocab_size == len(tokenizer) - 1
+    weights = load_file(model / "model.safetensors")
+    kept = {name: tensor[: TOKENS - 1].clone() if len(tensor) == ROWS else tensor for name, tensor in weights.items()}
+    save_file(kept, tmp_path / "model/model.safetensors", {"format": "pt"})
+    config = json.loads((model / "config.json").read_text())
+    (tmp_path / "model/config.json").write_text(json.dumps(config | {"vocab_size": TOKENS - 1}))
     user = merge(read_yaml(ROOT / "config/qwen05b.yaml"), {"device": "cpu", "precision": "fp32"})
     user["base"] = {"source": "path", "path": str(tmp_path / "model"), "dtype": "bf16", "end_of_turn": "<|im_end|>"}
     step = Plan(configs.Config(user)).step("base", "base")
