@@ -1,7 +1,7 @@
 """Profiles: each loads, and what rules ask for reaches each scheduler under its own names. Also: a plan needs no GPU to look at.
 
-Executors, plugins and their clients are the real ones; the schedulers and servers behind them are stand-ins (tests/profiles/).
-What is expected comes from the jobs that were submitted, not from the numbers that rules have today.
+Executors, plugins and their clients are the real ones; schedulers and servers behind them are stand-ins (tests/profiles/). What is
+expected comes from the jobs that were submitted, not from the numbers that rules have today.
 """
 
 import base64

@@ -223,7 +223,8 @@ NO_STEP = """steps/cli plumbing/cards plumbing/content_cache plumbing/gpus plumb
 plumbing/messages plumbing/signals plumbing/startup artifacts/runinfo artifacts/work artifacts/fingerprint artifacts/own_code
 config/declared data/hub evaluation/rows config/__init__ config/config config/schema_errors config/yaml_files config/bases
 config/comparison config/choices config/judged config/names config/sweep config/written config/tuning config/own_tasks
-config/sampled config/losses config/over_gpus config/answering config/schema config/experiments config/references config/slices plan/__init__
+config/sampled config/losses config/over_gpus config/answering config/schema config/experiments config/references config/slices
+plan/__init__
 plan/plan plan/places plan/graph plan/steps plan/rewarded plan/records plan/estimate plan/gpu_memory plan/passes plan/patterns
 plan/shape plumbing/environment models/sources models/templates""".split()
 # The report, which is no target here, and multiple choice, tasks of lm-eval, tuning and sampled slices, which this config has not
