@@ -1,7 +1,7 @@
 """Profiles: each loads, and what rules ask for reaches each scheduler under its own names. Also: a plan needs no GPU to look at.
 
-Executors, plugins and their clients are the real ones; schedulers and servers behind them are stand-ins (tests/profiles/). What is
-expected comes from the jobs that were submitted, not from the numbers that rules have today.
+Executors, plugins and their clients are the real ones; schedulers and servers behind them are stand-ins (tests/profiles/).
+What is expected comes from the jobs that were submitted, not from the numbers that rules have today.
 """
 
 import base64
@@ -45,9 +45,6 @@ def submitted(jobs: list[dict]) -> list[dict]:
     assert GPU_RULES <= by_gpu[1] and {"make_base", "merge"} <= by_gpu[0] and not by_gpu[0] & by_gpu[1]
     assert not any(job["resources"].get("gpu") for job in jobs if job["local"])
     return sent
-
-
-# Every profile
 
 
 def job_table(site: Site, profile: str, env: dict[str, str]) -> str:
