@@ -63,10 +63,8 @@ def test_a_profile_loads_and_plans_what_the_default_one_plans(site, name, defaul
     profile = yaml.safe_load((ROOT / "profiles" / name / "profile.yaml").read_text())
     env = site.environment(name.replace("-", "_"), PLUGINS.get(name))
     executor = profile.get("executor", "local").replace("-", "_")
-    found = subprocess.run(
-        [sys.executable, "-c", f"from importlib import util; assert util.find_spec('snakemake_executor_plugin_{executor}')"],
-        env=env, capture_output=True,
-    )  # fmt: skip
+    look = f"from importlib import util; assert util.find_spec('snakemake_executor_plugin_{executor}')"
+    found = subprocess.run([sys.executable, "-c", look], env=env, capture_output=True)
     if executor != "local" and found.returncode:
         pytest.skip(f"the plugin of executor {executor} is not among tests/profiles/requirements.txt")
     assert job_table(site, name, env) == default_table and "train_ppo" in default_table
