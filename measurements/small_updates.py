@@ -186,7 +186,7 @@ def rounded(model):
     """The adapter of a peft model put into its weights, the sum rounded to bf16; in place."""
     import torch
 
-    from workflow_scripts.models.distance import LoraLayer
+    from peft.tuners.lora import LoraLayer
 
     for module in model.modules():
         if isinstance(module, LoraLayer):

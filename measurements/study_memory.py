@@ -219,7 +219,8 @@ def measure(name: str, config, folder: Path, card: float | None) -> dict:
     from workflow_scripts.config import choices
     from workflow_scripts.config.experiments import rewards
     from workflow_scripts.config.names import CHOICE
-    from workflow_scripts.plan.gpu_memory import CONTEXT, Memory
+    from workflow_scripts.plan.gpu_memory import Memory
+    from workflow_scripts.plumbing.gpus import CONTEXT
     from workflow_scripts.rl.ppo_trainer import PPOTrainer
 
     data, base = config.data, folder / "base/manifest.json"

@@ -49,7 +49,7 @@ if workflow.is_main_process and workflow.local_exec and (workflow.resource_setti
 SHARE = {"always": True, "local": workflow.is_main_process and workflow.local_exec, "never": False}[PLAN.config.data["share_gpu"]]
 OFFERED = {}  # what GPUs this host has, once a real run begins: GPU -> MiB
 ENV = f"../envs/{'cuda' if DEVICE == 'cuda' else 'cpu'}.yaml"
-# Of jobs that answer: vLLM has a torch of its own.
+# Of jobs that answer: vLLM pins libraries of its own.
 ANSWER_ENV = "../envs/vllm.yaml" if PLAN.config.generation()["backend"] == "vllm" else ENV
 
 # A run is an experiment, or one with `.seedN` (N from 2): one run has one name.
