@@ -185,7 +185,6 @@ def divergence(found: list, wanted: list) -> dict[str, float]:
 def rounded(model):
     """The adapter of a peft model put into its weights, the sum rounded to bf16; in place."""
     import torch
-
     from peft.tuners.lora import LoraLayer
 
     for module in model.modules():
