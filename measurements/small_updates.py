@@ -31,7 +31,7 @@ SMALL = {
 }
 TOKENS = {"sft": 112, "dpo": 72, "kto": 72}  # of a row
 ROWS = {"sft": ("sft", 48, 4), "dpo": ("pairs", 34, 24), "kto": ("pairs", 8, 4)}  # of a slice: to train on, held out
-PROMPTS, PROMPT_TOKENS, NEW_TOKENS = 24, 80, 48
+PROMPTS, PROMPT_TOKENS, NEW_TOKENS = 48, 80, 48
 MACHINE = {"device": "cpu", "precision": "fp32", "threads": 1}
 
 
