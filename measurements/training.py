@@ -36,7 +36,9 @@ WAYS: dict[str, dict] = {
     "at once": {},
     "unpadded": {"unpadded": True},
     "dequantised": {"unpadded": True, "dequantised": True},
-    "compiled": {"unpadded": True, "dequantised": True, "compiled": 1},
+    "fused": {"unpadded": True, "dequantised": True, "fused": True},
+    "captured": {"unpadded": True, "dequantised": True, "fused": True, "captured": True},
+    "compiled": {"unpadded": True, "dequantised": True, "fused": True, "captured": True, "compiled": 1},
 }
 
 
@@ -131,7 +133,9 @@ def measure(name: str, way: str, config: Any, folder: Path, slices: dict[str, Pa
     method, train = body["method"], dict(body["train"]) | {"max_steps": steps, "logging_steps": 1}
     if way != "study":
         train["gradient_checkpointing"] = False
-        if method not in ("kto", "ppo"):
+        if method != "kto":
+            if method == "ppo":
+                train["steps_per_generation"] //= train["gradient_accumulation_steps"]
             train["per_device_train_batch_size"] *= train["gradient_accumulation_steps"]
             train["gradient_accumulation_steps"] = 1
     job = job_of(name, train, config, folder, slices, "rm" if name == "rm" else f"{name} {way}")

@@ -107,7 +107,9 @@ def test_the_fast_recipe_has_the_loss_trajectory_of_the_plain_one(experiment, fo
 
 
 WAYS = {"unpadded": {"unpadded": True}, "dequantised": {"unpadded": True, "dequantised": True},
-        "compiled": {"unpadded": True, "dequantised": True, "compiled": 1}}  # fmt: skip
+        "fused": {"unpadded": True, "dequantised": True, "fused": True},
+        "captured": {"unpadded": True, "dequantised": True, "fused": True, "captured": True},
+        "compiled": {"unpadded": True, "dequantised": True, "fused": True, "captured": True, "compiled": 1}}  # fmt: skip
 
 
 @pytest.mark.parametrize("experiment", ["sft_v2", "dpo", "simpo", "kto", "rm"])
@@ -119,7 +121,7 @@ def test_each_way_of_speed_has_the_loss_trajectory_of_the_plain_one(experiment, 
     for way, speed in WAYS.items():
         made = train(folder / f"{experiment}_{way}", experiment, start, rows, speed=speed, **more)
         done = json.loads((made.folder / "run.json").read_text())["speed"]
-        assert done["unpadded"] and (way != "compiled" or done["compiled"])
+        assert done["unpadded"] and all(done[one] for one in speed)
         gaps = [abs(a - b) for a, b in zip(plain, losses(made), strict=True)]
         print(f"{experiment} {way}: largest gap {max(gaps):.5f} of {len(gaps)} steps")
         assert max(gaps) < 0.03

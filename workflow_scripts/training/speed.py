@@ -1,4 +1,4 @@
-"""How a training computes on a GPU: without the padding, with the 4-bit base dequantised once, its layers compiled.
+"""How a training computes on a GPU: without the padding, with the 4-bit base dequantised once, in fewer kernels and launches.
 
 Each decides no number beyond the order of sums (dropout draws for other shapes, as it does for another micro-batch), can be
 switched off in the config's `speed`, and is written to run.json as it was found. On a CPU, and on a card or a model that one
@@ -9,8 +9,12 @@ does not fit, it is left alone.
   (torch.nn.attention.varlen). It is done at the decoder, by hooks, and so for every trainer alike; TRL has it for SFT alone.
 - `dequantised`: what a 4-bit layer multiplies with, kept in the training's precision: the same products (bitsandbytes
   dequantises for each, forwards and backwards); 2 bytes a parameter more, which the generator of rollouts shares.
-- `compiled`: each decoder layer by torch.compile, with dynamic shapes, where a gradient is taken and nothing is recomputed. That
-  takes a minute, and hardly less out of torch's cache on disk: from so many micro-batches on.
+- `fused`: a layer with its adapter as one function (training/fused.py). It rounds once where peft rounds three times.
+- `compiled`: what lies between the products, each piece by torch.compile with dynamic shapes (training/fused.py): from so many
+  micro-batches on, since that takes some seconds.
+- `captured`: the layers as CUDA graphs (training/captured.py).
+
+Then there is what a step costs a processor whatever the rows (`lean`): it changes nothing that is computed.
 """
 
 from typing import Any
@@ -22,6 +26,7 @@ from torch import Tensor, nn
 NAME = "unpadded"  # of the attention, in transformers' table
 FLASH = (8, 0)  # the oldest compute capability that FlashAttention runs on
 WIDEST = 256  # its largest head
+PAGED_FROM = 100_000  # numbers in a tensor (bitsandbytes, optim/optimizer.py, get_state_buffer)
 
 
 def hinders_unpadding(model: Any, step: dict) -> str | None:
@@ -158,40 +163,54 @@ def dequantise(model: Any) -> int:
     return len(found)
 
 
-def compile_layers(model: Any) -> int:
-    """Compile the layers of a peft model's decoder. Returns how many."""
-    import torch._dynamo
-
-    torch._dynamo.config.recompile_limit = 64  # one code for all layers, in each way that they are called
-    layers = model.get_base_model().base_model.layers
-    for layer in layers:
-        layer.forward = Compiled(layer.forward)
-    return len(layers)
-
-
-class Compiled:
-    """A layer's forward, compiled where a gradient is taken."""
-
-    def __init__(self, plain: Any):
-        self.plain, self.fast = plain, torch.compile(plain, dynamic=True)
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return (self.fast if torch.is_grad_enabled() else self.plain)(*args, **kwargs)
-
-
 def settle(trainer: Any, job: Any) -> dict[str, Any]:
     """What is done once a trainer is built and checked. Returns what was done, for run.json."""
+    from workflow_scripts.training import captured, fused
+
     model, args, how = trainer.model, trainer.args, job.speed
-    config = model.get_base_model().config
-    found: dict[str, Any] = {"unpadded": config._attn_implementation == NAME, "dequantised": 0, "compiled": 0}
+    body = model.get_base_model().base_model
+    unpadded = model.get_base_model().config._attn_implementation == NAME
+    found: dict[str, Any] = {"unpadded": unpadded, "dequantised": 0, "fused": 0, "compiled": 0, "captured": False}
     if job.step["device"] != "cuda":
         return found
+    lean(trainer)
     if how.get("dequantised"):
         found["dequantised"] = dequantise(model)
-    batches = micro_batches(trainer)
-    if found["unpadded"] and how.get("compiled") and batches >= how["compiled"] and not args.gradient_checkpointing:
-        found["compiled"] = compile_layers(model)
+    if job.step["precision"] == "fp32":
+        return found
+    if how.get("fused"):
+        found["fused"] = fused.fuse(model)
+    known = type(body).__name__ in fused.DECODERS
+    if how.get("compiled") and known and micro_batches(trainer) >= how["compiled"] and not args.gradient_checkpointing:
+        found["compiled"] = fused.compile_pieces(body)
+    whole = not any(type(module).__name__ == "Linear4bit" for module in body.modules())
+    if how.get("captured") and known and unpadded and whole and not args.gradient_checkpointing:
+        captured.Captured(body)
+        found["captured"] = True
     return found
+
+
+def lean(trainer: Any) -> None:
+    """Leave out what a step spends on walks over two thousand modules: to count operations for a figure that nobody reads, to
+    switch to training what is training already, to clear the gradients of weights that have none. And bitsandbytes' optimiser
+    waits for the card after each tensor, for the sake of those that are paged: tensors under 1e5 numbers never are.
+    """
+    model, train = trainer.model, trainer.model.train
+    parameters = [*model.parameters()]
+
+    def clear(set_to_none: bool = True) -> None:
+        for parameter in parameters:
+            parameter.grad = None
+
+    trainer.floating_point_ops = lambda inputs: 0
+    model.train = lambda mode=True: model if model.training == mode else train(mode)
+    model.zero_grad = clear
+    if type(trainer.optimizer).__module__.startswith("bitsandbytes") and all(
+        parameter.numel() < PAGED_FROM for parameter in parameters if parameter.requires_grad
+    ):
+        import bitsandbytes.optim.optimizer as optimizer
+
+        optimizer.sync_gpu = lambda tensor: None
 
 
 def micro_batches(trainer: Any) -> float:

@@ -1,0 +1,212 @@
+"""Fused and recorded layers compute what the plain ones do: on a CPU, in fp32, without CUDA's part (tests/gpu has that)."""
+
+import pytest
+import torch
+from torch import nn
+
+from tests.support import small_steps
+from workflow_scripts.artifacts import manifests
+from workflow_scripts.models import loading, lora
+from workflow_scripts.training import captured, fused, speed
+
+BLOCK = small_steps.LORA | {"dropout": 0.0}
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    return small_steps.write_base(tmp_path_factory.mktemp("captured") / "base", steps=5)
+
+
+def adapted(base, dropout=0.0):
+    from peft import get_peft_model
+
+    model = loading.load(manifests.read(base), base.parent, "cpu", "fp32")
+    model = get_peft_model(model, lora.adapter_config(BLOCK | {"dropout": dropout}, model))
+    torch.manual_seed(3)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            nn.init.normal_(parameter, std=0.05)
+    return model
+
+
+def batch(rows=([5, 9, 20, 31, 8], [7, 11], [40, 3, 12])):
+    longest = max(map(len, rows))
+    return {
+        "input_ids": torch.tensor([row + [0] * (longest - len(row)) for row in rows]),
+        "attention_mask": torch.tensor([[1] * len(row) + [0] * (longest - len(row)) for row in rows]),
+        "use_cache": False,
+    }
+
+
+def result(model, given):
+    """(logits of the real tokens, the gradients of all adapter weights)."""
+    model.zero_grad()
+    logits = model(**given).logits[given["attention_mask"].bool()]
+    logits.square().mean().backward()
+    return logits.detach(), {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def assert_same(one, other):
+    assert torch.allclose(one[0], other[0], atol=1e-5)
+    assert one[1].keys() == other[1].keys() and len(one[1]) > 20
+    for name, gradient in one[1].items():
+        assert torch.allclose(gradient, other[1][name], atol=1e-6, rtol=1e-4), name
+
+
+def test_a_layer_with_its_adapter_as_one_function_has_pefts_output_and_gradients(base):
+    model = adapted(base)
+    plain = result(model, batch())
+    assert fused.fuse(model) == 7 * model.config.num_hidden_layers
+    seen = []
+    real = fused.Beside.forward
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(fused.Beside, "forward", staticmethod(lambda *args: (seen.append(1), real(*args))[1]))
+        made = result(model, batch())
+    assert len(seen) == 7 * model.config.num_hidden_layers
+    assert_same(plain, made)
+    with model.disable_adapter():
+        assert torch.equal(
+            model(**batch()).logits, loading.load(manifests.read(base), base.parent, "cpu", "fp32")(**batch()).logits
+        )
+
+
+def test_the_gradients_of_the_function_are_those_of_its_output_with_dropout_too():
+    torch.manual_seed(1)
+    x, w = torch.randn(6, 5, dtype=torch.float64, requires_grad=True), torch.randn(4, 5, dtype=torch.float64)
+    a, b = (torch.randn(*shape, dtype=torch.float64, requires_grad=True) for shape in ((3, 5), (4, 3)))
+
+    def function(x, a, b, rate):
+        torch.manual_seed(2)
+        return fused.Beside.apply(x, w, None, a, b, 0.7, rate)
+
+    for rate in (0.0, 0.4):
+        assert torch.autograd.gradcheck(lambda *given, rate=rate: function(*given, rate), (x, a, b))
+    torch.manual_seed(2)
+    dropped = torch.native_dropout(x, 0.4, True)[0]
+    assert 0 < (dropped == 0).sum() < dropped.numel()
+    assert torch.allclose(function(x, a, b, 0.4), x @ w.T + 0.7 * (dropped @ a.T @ b.T))
+
+
+def test_dropout_acts_in_training_alone(base):
+    model = adapted(base, dropout=0.5)
+    fused.fuse(model)
+    model.train()
+    assert not torch.equal(model(**batch()).logits, model(**batch()).logits)
+    model.eval()
+    assert torch.equal(model(**batch()).logits, model(**batch()).logits)
+
+
+def test_the_pieces_between_the_products_are_the_models(base, monkeypatch):
+    import sys
+
+    model = adapted(base)
+    body = model.get_base_model().base_model
+    code = sys.modules[type(body).__module__]
+    monkeypatch.setattr(code, "apply_rotary_pos_emb", code.apply_rotary_pos_emb)  # put back at the end
+    asked = []
+    monkeypatch.setattr(torch, "compile", lambda piece, **how: lambda *given: (asked.append(piece.__name__), piece(*given))[1])
+    plain = result(model, batch())
+    layers = model.config.num_hidden_layers
+    assert fused.compile_pieces(body) >= 3 * layers
+    assert_same(plain, result(model, batch()))
+    assert (asked.count("gate"), asked.count("rotate")) == (layers, layers) and asked.count("norm") >= 2 * layers
+
+
+def test_layers_over_a_row_of_few_sizes_compute_what_they_compute_over_the_batch(base):
+    model = adapted(base)
+    plain = result(model, batch())
+    speed.Unpadded(model.get_base_model())
+    rows = []
+    layers = captured.Captured(model.get_base_model().base_model, record=False)
+    layers.layers = lambda *given, real=layers.layers: (
+        rows.append([one.shape[1] for one in given[:3]] + [len(given[3])]),
+        real(*given),
+    )[1]
+    assert_same(plain, result(model, batch()))
+    assert rows == [[256, 256, 256, 9]]
+    asked = {**batch(), "max_new_tokens": 4, "do_sample": False} | {"use_cache": True}
+    one, other = (of.generate(**asked) for of in (model, adapted(base)))
+    assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("tokens, size", [(1, 256), (256, 256), (257, 512), (2049, 2304), (12_600, 13_312), (30_000, 30_720)])
+def test_a_row_gets_one_of_few_sizes(tokens, size):
+    assert captured.size_of(tokens) == size
+    assert size - tokens < max(256, tokens / 8)
+
+
+class Noted:
+    """In place of a recording: plays the layers, and tells what was asked of it."""
+
+    log: list
+
+    def __init__(self, layers, given, longest, grads, pool):
+        self.layers, self.longest, self.grads = layers, longest, grads
+        Noted.log.append(("recorded", given[0].shape[1], bool(grads)))
+
+    def play(self, given):
+        Noted.log.append(("played", given[0].shape[1], bool(self.grads)))
+        self.given = given
+        with torch.no_grad():
+            return self.layers(*given, self.longest).clone()
+
+    def play_back(self, dout):
+        Noted.log.append(("back", dout.shape[1], True))
+        with torch.enable_grad():
+            return list(torch.autograd.grad(self.layers(*self.given, self.longest), self.grads, dout, allow_unused=True))
+
+
+@pytest.fixture
+def recorded(base, monkeypatch):
+    model = adapted(base)
+    speed.Unpadded(model.get_base_model())
+    monkeypatch.setattr(captured, "Recording", Noted)
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", object)
+    captured.Captured(model.get_base_model().base_model)
+    Noted.log = []
+    return model
+
+
+def test_what_comes_up_often_is_recorded_and_its_gradients_are_the_plain_ones(base, recorded):
+    plain = result(adapted(base), batch())
+    for _ in range(4):
+        assert_same(plain, result(recorded, batch()))
+    once = [("played", 256, True), ("back", 256, True)]
+    assert Noted.log == [("recorded", 256, True), *once, *once]
+
+
+def test_another_adapter_state_or_moved_weights_are_recorded_anew(base, recorded):
+    for _ in range(3):
+        result(recorded, batch())
+    with torch.no_grad():
+        for _ in range(3):
+            recorded(**batch())
+        with recorded.disable_adapter():
+            for _ in range(3):
+                off = recorded(**batch()).logits
+    kinds = [one for one in Noted.log if one[0] == "recorded"]
+    assert kinds == [("recorded", 256, True), ("recorded", 256, False), ("recorded", 256, False)]
+    plain, real = adapted(base), batch()["attention_mask"].bool()
+    with torch.no_grad(), plain.disable_adapter():
+        assert torch.allclose(plain(**batch()).logits[real], off[real], atol=1e-5)
+    weight = recorded.get_base_model().model.layers[0].mlp.up_proj.base_layer.weight
+    weight.data = weight.data * 2
+    Noted.log.clear()
+    with torch.no_grad():
+        recorded(**batch())
+    assert Noted.log == []
+
+
+def test_between_a_batch_and_its_gradient_no_other_is_played(base, recorded):
+    for _ in range(3):
+        result(recorded, batch())
+    Noted.log.clear()
+    first, second = (recorded(**batch()).logits.square().mean() for _ in range(2))
+    assert Noted.log == [("played", 256, True)]  # the second ran as it is
+    second.backward()
+    first.backward()
+    again = recorded(**batch()).logits
+    assert [one[0] for one in Noted.log] == ["played", "back", "played"]
+    del again
+    recorded(**batch())
+    assert [one[0] for one in Noted.log][-1] == "played" and len(Noted.log) == 4  # the one before was given up

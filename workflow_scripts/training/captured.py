@@ -1,0 +1,187 @@
+"""The layers of a decoder as CUDA graphs: what a processor launches kernel by kernel, thousands a step, becomes one launch.
+
+A batch without padding (training/speed.py) is one row of tokens. It gets a size of few: the next multiple of an eighth of the
+power of two below it, at least 256; what is added is a text of its own, whose hidden states nobody reads. A size that has come
+up often enough is recorded, forwards and, where a gradient is taken, backwards, and played from then on; until then, and wherever
+a recording does not hold, the same layers run as they are, on the same padded row. So a recording changes no number.
+
+A recording holds for: the size, how many texts there is room for, whether a gradient is taken, dropout acts, and which adapters
+act, and the places in memory of all weights (`_state`). The embedding, the rotary angles, the last norm and the head are outside.
+
+All recordings with a gradient share one pool of memory, as one batch at a time is in flight. Between a batch's forward and its
+backward pass no other may be played with a gradient: it would overwrite what the first keeps. One that comes runs as it is.
+"""
+
+import weakref
+from collections import Counter
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+OFTEN = 3  # from which time on a size is recorded: recording costs about two passes
+TEXTS = 8  # room for texts comes in multiples of it
+
+
+def size_of(tokens: int) -> int:
+    grain = max(256, (1 << tokens.bit_length()) // 16)
+    return -(-tokens // grain) * grain
+
+
+class Token:
+    """Alive as long as a batch's backward pass may come."""
+
+
+class Recording:
+    """The layers over rows of one size. `grads`: the parameters whose gradients it makes, none without a gradient."""
+
+    def __init__(self, layers: "Layers", given: tuple[Tensor, ...], longest: int, grads: list[nn.Parameter], pool: Any):
+        self.given = tuple(one.clone() for one in given)
+        self.grads = grads
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        drawn = torch.cuda.get_rng_state()
+        with torch.cuda.stream(side):  # once as it is: libraries make their plans, pieces are compiled
+            out = layers(*self.given, longest)
+            if grads:
+                torch.autograd.grad(out, grads, torch.zeros_like(out), allow_unused=True)
+            del out
+        torch.cuda.current_stream().wait_stream(side)
+        torch.cuda.synchronize()
+        self.forward, self.backward = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.forward, pool=pool, capture_error_mode="thread_local"):
+            out = layers(*self.given, longest)
+        self.out = out.detach()
+        if grads:
+            self.dout = torch.zeros_like(self.out)
+            with torch.cuda.graph(self.backward, pool=pool, capture_error_mode="thread_local"):
+                found = torch.autograd.grad(out, grads, self.dout, allow_unused=True)
+                self.flat = torch.cat([one.reshape(-1) for one in found if one is not None])
+            self.shapes = [None if one is None else one.shape for one in found]
+        torch.cuda.set_rng_state(drawn)
+
+    def play(self, given: tuple[Tensor, ...]) -> Tensor:
+        for mine, theirs in zip(self.given, given, strict=True):
+            mine.copy_(theirs)
+        self.forward.replay()
+        return self.out.clone()
+
+    def play_back(self, dout: Tensor) -> list[Tensor | None]:
+        self.dout.copy_(dout)
+        self.backward.replay()
+        parts, at = [], 0
+        flat = self.flat.clone()
+        for shape in self.shapes:
+            if shape is None:
+                parts.append(None)
+                continue
+            parts.append(flat[at : at + shape.numel()].view(shape))
+            at += shape.numel()
+        return parts
+
+
+class Played(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, recording: Recording, token: Token, given: tuple[Tensor, ...], *grads: Tensor) -> Tensor:
+        ctx.recording, ctx.token = recording, token
+        return recording.play(given)
+
+    @staticmethod
+    def backward(ctx: Any, *douts: Tensor) -> tuple:
+        found = ctx.recording.play_back(douts[0])
+        ctx.token = None
+        return (None, None, None, *found)
+
+
+class Layers:
+    """A decoder's layers, over (hidden (1, tokens, H), cos, sin (1, tokens, size), ends (texts + 1,))."""
+
+    def __init__(self, body: Any):
+        self.layers = body.layers
+
+    def __call__(self, hidden: Tensor, cos: Tensor, sin: Tensor, ends: Tensor, longest: int) -> Tensor:
+        # Weights that autocast casts are not kept from one pass to the next: a recording would hold on to them.
+        kind = hidden.device.type
+        with torch.autocast(kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind), cache_enabled=False):
+            for layer in self.layers:
+                hidden = layer(
+                    hidden,
+                    attention_mask=None,
+                    position_embeddings=(cos, sin),
+                    position_ids=None,
+                    past_key_values=None,
+                    use_cache=False,
+                    cu_seq_lens_q=ends,
+                    cu_seq_lens_k=ends,
+                    max_length_q=longest,
+                    max_length_k=longest,
+                )
+        return hidden
+
+
+class Captured:
+    """In place of a decoder's forward pass, where a batch comes without padding; else that."""
+
+    def __init__(self, body: Any, record: bool = True):
+        self.body, self.plain, self.layers, self.record = body, body.forward, Layers(body), record
+        self.seen: Counter[tuple] = Counter()
+        self.made: dict[tuple, Recording] = {}
+        self.pools: Any = None
+        self.where: int | None = None
+        self.open: Any = lambda: None
+        body.forward = self.forward
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        ends = kwargs.get("cu_seq_lens_q")
+        if args or ends is None:
+            return self.plain(*args, **kwargs)
+        from transformers.modeling_outputs import BaseModelOutputWithPast
+
+        body, tokens = self.body, kwargs["input_ids"].shape[1]
+        size = size_of(tokens)
+        more = size - tokens
+        ids, position = (torch.nn.functional.pad(kwargs[name], (0, more)) for name in ("input_ids", "position_ids"))
+        texts = -(-len(ends) // TEXTS) * TEXTS
+        ends = torch.nn.functional.pad(ends, (0, texts + 1 - len(ends)), value=size)
+        longest = max(512, 1 << (max(kwargs["max_length_q"], more) - 1).bit_length())
+        hidden = body.embed_tokens(ids)
+        cos, sin = body.rotary_emb(hidden, position)
+        hidden = self.run((hidden, cos, sin, ends), longest)[:, :tokens]
+        return BaseModelOutputWithPast(last_hidden_state=body.norm(hidden))
+
+    def run(self, given: tuple[Tensor, ...], longest: int) -> Tensor:
+        parameters = list(self.body.layers.parameters())
+        grads = [one for one in parameters if one.requires_grad] if torch.is_grad_enabled() else []
+        if given[0].requires_grad or not self.record:
+            return self.layers(*given, longest)
+        if (where := hash(tuple(one.data_ptr() for one in parameters))) != self.where:  # weights have moved: none holds
+            self.made.clear()
+            self.seen.clear()
+            self.where = where
+        state = (
+            *self._state(),
+            longest,
+            tuple(one.shape for one in given),
+            tuple(one.requires_grad for one in parameters) if grads else None,
+        )
+        self.seen[state] += 1
+        if self.seen[state] < OFTEN or (grads and self.open() is not None):
+            return self.layers(*given, longest)
+        if state not in self.made:
+            self.pools = self.pools or (torch.cuda.graph_pool_handle(), torch.cuda.graph_pool_handle())
+            self.made[state] = Recording(self.layers, given, longest, grads, self.pools[bool(grads)])
+        if not grads:
+            return self.made[state].play(given)
+        token = Token()
+        self.open = weakref.ref(token)
+        return Played.apply(self.made[state], token, given, *grads)  # type: ignore[no-any-return]
+
+    def _state(self) -> tuple:
+        adapted = next((one for one in self.body.layers.modules() if hasattr(one, "lora_A")), None)
+        act = () if adapted is None or adapted.disable_adapters else tuple(adapted.active_adapters)
+        return (
+            act,
+            self.body.training,
+            torch.is_autocast_enabled("cuda"),
+            None if adapted is None else tuple(sorted(adapted.scaling.items())),
+        )

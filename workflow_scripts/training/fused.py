@@ -1,0 +1,145 @@
+"""Fewer kernels for the same arithmetic: a linear layer with its adapter as one function, and what lies between the products.
+
+Of the GPU time of a plain step two thirds are spent on element-wise kernels that read and write whole activations: peft casts a
+layer's input to fp32 for the dropout and back, scales, adds, and autograd takes each of these back again. And each kernel is a
+launch, which a processor pays for.
+
+`Beside`: y = W x + b + s B A D(x), with D the dropout (Hu et al. 2022, arXiv:2106.09685, eq. 3), forwards as two products and one
+that adds into y, backwards as the products that the gradients are:
+
+    dh = s dy B      dB = s dy^T h, h = A D(x)      dA = dh^T D(x)      dx = dy W + D'(dh A)
+
+The adapter stays fp32; its factors are rounded to the precision of W for the products, as autocast does, and gradients come
+back as fp32. The product is added to W x before that is rounded, where peft rounds both, and the product times s: the same
+within rounding. D(x) is computed again backwards, from x and the mask, and not kept.
+
+`compile_pieces`: RMSNorm, the rotary embedding and the gate of the MLP, each one kernel by torch.compile, with the formulas of
+generation/decoder.py. They are compiled once for all layers, in seconds; whole layers take a minute and more.
+"""
+
+import sys
+from types import MethodType
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+DECODERS = ("LlamaModel", "Qwen2Model", "Qwen3Model")  # whose norms, angles and gates are those below
+
+
+class Beside(torch.autograd.Function):
+    """(x, W, bias, A, B, s, rate of the dropout) -> W x + bias + s B A D(x); x: (..., in), W: (out, in), frozen."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, down: Tensor, up: Tensor, scale: float,
+                rate: float) -> Tensor:  # fmt: skip
+        flat = x.reshape(-1, x.shape[-1])
+        a, b = down.to(x.dtype), up.to(x.dtype)
+        dropped, mask = torch.native_dropout(flat, rate, True) if rate else (flat, None)
+        low = dropped @ a.T
+        y = F.linear(flat, weight, bias).addmm_(low, b.T, alpha=scale)
+        ctx.save_for_backward(flat, weight, a, b, low, mask)
+        ctx.scale, ctx.rate, ctx.kinds = scale, rate, (down.dtype, up.dtype)
+        return y.view(*x.shape[:-1], -1)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple:
+        flat, weight, a, b, low, mask = ctx.saved_tensors
+        dy = grads[0].reshape(-1, grads[0].shape[-1])
+        dlow = (dy @ b) * ctx.scale
+        again = 1 / (1 - ctx.rate)
+        dropped = flat if mask is None else torch.ops.aten.native_dropout_backward(flat, mask, again)
+        dup, ddown = (dy.T @ low).to(ctx.kinds[1]) * ctx.scale, (dlow.T @ dropped).to(ctx.kinds[0])
+        dx = None
+        if ctx.needs_input_grad[0]:
+            dx = dy @ weight
+            if mask is None:
+                dx.addmm_(dlow, a)
+            else:
+                dx += torch.ops.aten.native_dropout_backward(dlow @ a, mask, again)
+            dx = dx.view(*grads[0].shape[:-1], -1)
+        return dx, None, None, ddown, dup, None, None
+
+
+class Linear:
+    """The forward pass of one of peft's linear layers, where one plain adapter acts; else peft's own."""
+
+    def __init__(self, layer: Any):
+        self.layer, self.plain = layer, layer.forward
+
+    def __call__(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        layer = self.layer
+        names = [] if layer.disable_adapters or layer.merged else [one for one in layer.active_adapters if one in layer.lora_A]
+        weight = layer.base_layer.weight
+        if args or kwargs or len(names) != 1 or x.dtype != weight.dtype or names[0] in layer.lora_variant:
+            return self.plain(x, *args, **kwargs)
+        name = names[0]
+        dropout = layer.lora_dropout[name]
+        rate = getattr(dropout, "p", 0.0) if dropout.training else 0.0
+        a, b = layer.lora_A[name].weight, layer.lora_B[name].weight
+        with torch.autocast(x.device.type, enabled=False):
+            return Beside.apply(x, weight, layer.base_layer.bias, a, b, layer.scaling[name], rate)  # type: ignore[no-any-return]
+
+
+def fuse(model: Any) -> int:
+    """Have the linear layers of a peft model go by `Beside`. Returns how many did: a 4-bit one does not before it is dequantised."""
+    found = 0
+    for module in model.modules():
+        base = getattr(module, "base_layer", None)
+        weight = getattr(base, "weight", None)
+        if not hasattr(module, "lora_A") or not isinstance(weight, Tensor) or not weight.is_floating_point() or weight.dim() != 2:
+            continue
+        if (
+            weight.requires_grad
+            or getattr(module, "fan_in_fan_out", False)
+            or any(one.bias is not None for one in module.lora_B.values())
+        ):
+            continue
+        module.forward = Linear(module)
+        found += 1
+    return found
+
+
+def norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    wide = x.float()
+    return weight * (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)).to(x.dtype)
+
+
+def gate(g: Tensor, u: Tensor) -> Tensor:
+    return F.silu(g) * u
+
+
+def rotate(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    """q, k: (rows, heads, tokens, size); cos and sin: (rows, tokens, size)."""
+    cos, sin = cos[:, None], sin[:, None]
+
+    def turned(x: Tensor) -> Tensor:
+        first, second = x.chunk(2, -1)
+        return x * cos + torch.cat((-second, first), -1) * sin
+
+    return turned(q), turned(k)
+
+
+def compile_pieces(body: Any) -> int:
+    """Compile what lies between the products of a decoder, one of DECODERS. Returns how many pieces there are."""
+    fast_norm, fast_gate, fast_rotate = (torch.compile(piece, dynamic=True) for piece in (norm, gate, rotate))
+
+    def normed(self: Any, x: Tensor) -> Tensor:
+        return fast_norm(x, self.weight, self.variance_epsilon)
+
+    def gated(self: Any, x: Tensor) -> Tensor:
+        return self.down_proj(fast_gate(self.gate_proj(x), self.up_proj(x)))  # type: ignore[no-any-return]
+
+    found = 0
+    for module in body.modules():
+        if hasattr(module, "variance_epsilon"):
+            module.forward = MethodType(normed, module)
+        elif hasattr(module, "gate_proj"):
+            module.forward = MethodType(gated, module)
+        else:
+            continue
+        found += 1
+    code: Any = sys.modules[type(body).__module__]  # a function of the model's module, which its attention calls by name
+    code.apply_rotary_pos_emb = lambda q, k, cos, sin, unsqueeze_dim=1: fast_rotate(q, k, cos, sin)
+    return found + len(body.layers)
