@@ -183,7 +183,7 @@ def settle(trainer: Any, job: Any) -> dict[str, Any]:
     known = type(body).__name__ in fused.DECODERS
     if how.get("compiled") and known and micro_batches(trainer) >= how["compiled"] and not args.gradient_checkpointing:
         found["compiled"] = fused.compile_pieces(body)
-    whole = not any(type(module).__name__ == "Linear4bit" for module in body.modules())
+    whole = not any(hasattr(parameter, "quant_state") for parameter in body.parameters())
     if how.get("captured") and known and unpadded and whole and not args.gradient_checkpointing:
         captured.Captured(body)
         found["captured"] = True
