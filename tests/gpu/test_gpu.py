@@ -121,7 +121,7 @@ def test_each_way_of_speed_has_the_loss_trajectory_of_the_plain_one(experiment, 
     for way, speed in WAYS.items():
         made = train(folder / f"{experiment}_{way}", experiment, start, rows, speed=speed, **more)
         done = json.loads((made.folder / "run.json").read_text())["speed"]
-        assert done["unpadded"] and all(done[one] for one in speed)
+        assert all(done[one] for one in speed if one != "dequantised")  # the base of DPO is in bf16
         gaps = [abs(a - b) for a, b in zip(plain, losses(made), strict=True)]
         print(f"{experiment} {way}: largest gap {max(gaps):.5f} of {len(gaps)} steps")
         assert max(gaps) < 0.03

@@ -118,10 +118,13 @@ def test_layers_over_a_row_of_few_sizes_compute_what_they_compute_over_the_batch
     speed.Unpadded(model.get_base_model())
     rows = []
     layers = captured.Captured(model.get_base_model().base_model, record=False)
-    layers.layers = lambda *given, real=layers.layers: (
-        rows.append([one.shape[1] for one in given[:3]] + [len(given[3])]),
-        real(*given),
-    )[1]
+    real = layers.layers
+
+    def noted(given, longest):
+        rows.append([*(one.shape[1] for one in given[:3]), len(given[3])])
+        return real(given, longest)
+
+    layers.layers = noted
     assert_same(plain, result(model, batch()))
     assert rows == [[256, 256, 256, 9]]
     asked = {**batch(), "max_new_tokens": 4, "do_sample": False} | {"use_cache": True}
@@ -148,12 +151,12 @@ class Noted:
         Noted.log.append(("played", given[0].shape[1], bool(self.grads)))
         self.given = given
         with torch.no_grad():
-            return self.layers(*given, self.longest).clone()
+            return self.layers(given, self.longest).clone()
 
     def play_back(self, dout):
         Noted.log.append(("back", dout.shape[1], True))
         with torch.enable_grad():
-            return list(torch.autograd.grad(self.layers(*self.given, self.longest), self.grads, dout, allow_unused=True))
+            return list(torch.autograd.grad(self.layers(self.given, self.longest), self.grads, dout, allow_unused=True))
 
 
 @pytest.fixture
@@ -179,10 +182,10 @@ def test_another_adapter_state_or_moved_weights_are_recorded_anew(base, recorded
     for _ in range(3):
         result(recorded, batch())
     with torch.no_grad():
-        for _ in range(3):
+        for _ in range(captured.OFTEN[False]):
             recorded(**batch())
         with recorded.disable_adapter():
-            for _ in range(3):
+            for _ in range(captured.OFTEN[False]):
                 off = recorded(**batch()).logits
     kinds = [one for one in Noted.log if one[0] == "recorded"]
     assert kinds == [("recorded", 256, True), ("recorded", 256, False), ("recorded", 256, False)]

@@ -54,7 +54,7 @@ def main(job: manifests.Job) -> None:
     short, left = trainers.whole(tokenizer, rows, config)
     given = trainers.pairs(short, config)
     model = loading.load(start, job.work, step["device"], step["precision"], config.get("quant"))
-    speed.unpad(model, job)
+    speed.prepare(model, job)
 
     trainer = PairsTrainer(
         loss=partial(loss, beta=train["beta"], alpha=alpha),

@@ -48,7 +48,7 @@ def main(job: manifests.Job) -> None:
     tokenizer = chat.tokenizer_of(start)
     short, left = trainers.whole(tokenizer, rows, config)
     model = loading.load(start, job.work, step["device"], step["precision"], config.get("quant"))
-    speed.unpad(model, job)
+    speed.prepare(model, job)
 
     given = trainers.pairs(short, config)
     trainer = reference.DPO(

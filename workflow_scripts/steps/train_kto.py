@@ -99,7 +99,7 @@ def main(job: manifests.Job) -> None:
     weights(ordered[True][0], config["class_weights"], f"{rows.path}, held-out rows")
     class_weights = weights(ordered[False][0], config["class_weights"], str(rows.path))
     model = loading.load(start, job.work, step["device"], step["precision"], config.get("quant"))
-    speed.unpad(model, job)
+    speed.prepare(model, job)
 
     given = tuple(trainers.data_set(ordered[heldout][0]) for heldout in (False, True))
     trainer = reference.KTO(

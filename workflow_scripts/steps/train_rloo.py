@@ -38,7 +38,7 @@ def main(job: manifests.Job) -> None:
     chat.end_of_turn(tokenizer)
     functions = rewards.functions(job, parents)
     model = loading.load(start, job.work, step["device"], step["precision"], config.get("quant"))
-    speed.unpad(model, job)
+    speed.prepare(model, job)
     chat.sample_plainly(model)
 
     trainer = correction.RLOO(

@@ -36,7 +36,7 @@ def main(job: manifests.Job) -> None:
     fields = ("id", "prompt", "chosen", "rejected")
     given = tuple(trainers.data_set([{key: row[key] for key in fields} for row in short[heldout]]) for heldout in (False, True))
     model = loading.load(start, job.work, step["device"], step["precision"], config.get("quant"), reward=True)
-    speed.unpad(model, job)
+    speed.prepare(model, job)
 
     trainer = RewardTrainer(
         model=model,

@@ -40,7 +40,7 @@ def main(job: manifests.Job) -> None:
     device.prepare(step)
     tokenizer = chat.tokenizer_of(start)
     model = loading.load(start, job.work, step["device"], step["precision"], config.get("quant"))
-    speed.unpad(model, job)
+    speed.prepare(model, job)
 
     given = tuple(trainers.rows_of(rows, heldout, fields=("messages",)) for heldout in (False, True))
     trainer = SFTTrainer(

@@ -12,14 +12,17 @@ All recordings with a gradient share one pool of memory, as one batch at a time 
 backward pass no other may be played with a gradient: it would overwrite what the first keeps. One that comes runs as it is.
 """
 
+import gc
 import weakref
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-OFTEN = 3  # from which time on a size is recorded: recording costs about two passes
+OFTEN = {True: 3, False: 6}  # from which time on a size is recorded, with a gradient and without: it costs several passes
 TEXTS = 8  # room for texts comes in multiples of it
 
 
@@ -32,33 +35,55 @@ class Token:
     """Alive as long as a batch's backward pass may come."""
 
 
+@contextmanager
+def recording(graph: Any, pool: Any) -> Iterator[None]:
+    """What torch.cuda.graph does, without clearing caches and collecting garbage each time, half a second."""
+    graph.capture_begin(pool=pool, capture_error_mode="thread_local")
+    try:
+        yield
+    finally:
+        graph.capture_end()
+
+
+@contextmanager
+def collector_off() -> Iterator[None]:
+    """What it would free in the middle of a recording may be another recording's."""
+    was = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was:
+            gc.enable()
+
+
 class Recording:
     """The layers over rows of one size. `grads`: the parameters whose gradients it makes, none without a gradient."""
 
     def __init__(self, layers: "Layers", given: tuple[Tensor, ...], longest: int, grads: list[nn.Parameter], pool: Any):
         self.given = tuple(one.clone() for one in given)
         self.grads = grads
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        drawn = torch.cuda.get_rng_state()
-        with torch.cuda.stream(side):  # once as it is: libraries make their plans, pieces are compiled
-            out = layers(*self.given, longest)
+        stream, drawn = torch.cuda.Stream(), torch.cuda.get_rng_state()
+        self.forward, self.backward = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream), collector_off():
+            out = layers(self.given, longest)  # once as it is: libraries make their plans, pieces are compiled
             if grads:
                 torch.autograd.grad(out, grads, torch.zeros_like(out), allow_unused=True)
             del out
-        torch.cuda.current_stream().wait_stream(side)
-        torch.cuda.synchronize()
-        self.forward, self.backward = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.forward, pool=pool, capture_error_mode="thread_local"):
-            out = layers(*self.given, longest)
-        self.out = out.detach()
-        if grads:
-            self.dout = torch.zeros_like(self.out)
-            with torch.cuda.graph(self.backward, pool=pool, capture_error_mode="thread_local"):
-                found = torch.autograd.grad(out, grads, self.dout, allow_unused=True)
-                self.flat = torch.cat([one.reshape(-1) for one in found if one is not None])
-            self.shapes = [None if one is None else one.shape for one in found]
-        torch.cuda.set_rng_state(drawn)
+            torch.cuda.synchronize()
+            with recording(self.forward, pool):
+                out = layers(self.given, longest)
+            self.out = out.detach()
+            if grads:
+                self.dout = torch.zeros_like(self.out)
+                with recording(self.backward, pool):
+                    found = torch.autograd.grad(out, grads, self.dout, allow_unused=True)
+                    self.flat = torch.cat([one.reshape(-1) for one in found if one is not None])
+                self.shapes = [None if one is None else one.shape for one in found]
+            del out
+        torch.cuda.current_stream().wait_stream(stream)
+        torch.cuda.set_rng_state(drawn)  # the first time that it is played draws what the batch would have drawn
 
     def play(self, given: tuple[Tensor, ...]) -> Tensor:
         for mine, theirs in zip(self.given, given, strict=True):
@@ -69,7 +94,8 @@ class Recording:
     def play_back(self, dout: Tensor) -> list[Tensor | None]:
         self.dout.copy_(dout)
         self.backward.replay()
-        parts, at = [], 0
+        parts: list[Tensor | None] = []
+        at = 0
         flat = self.flat.clone()
         for shape in self.shapes:
             if shape is None:
@@ -99,7 +125,8 @@ class Layers:
     def __init__(self, body: Any):
         self.layers = body.layers
 
-    def __call__(self, hidden: Tensor, cos: Tensor, sin: Tensor, ends: Tensor, longest: int) -> Tensor:
+    def __call__(self, given: tuple[Tensor, ...], longest: int) -> Tensor:
+        hidden, cos, sin, ends = given
         # Weights that autocast casts are not kept from one pass to the next: a recording would hold on to them.
         kind = hidden.device.type
         with torch.autocast(kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind), cache_enabled=False):
@@ -153,7 +180,7 @@ class Captured:
         parameters = list(self.body.layers.parameters())
         grads = [one for one in parameters if one.requires_grad] if torch.is_grad_enabled() else []
         if given[0].requires_grad or not self.record:
-            return self.layers(*given, longest)
+            return self.layers(given, longest)
         if (where := hash(tuple(one.data_ptr() for one in parameters))) != self.where:  # weights have moved: none holds
             self.made.clear()
             self.seen.clear()
@@ -165,8 +192,8 @@ class Captured:
             tuple(one.requires_grad for one in parameters) if grads else None,
         )
         self.seen[state] += 1
-        if self.seen[state] < OFTEN or (grads and self.open() is not None):
-            return self.layers(*given, longest)
+        if self.seen[state] < OFTEN[bool(grads)] or (grads and self.open() is not None):
+            return self.layers(given, longest)
         if state not in self.made:
             self.pools = self.pools or (torch.cuda.graph_pool_handle(), torch.cuda.graph_pool_handle())
             self.made[state] = Recording(self.layers, given, longest, grads, self.pools[bool(grads)])

@@ -83,7 +83,7 @@ class Linear:
 
 
 def fuse(model: Any) -> int:
-    """Have the linear layers of a peft model go by `Beside`. Returns how many did: a 4-bit one does not before it is dequantised."""
+    """Have the linear layers of a peft model go by `Beside`. Returns how many did: no 4-bit one before it is dequantised."""
     found = 0
     for module in model.modules():
         base = getattr(module, "base_layer", None)
@@ -126,7 +126,7 @@ def compile_pieces(body: Any) -> int:
     fast_norm, fast_gate, fast_rotate = (torch.compile(piece, dynamic=True) for piece in (norm, gate, rotate))
 
     def normed(self: Any, x: Tensor) -> Tensor:
-        return fast_norm(x, self.weight, self.variance_epsilon)
+        return fast_norm(x, self.weight, self.variance_epsilon)  # type: ignore[return-value]
 
     def gated(self: Any, x: Tensor) -> Tensor:
         return self.down_proj(fast_gate(self.gate_proj(x), self.up_proj(x)))  # type: ignore[no-any-return]

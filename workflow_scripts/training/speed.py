@@ -46,14 +46,21 @@ def hinders_unpadding(model: Any, step: dict) -> str | None:
     return f"its heads are {size} wide" if size > WIDEST or size % 8 else None
 
 
-def unpad(model: Any, job: Any) -> None:
-    """Have a model that was just loaded go without padding, where it can."""
-    if not job.speed.get("unpadded"):
-        return
-    if reason := hinders_unpadding(model, job.step):
-        print(f"batches keep their padding: {reason}", flush=True)
-        return
-    Unpadded(model)
+def prepare(model: Any, job: Any) -> None:
+    """Have a model that was just loaded go without padding and by compiled pieces, where it can.
+
+    Before there is a trainer: it may compute its reference when it is made, which has to round as what is trained does."""
+    from workflow_scripts.training import fused
+
+    body, how, train = model.base_model, job.speed, job.config["train"]
+    if how.get("unpadded"):
+        if reason := hinders_unpadding(model, job.step):
+            print(f"batches keep their padding: {reason}", flush=True)
+        else:
+            Unpadded(model)
+    enough = how.get("compiled") and job.step["device"] == "cuda" and micro_batches(job) >= how["compiled"]
+    if enough and type(body).__name__ in fused.DECODERS and not train.get("gradient_checkpointing"):
+        body.compiled_pieces = fused.compile_pieces(body)
 
 
 class Unpadded:
@@ -170,7 +177,8 @@ def settle(trainer: Any, job: Any) -> dict[str, Any]:
     model, args, how = trainer.model, trainer.args, job.speed
     body = model.get_base_model().base_model
     unpadded = model.get_base_model().config._attn_implementation == NAME
-    found: dict[str, Any] = {"unpadded": unpadded, "dequantised": 0, "fused": 0, "compiled": 0, "captured": False}
+    found: dict[str, Any] = {"unpadded": unpadded, "dequantised": 0, "fused": 0, "captured": False}
+    found["compiled"] = getattr(body, "compiled_pieces", 0)
     if job.step["device"] != "cuda":
         return found
     lean(trainer)
@@ -181,8 +189,6 @@ def settle(trainer: Any, job: Any) -> dict[str, Any]:
     if how.get("fused"):
         found["fused"] = fused.fuse(model)
     known = type(body).__name__ in fused.DECODERS
-    if how.get("compiled") and known and micro_batches(trainer) >= how["compiled"] and not args.gradient_checkpointing:
-        found["compiled"] = fused.compile_pieces(body)
     whole = not any(hasattr(parameter, "quant_state") for parameter in body.parameters())
     if how.get("captured") and known and unpadded and whole and not args.gradient_checkpointing:
         captured.Captured(body)
@@ -210,13 +216,14 @@ def lean(trainer: Any) -> None:
     ):
         import bitsandbytes.optim.optimizer as optimizer
 
-        optimizer.sync_gpu = lambda tensor: None
+        optimizer.sync_gpu = lambda tensor: None  # type: ignore[assignment]
 
 
-def micro_batches(trainer: Any) -> float:
+def micro_batches(job: Any) -> float:
     """How many a training has, about."""
-    args = trainer.args
-    if args.max_steps > 0:
-        return args.max_steps * args.gradient_accumulation_steps
-    rows = len(trainer.train_dataset) * getattr(args, "num_generations", 1) * getattr(args, "num_iterations", 1)
-    return args.num_train_epochs * rows / args.per_device_train_batch_size
+    train = job.config["train"]
+    if train.get("max_steps", -1) > 0:
+        return train["max_steps"] * train["gradient_accumulation_steps"]  # type: ignore[no-any-return]
+    answers = train.get("num_generations", 1) * train.get("num_iterations", 1)
+    rows = len(job.parents()["rows"].rows()) * answers
+    return train["num_train_epochs"] * rows / train["per_device_train_batch_size"]  # type: ignore[no-any-return]
