@@ -6,6 +6,11 @@ here=docs/studies/smollm2/second
 laid="config/smollm2.yaml $here/common.yaml"
 for stage in ${STAGES:-ppo+placebo+precision ranks losses kto sft own sources}; do
   for name in $(echo "$stage" | tr + ' '); do laid="$laid $here/$name.yaml"; done
+  first=
+  case $laid in *ppo.yaml*)  # reward model, then PPO: the longest chain. It asks for 30 GiB and took 11.2: so it takes the place of any job that ends
+    for seed in "" .seed2 .seed3; do first="$first results/smollm2_second/ppo$seed/adapter/manifest.json"; done
+    first="--prioritize $first --set-resources train_ppo:gpu_mb=20000" ;;
+  esac
   echo "$(date +%T) $stage: snakemake report --configfile $laid"
-  snakemake "$@" --configfile $laid -- report && echo "$(date +%T) $stage: done" || echo "$(date +%T) $stage: not finished"
+  snakemake "$@" $first --configfile $laid -- report && echo "$(date +%T) $stage: done" || echo "$(date +%T) $stage: not finished"
 done
