@@ -75,7 +75,7 @@ def test_several_folders_are_looked_at_and_the_one_that_differs_is_named(publish
         "kto",
         "sft",
         "sources",
-        "ppo placebo precision ranks losses kto sft own sources",
+        "ppo placebo precision ranks losses kto sft own sources five_seeds",
     ],
 )
 def test_each_comparison_of_the_second_run_stands_alone(laid):
