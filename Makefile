@@ -118,9 +118,9 @@ lint: setup-dev
 report: setup
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/snakemake report $(if $(CONFIG),--configfile $(CONFIG))
 
-# The published comparison, made again from its files (docs/studies/smollm2): says of each page whether it is as it was.
+# The published comparisons, made again from their files (docs/studies): says of each page whether it is as it was.
 study: setup
-	@$(BIN)/python -m workflow_scripts.tools.study rebuild docs/studies/smollm2 --check
+	@$(BIN)/python -m workflow_scripts.tools.study rebuild $(sort $(dir $(wildcard docs/studies/*/results.tar.xz docs/studies/*/*/results.tar.xz))) --check
 
 # What there is:  make status [RESULTS=results]
 status: setup

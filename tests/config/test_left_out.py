@@ -44,3 +44,9 @@ def test_who_names_what_was_left_out_is_told(over):
 def test_a_name_that_is_new_is_a_mistake(over):
     with pytest.raises(InputError, match=r"over.yaml: experiments.ktoo: found nothing"):
         over("experiments: {ktoo: null}\n")
+
+
+def test_a_slice_and_who_names_it(tmp_path):
+    (tmp_path / "over.yaml").write_text("data: {slices: {best_of_8: null, pairs_of_8: null}}\n")
+    with pytest.raises(InputError, match=r"smollm2.yaml: experiments.dpo_onpolicy.slice: found 'pairs_of_8'"):
+        load(ROOT / "config/smollm2.yaml", tmp_path / "over.yaml")

@@ -1,8 +1,8 @@
 """What the user wrote: the config files laid over each other, and in which of them each key stands. Nothing is judged here.
 
 `config/methods.yaml` comes first (the methods' defaults and the constant LoRA and quantisation blocks), then the files that the
-user named, each merged over the one before, then what stands on the command line. An experiment, a model, an evaluation, a family
-or a control that is `null` there is left out.
+user named, each merged over the one before, then what stands on the command line. A slice, an experiment, a model, an
+evaluation, a family or a control that is `null` there is left out.
 """
 
 import copy
@@ -18,7 +18,10 @@ from workflow_scripts.plumbing.messages import InputError
 
 METHODS_FILE = ROOT / "config" / "methods.yaml"
 # Blocks whose entries have names of the user's: `name: null` in a file leaves out what a file before it has there.
-NAMED = (("experiments",), ("models",), ("eval",), ("tune", "experiments"), ("report", "families"), ("report", "controls"))
+NAMED = (
+    ("data", "slices"), ("experiments",), ("models",), ("eval",), ("tune", "experiments"), ("report", "families"),
+    ("report", "controls"),
+)  # fmt: skip
 
 
 def merge(base: dict, over: dict) -> dict:

@@ -9,9 +9,9 @@ adapter's sha256 is in its manifest. `NAME.step.json` is the report's step with 
 must have the config that is planned now; its code and packages are those that it was made with, and stand in its manifest.
 Several pages share the files: `--page` again. `--also` takes runs that no page shows.
 
-`rebuild` writes, for each page, `NAME.html`, `NAME.csv` (the comparisons), `NAME_scores.csv` and `NAME.svg` (each experiment
-with its interval), and says of each whether it is as it was. Needs no GPU, no weights and no config; the same files give the
-same bytes.
+`rebuild` writes, for each page, `NAME.html`, `NAME.csv` (the comparisons), `NAME_scores.csv`, `NAME.svg` (each experiment with
+its interval) and, where something is tuned, `NAME_sensitivity.svg` (each over its grid), and says of each whether it is as it
+was. Takes several folders. Needs no GPU, no weights and no config; the same files give the same bytes.
 """
 
 import argparse
@@ -112,7 +112,7 @@ def arms(world: Any) -> Any:
 
 def rebuild(folder: Path, out: Path, check: bool = False) -> bool:
     """Write the pages of `folder` to `out`; with `check` nothing is written. True if each was there already with these bytes."""
-    from workflow_scripts.report import collect, figures, judge
+    from workflow_scripts.report import collect, figures, judge, sensitivity
     from workflow_scripts.report import page as pages
 
     steps = sorted(folder.glob("*.step.json"))
@@ -135,6 +135,8 @@ def rebuild(folder: Path, out: Path, check: bool = False) -> bool:
                 f"{name}_scores.csv": scores.to_csv(index=False, float_format="%.6g", lineterminator="\n"),
                 f"{name}.svg": figures.arms(scores, {task: world.label(task) for task in world.config["tasks"]}),
             }
+            if tuned := sensitivity.sensitivity(world):
+                made[f"{name}_sensitivity.svg"] = tuned["picture"]
             for inside, text in made.items():
                 before = (out / inside).read_bytes() if (out / inside).is_file() else None
                 what = "new" if before is None else "as it was" if before == text.encode() else "another than it was"
@@ -158,14 +160,15 @@ def main() -> None:
     freezing.add_argument("--page", nargs="+", action="append", required=True, metavar=("NAME", "CONFIG"), help="its configs")
     freezing.add_argument("--also", nargs="+", default=[], metavar="RUN", help="runs that no page shows")
     rebuilding = commands.add_parser("rebuild", help="make the pages of a folder again")
-    rebuilding.add_argument("folder", type=Path)
+    rebuilding.add_argument("folders", nargs="+", type=Path, metavar="folder")
     rebuilding.add_argument("--out", type=Path, help="write the pages there instead")
     rebuilding.add_argument("--check", action="store_true", help="write nothing, and fail where a page is not as it was")
     args = parser.parse_args()
     if args.command == "freeze":
         freeze(args.folder, {name: [Path(file) for file in files] for name, *files in args.page}, args.also)
-    elif not rebuild(args.folder, args.out or args.folder, args.check) and args.check:
-        raise InputError(f"{args.out or args.folder}: not as it was; without --check the pages are written anew")
+    elif changed := [str(one) for one in args.folders if not rebuild(one, args.out or one, args.check)]:
+        if args.check:
+            raise InputError(f"{', '.join(changed)}: not as it was; without --check the pages are written anew")
 
 
 if __name__ == "__main__":
