@@ -1,4 +1,4 @@
-"""What prompts have in common is computed once (generation/prefixes.py), and their answers are those of `generate` all the same."""
+"""What prompts have in common is computed once (generation/prefixes.py), and their answers are still those of `generate`."""
 
 import random
 

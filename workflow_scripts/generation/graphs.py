@@ -155,8 +155,8 @@ class Graphs:
             return
         for wave in self.prefixes.waves([(slot, ids) for slot, _, ids, _ in entering]):
             for entry in wave:
-                self._copy(entry.source, entry.slot, entry.count)
-            rows = [(entry.ids[at], entry.slot, at) for entry in wave for at in range(entry.count, len(entry.ids) - 1)]
+                self._copy(entry.source, entry.slot, entry.shared)
+            rows = [(entry.ids[at], entry.slot, at) for entry in wave for at in range(entry.shared, len(entry.ids) - 1)]
             for _ in self._through(rows):
                 pass
         slots = torch.tensor([slot for slot, *_ in entering], device=self.device)

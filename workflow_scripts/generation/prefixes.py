@@ -20,12 +20,12 @@ BLOCK = 64  # tokens; a common beginning of fewer is computed again: it saves li
 
 
 class Entry(NamedTuple):
-    """A prompt that goes into a slot. The keys and values of its first `count` tokens are in slot `source`."""
+    """A prompt that goes into a slot. The keys and values of its first `shared` tokens are in slot `source`."""
 
     slot: int
     ids: list[int]
     source: int
-    count: int
+    shared: int
 
 
 def beginnings(ids: list[int]) -> list[tuple[int, int]]:
@@ -53,7 +53,8 @@ class Prefixes:
             self._drop(slot)
         waiting = [(slot, ids, beginnings(ids)) for slot, ids in entering]
         while waiting:
-            wave, later, begun = [], [], set()
+            begun: set[int] = set()
+            wave, later = [], []
             for slot, ids, keys in waiting:
                 source, count = self._longest(ids, keys)
                 if any(key in begun for length, key in keys if length > count):
