@@ -285,7 +285,8 @@ CODE: dict[str, list[str]] = {
     "rl/reward_model.py": ["eval_rm", "train_rm", *ROLLOUTS],
     **dict.fromkeys(
         tuple(
-            f"generation/{n}.py" for n in "__init__ answers graphs decoder attention attention_kernel draws generator hf".split()
+            f"generation/{n}.py"
+            for n in "__init__ answers graphs prefixes decoder attention attention_kernel draws generator hf".split()
         ),
         ["generate", *ROLLOUTS],
     ),
