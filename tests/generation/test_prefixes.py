@@ -75,6 +75,17 @@ def test_with_and_without_sharing_answers_are_the_same(alike, computed, monkeypa
     assert without == 3 * sum(len(ids) - 1 for ids in alike) and with_sharing < 0.3 * without
 
 
+def test_what_a_kill_has_left_is_answered_as_it_would_have_been(alike, theirs):
+    model = model_of("Qwen2", True)
+    for left in (range(3, len(alike), 5), range(len(alike) - 1, 0, -3)):
+        found = {}
+        asked = [(place, alike[place]) for place in left]
+        Graphs(model, 9, LENGTH).answer(
+            asked, Asked(ENDS, NEW), lambda i, _, made, found=found: found.__setitem__(i, made.tokens)
+        )
+        assert not [i for i in left if parted(model, alike[i], found[i], theirs[i])]
+
+
 def one_more(right):
     def longest(self, ids, keys):
         slot, count = right(self, ids, keys)

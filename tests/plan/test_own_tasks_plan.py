@@ -133,8 +133,11 @@ def test_a_task_that_runs_answers_is_taken_where_that_is_allowed(tmp_path):
         plan({"mine": config | {"allow_code": "maybe"}})
     file = str(write(tmp_path / "plain", "generate_until"))
     asked = [body("exact_match,whole", file=file) | one for one in ({}, {"allow_code": False}, {"allow_code": True})]
-    without, refused, allowed = (plan({"mine": one}).fingerprint("score_mine", "dpo") for one in asked)
-    assert without == refused != allowed
+    without, refused, allowed = (plan({"mine": one}) for one in asked)
+    marks = [one.fingerprint("score_mine", "dpo") for one in (without, refused, allowed)]
+    assert marks[0] == marks[1] != marks[2]
+    more, less = (estimate.Estimates(one).ask("own_mine", "dpo", 1) for one in (allowed, without))
+    assert more["mem_mb"] > less["mem_mb"] + 4096 and more["runtime"] >= less["runtime"]
 
 
 def test_code_that_is_not_there_is_refused_and_no_code_runs_in_a_plan(tmp_path):
