@@ -118,28 +118,6 @@ def test_a_file_of_one_s_own_is_held_against_the_same_rules(tmp_path, change, me
     assert "\n" not in str(caught.value)
 
 
-def test_a_task_that_runs_answers_is_taken_where_that_is_allowed(tmp_path):
-    said, choice = write(tmp_path / "said", "generate_until", unsafe_code=True), write(tmp_path, "multiple_choice")
-    config = body("exact_match,whole", file=str(said)) | {"allow_code": True}
-    step = plan({"mine": config}).step("score_mine", "dpo")
-    assert step["config"]["allow_code"] is True
-    of_a_hub = {metric: body(metric, task="humaneval", revision=COMMIT) | {"allow_code": True} for metric in ("pass@1", "pass@2")}
-    plan({"mine": of_a_hub["pass@1"]})
-    with pytest.raises(InputError, match="tasks.mine.metric: found 'pass@2', and the task has pass@1$"):
-        plan({"mine": of_a_hub["pass@2"]})
-    with pytest.raises(InputError, match="tasks.mine.allow_code: found true, and a task of multiple_choice has no answers"):
-        plan({"mine": body(file=str(choice)) | {"allow_code": True}})
-    with pytest.raises(InputError, match="tasks.mine.allow_code: .*'maybe'"):
-        plan({"mine": config | {"allow_code": "maybe"}})
-    file = str(write(tmp_path / "plain", "generate_until"))
-    asked = [body("exact_match,whole", file=file) | one for one in ({}, {"allow_code": False}, {"allow_code": True})]
-    without, refused, allowed = (plan({"mine": one}) for one in asked)
-    marks = [one.fingerprint("score_mine", "dpo") for one in (without, refused, allowed)]
-    assert marks[0] == marks[1] != marks[2]
-    more, less = (estimate.Estimates(one).ask("own_mine", "dpo", 1) for one in (allowed, without))
-    assert more["mem_mb"] > less["mem_mb"] + 4096 and more["runtime"] >= less["runtime"]
-
-
 def test_code_that_is_not_there_is_refused_and_no_code_runs_in_a_plan(tmp_path):
     file = write(tmp_path, "multiple_choice")
     file.write_text(file.read_text() + "process_docs: !function helpers.chosen\n")

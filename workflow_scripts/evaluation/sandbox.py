@@ -44,7 +44,8 @@ OPEN_FILES, ANSWER_BYTES = 256, 2**20
 NEW = {"user": 0x10000000, "mount": 0x20000, "process": 0x20000000, "network": 0x40000000, "IPC": 0x8000000}
 MS_NOSUID, MS_NODEV, MS_REC, MS_PRIVATE = 0x2, 0x4, 0x4000, 0x40000
 MOUNT_SETATTR, AT_FDCWD, AT_RECURSIVE, ATTR_RDONLY = 442, -100, 0x8000, 0x1
-PR_SET_PDEATHSIG, PR_SET_SECCOMP, PR_CAPBSET_DROP, PR_SET_NO_NEW_PRIVS, CAPABILITY_V3 = 1, 22, 24, 38, 0x20080522
+PR_SET_PDEATHSIG, PR_SET_DUMPABLE, PR_SET_SECCOMP, PR_CAPBSET_DROP, PR_SET_NO_NEW_PRIVS = 1, 4, 22, 24, 38
+CAPABILITY_V3 = 0x20080522
 SOCKET = {"x86_64": (0xC000003E, 41), "aarch64": (0xC00000B7, 198)}  # seccomp's number of the machine, and of socket()
 IO_URING_SETUP, X32 = 425, 0x40000000
 
@@ -111,6 +112,7 @@ def enter(folder: Path) -> None:
     for capability in range(64):
         libc.prctl(PR_CAPBSET_DROP, capability, 0, 0, 0)  # those above the kernel's last are refused
     ask("no capabilities", libc.capset(struct.pack("Ii", CAPABILITY_V3, 0), bytes(24)))
+    ask("a memory that its children can't write to", libc.prctl(PR_SET_DUMPABLE, 0, 0, 0, 0))
     ask("no new privileges", libc.prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0))
     if platform.machine() not in SOCKET:
         raise OSError(f"a seccomp filter for {platform.machine()}, which this code has none for")
