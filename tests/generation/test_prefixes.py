@@ -106,7 +106,7 @@ FAULTS = {
 
 
 def first_of_all(right):
-    return lambda self, slot, ids: right(self, slot, self.held.get(slot, ids))
+    return lambda self, slot, ids, keys: right(self, slot, *self.held.get(slot, (ids, keys)))
 
 
 def at_once(right):

@@ -40,7 +40,8 @@ def beginnings(ids: list[int]) -> list[tuple[int, int]]:
 
 class Prefixes:
     def __init__(self) -> None:
-        self.held: dict[int, list[int]] = {}  # slot -> the prompt whose keys and values are there, but those of its last token
+        # slot -> the prompt whose keys and values are there, but those of its last token; its beginnings
+        self.held: dict[int, tuple[list[int], list[tuple[int, int]]]] = {}
         self.where: defaultdict[int, set[int]] = defaultdict(set)  # hash -> slots
 
     def forget(self) -> None:
@@ -54,41 +55,43 @@ class Prefixes:
         waiting = [(slot, ids, beginnings(ids)) for slot, ids in entering]
         while waiting:
             begun: set[int] = set()
-            wave, later = [], []
+            wave, there, later = [], [], []
             for slot, ids, keys in waiting:
                 source, count = self._longest(ids, keys)
                 if any(key in begun for length, key in keys if length > count):
                     later.append((slot, ids, keys))  # it has more in common with one of this group
                     continue
                 wave.append(Entry(slot, ids, source, count))
+                there.append((slot, ids, keys))
                 begun.update(key for _, key in keys)
             yield wave
-            for entry in wave:
-                self._put(entry.slot, entry.ids)
+            for one in there:
+                self._put(*one)
             waiting = later
 
     def moved(self, slot: int, to: int) -> None:
         """What `slot` holds is now in slot `to` as well."""
         self._drop(to)
-        self._put(to, self.held[slot])
+        self._put(to, *self.held[slot])
 
     def _longest(self, ids: list[int], keys: list[tuple[int, int]]) -> tuple[int, int]:
         """(slot, how many of the first tokens it holds); (-1, 0) where there is none."""
         for count, key in keys:
             slot = min(self.where.get(key, ()), default=-1)
-            if slot < 0 or self.held[slot][:count] != ids[:count]:
+            held = self.held[slot][0] if slot >= 0 else []
+            if slot < 0 or held[:count] != ids[:count]:
                 continue
-            most = min(len(ids), len(self.held[slot])) - 1
-            while count < most and ids[count] == self.held[slot][count]:
+            most = min(len(ids), len(held)) - 1
+            while count < most and ids[count] == held[count]:
                 count += 1
             return slot, count
         return -1, 0
 
-    def _put(self, slot: int, ids: list[int]) -> None:
-        self.held[slot] = ids
-        for _, key in beginnings(ids):
+    def _put(self, slot: int, ids: list[int], keys: list[tuple[int, int]]) -> None:
+        self.held[slot] = (ids, keys)
+        for _, key in keys:
             self.where[key].add(slot)
 
     def _drop(self, slot: int) -> None:
-        for _, key in beginnings(self.held.pop(slot, [])):
+        for _, key in self.held.pop(slot, ([], []))[1]:
             self.where[key].discard(slot)
