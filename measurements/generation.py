@@ -360,7 +360,7 @@ def main() -> None:
                 exact = kind == "adapter in fp32"
                 note(f"{part}, {kind}", lambda w=work, h=how, m=model, e=exact: graphs(m, w, given.runs, e, **h))
         if "prefix" in given.parts and kind != "adapter in fp32":
-            work = few_shot.work(vocabulary, small=size < 256)
+            work = few_shot.work(vocabulary, small=device == "cpu")
             note(f"prefix, {kind}", lambda w=work, m=model: few_shot.prefix(graphs, m, w, given.runs))
         if kind == "adapter" and "profile" in given.parts:
             note("profile", lambda m=model: profile(m, fixed(size, vocabulary), 16))
