@@ -1,7 +1,7 @@
 """Measures the backends of generation/ on the same prompts, in one run: tokens a second, memory, and the time from a cold start.
 
     python -m measurements.generation --out generation.json                     # Qwen2.5-0.5B's shape, random weights, on a GPU
-    python -m measurements.generation --out generation.json --shape tiny --parts equal fixed    # a trial on a CPU
+    python -m measurements.generation --out generation.json --shape tiny --parts equal fixed prefix    # a trial on a CPU
 
 Random weights know no end of turn: lengths are set. What docs/generation.md says is kept in
 generation_h200.json, and tests/docs/test_generation.py compares the two.
@@ -16,12 +16,15 @@ from typing import Any
 
 import torch
 
+from measurements import few_shot
 from workflow_scripts.generation.answers import Answer, Asked
 from workflow_scripts.generation.graphs import ROWS, Graphs
 
-SHAPES = {  # of Qwen2
+SHAPES = {  # of Qwen2; 135m has the sizes of SmolLM2-135M, and biases that this has not
     "0.5b": dict(hidden_size=896, num_hidden_layers=24, num_attention_heads=14, num_key_value_heads=2, intermediate_size=4864,
                  vocab_size=151936, tie_word_embeddings=True),
+    "135m": dict(hidden_size=576, num_hidden_layers=30, num_attention_heads=9, num_key_value_heads=3, intermediate_size=1536,
+                 vocab_size=49152, tie_word_embeddings=True),
     "7b": dict(hidden_size=3584, num_hidden_layers=28, num_attention_heads=28, num_key_value_heads=4, intermediate_size=18944,
                vocab_size=152064, tie_word_embeddings=False),
     "tiny": dict(hidden_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, intermediate_size=128,
@@ -77,14 +80,21 @@ class Measured(Graphs):
     """The product's engine, with a length for each answer."""
 
     lengths: list[int]
+    filled = 0  # rows that went through the model to fill slots
 
     def _fill(self, entering: Any, asked: Asked) -> None:
         super()._fill(entering, asked)
         for slot, place, *_ in entering:
             self.state.limit[slot] = self.lengths[place]
 
+    def _through(self, rows: Any) -> Any:
+        self.filled += len(rows)
+        return super()._through(rows)
 
-def graphs(model: Any, work: tuple[list[list[int]], list[int]], runs: int, exact: bool = False, **how: Any) -> dict:
+
+def graphs(model: Any, work: tuple[list[list[int]], list[int]], runs: int, exact: bool = False,
+           kept: dict[int, list[int]] | None = None, **how: Any) -> dict:  # fmt: skip
+    """kept: takes the answers to each prompt."""
     prompts, lengths = work
     torch.cuda.reset_peak_memory_stats() if torch.cuda.is_available() else None
     began = time.perf_counter()
@@ -94,12 +104,14 @@ def graphs(model: Any, work: tuple[list[list[int]], list[int]], runs: int, exact
     engine.answer(list(enumerate(prompts)), asked, lambda *_: None)
     sync()
     ready = time.perf_counter() - began
-    engine.lengths, times = lengths, []
+    engine.lengths, engine.filled, times = lengths, 0, []
     for _ in range(runs):
         made = [0]
 
         def done(place: int, sample: int, answer: Answer, made: list[int] = made) -> None:
             made[0] += len(answer.tokens)
+            if kept is not None:
+                kept[place] = answer.tokens
 
         sync()
         start = time.perf_counter()
@@ -108,7 +120,7 @@ def graphs(model: Any, work: tuple[list[list[int]], list[int]], runs: int, exact
         times.append(time.perf_counter() - start)
     assert made[0] == sum(lengths) * asked.samples
     found = {"tokens": made[0], "seconds": [round(t, 3) for t in times], "tokens_per_second": round(made[0] / min(times)),
-             "ready_s": round(ready, 1)}  # fmt: skip
+             "ready_s": round(ready, 1), "prompt_tokens": sum(map(len, prompts)), "filled": engine.filled // runs}  # fmt: skip
     if torch.cuda.is_available():
         cache = sum(kept.nbytes for kept in engine.cache)
         weights = sum(p.nbytes for p in model.parameters())
@@ -338,7 +350,7 @@ def main() -> None:
         if kind not in given.kinds:
             continue
         parts = [part for part in ("fixed", "mixed", "sampled") if part in given.parts]
-        if not parts:
+        if not parts and "prefix" not in given.parts:
             continue
         model = model_of(given.shape, device, dtype, kind != "plain")
         for part in parts:
@@ -347,6 +359,9 @@ def main() -> None:
             if part != "sampled" or kind == "adapter":
                 exact = kind == "adapter in fp32"
                 note(f"{part}, {kind}", lambda w=work, h=how, m=model, e=exact: graphs(m, w, given.runs, e, **h))
+        if "prefix" in given.parts and kind != "adapter in fp32":
+            work = few_shot.work(vocabulary, small=device == "cpu")
+            note(f"prefix, {kind}", lambda w=work, m=model: few_shot.prefix(graphs, m, w, given.runs))
         if kind == "adapter" and "profile" in given.parts:
             note("profile", lambda m=model: profile(m, fixed(size, vocabulary), 16))
             note("profile, deep", lambda m=model: profile(m, (mixed(vocabulary)[0], [1280] * 541), 600))

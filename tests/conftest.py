@@ -241,7 +241,7 @@ SLOW = (
     "dag/test_s", "profiles/", "training/", "rl/test_ppo", "rl/test_r", "gpu/", "models/test_adapters",
     "models/test_distance", "models/test_models", "models/test_chat", "models/test_qwen_tokenizer", "models/test_end_tokens",
     "models/test_start_token", "report/test_trained", "report/test_report_browser", "evaluation/test_lm_eval_task",
-    "evaluation/test_own_tasks", "tools/test_tools", "tools/test_push", "tools/test_study",
+    "evaluation/test_own_tasks", "evaluation/test_allow_code", "tools/test_tools", "tools/test_push", "tools/test_study",
     "tools/test_adopt", "tools/test_accept", "steps/test_shards", "steps/test_imports", "evaluation/test_compose",
     "report/test_report_placebos", "dag/test_methods",  # the last takes the world of the first
 )  # fmt: skip

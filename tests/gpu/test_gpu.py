@@ -190,6 +190,37 @@ def test_the_generator_answers_as_generate_does_and_what_is_beside_an_answer_cha
             assert all(whole[place] == one for place, one in answers(Graphs(model, slots, 128), part, asked).items())
 
 
+def test_a_shared_beginning_changes_no_bit_of_an_answer(monkeypatch):
+    """In bf16, sampled with log-probabilities: the same tokens and numbers as where each prompt is computed whole, whichever
+    prompts are left and in however many slots."""
+    from tests.generation.conftest import ENDS, model_of
+    from workflow_scripts.generation import prefixes
+    from workflow_scripts.generation.answers import Asked
+    from workflow_scripts.generation.graphs import Graphs
+
+    examples = [3 + (11 * j + j * j) % 290 for j in range(210)]
+    prompts = [examples[: 210 - 7 * (i % 5)] + [3 + (7 * i + j) % 290 for j in range(1 + i % 37)] for i in range(300)]
+    model, asked = model_of("Qwen2", True, torch.bfloat16).to("cuda"), Asked(ENDS, 40, temperature=1.0, samples=2, logprobs=True)
+
+    def answers(slots, part):
+        found, rows, right = {}, [], Graphs._through
+        with monkeypatch.context() as within:
+            within.setattr(Graphs, "_through", lambda self, some: rows.extend(some) or right(self, some))
+            Graphs(model, slots, 320).answer(
+                [(i, prompts[i]) for i in part],
+                asked,
+                lambda i, n, made: found.__setitem__((i, n), (made.tokens, made.logprobs)),
+            )
+        return found, len(rows)
+
+    shared, few = answers(384, range(300))
+    for slots, part in ((50, range(300)), (384, range(0, 300, 7)), (1, [5, 9])):
+        assert all(shared[place] == one for place, one in answers(slots, part)[0].items())
+    monkeypatch.setattr(prefixes, "beginnings", lambda ids: [])
+    plain, many = answers(384, range(300))
+    assert plain == shared and few < 0.2 * many
+
+
 @pytest.mark.parametrize("experiment", ["sft_v2", "dpo", "rm", "ppo_ifeval"])
 def test_fp16_trains_as_bf16_does(experiment, folder, base, slices, chain):
     """50 steps in each: all finite; what is minimised (of PPO, the value loss) and gained ends at the same place within noise."""

@@ -98,7 +98,8 @@ def test_what_can_not_be_asked_or_counted_is_one_line(name, asked, message):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"unsafe_code": True}, "lm_eval.file: runs code that the model writes"),
+        ({"unsafe_code": True}, "lm_eval.file: runs code that the model writes .* set eval.tasks.mine.allow_code: true"),
+        ({"filter_list": []}, "metric: is asked of a task with filter_list: .., of which lm-eval judges nothing"),
         ({"generation_kwargs": {"until": ["e"], "do_sample": True, "temperature": 0.7}}, "draws its answers"),
         ({"repeats": 4}, "draws its answers"),
         ({"generation_kwargs": {"until": ["e"], "repetition_penalty": 1.3}}, "has repetition_penalty under generation_kwargs"),

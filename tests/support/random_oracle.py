@@ -231,7 +231,8 @@ plan/shape plumbing/environment models/sources models/templates""".split()
 REPORT = """steps/select steps/sample steps/choose_rows data/choosing stats/selection report/__init__ report/capacity
 report/collect report/drawn report/figures report/judge report/page report/protocols report/sections report/sensitivity
 report/trained report/winning steps/report evaluation/lm_tasks steps/lm_eval_task steps/judge_answers steps/own_task
-evaluation/own_tasks data/task_files stats/__init__ stats/accuracy stats/clusters stats/components stats/family
+evaluation/own_tasks evaluation/code_eval evaluation/judge_code evaluation/sandbox
+data/task_files stats/__init__ stats/accuracy stats/clusters stats/components stats/family
 stats/moderated stats/power""".split()
 PAGE = [f"report/templates/report.{ending}" for ending in ("html.jinja", "css", "js")]
 # File of the package -> the steps that can run it.
@@ -285,7 +286,8 @@ CODE: dict[str, list[str]] = {
     "rl/reward_model.py": ["eval_rm", "train_rm", *ROLLOUTS],
     **dict.fromkeys(
         tuple(
-            f"generation/{n}.py" for n in "__init__ answers graphs decoder attention attention_kernel draws generator hf".split()
+            f"generation/{n}.py"
+            for n in "__init__ answers graphs prefixes decoder attention attention_kernel draws generator hf".split()
         ),
         ["generate", *ROLLOUTS],
     ),

@@ -36,7 +36,10 @@ def check(config: Written) -> None:
         whole = definition(config, name)
         data = whole.data
         for one in whole.tasks:
-            _check_kind(config, [*place, "lm_eval", "task" if "task" in asked else "file"], one)
+            _check_kind(config, [*place, "lm_eval", "task" if "task" in asked else "file"], one, body.get("allow_code", False))
+        if body.get("allow_code") and data.get("output_type", "generate_until") != "generate_until":
+            problem = f"found true, and a task of {data['output_type']} has no answers that could be run; leave it out"
+            raise config.fail([*place, "allow_code"], problem)
         known = {*METRIC, *config.own_tasks} - {JUDGED, name}
         if body.get("protocol_of", "ifeval") not in known:
             problem = f"found {body['protocol_of']!r}, expected the evaluation that this is under another protocol: "
@@ -73,11 +76,11 @@ def definition(config: Written, name: str) -> Definition:
     return replace(found, data=tasks[0], tasks=tasks)
 
 
-def _check_kind(config: Written, place: list, data: dict[str, Any]) -> None:
+def _check_kind(config: Written, place: list, data: dict[str, Any], allow_code: bool) -> None:
     """What can be asked of a model here, safely, and greedily."""
-    if data.get("unsafe_code"):
-        problem = "runs code that the model writes (unsafe_code: true), and no key allows that: there is no sandbox here"
-        raise config.fail(place, f"{problem}; leave it out")
+    if data.get("unsafe_code") and not allow_code:
+        problem = f"runs code that the model writes (unsafe_code: true); set eval.tasks.{place[2]}.allow_code: true, "
+        raise config.fail(place, f"{problem}which runs it in a sandbox without network, or leave the task out")
     if "class" in data or not isinstance(data.get("task"), str):
         raise config.fail(place, "is a task written in Python (class:), of which nothing is known before it runs")
     if (kind := data.get("output_type", "generate_until")) not in TYPES:
@@ -96,12 +99,15 @@ def _check_metric(config: Written, place: list, metric: str, data: dict[str, Any
     """The metric, with its filter where there are several, is one of the task's, and a mean over items."""
     name, _, wanted = metric.partition(",")
     listed = {str(one.get("metric")).rpartition(".")[2]: one for one in data.get("metric_list") or []}
-    have = list(listed) or METRICS[data.get("output_type", "generate_until")]
+    values = task_files.metrics(data)
+    have = list(values) or METRICS[data.get("output_type", "generate_until")]
     if name not in have:
         raise config.fail(place, f"found {metric!r}, and the task has {', '.join(have)}")
-    if (how := listed.get(name, {}).get("aggregation", "mean")) != "mean":
+    if (how := listed.get(values.get(name, name), {}).get("aggregation", "mean")) != "mean":
         problem = f"found {metric!r}, which is put together over all items ({how}); expected a metric that is a mean over items"
         raise config.fail(place, problem)
+    if data.get("filter_list") == []:
+        raise config.fail(place, "is asked of a task with filter_list: [], of which lm-eval judges nothing; leave that out")
     filters = [one["name"] for one in data.get("filter_list") or []] or ["none"]
     if wanted not in filters and (wanted or len(filters) > 1):
         several = ", ".join(f"{name},{one}" for one in filters)
@@ -184,4 +190,6 @@ def step_config(config: Written, name: str) -> dict:
         asked["hub"] = hub
     drawn = config.drawn(name)
     body = {key: value for key, value in body.items() if key not in ("samples", "temperature", "protocol_of")}
+    if not body.get("allow_code", True):
+        del body["allow_code"]
     return {"task": name, **body, "lm_eval": asked} | ({"drawn": drawn} if drawn else {})

@@ -263,6 +263,16 @@ def _tags(file: Path) -> list[str]:
     return _tags(file.parent / included.decode()) if included else []
 
 
+def metrics(data: dict[str, Any]) -> dict[str, str]:
+    """Values that a definition's metrics give -> the metric: of the same name, or with k: [1, 4] the function behind `pass@4`."""
+    found: dict[str, str] = {}
+    for one in data.get("metric_list") or []:
+        metric, many = one.get("metric"), one.get("k") or []
+        name = metric.__name__ if callable(metric) else str(metric).rpartition(".")[2]
+        found |= {f"pass@{k}": name for k in ([many] if isinstance(many, int) else many)} or {name: name}
+    return found
+
+
 # -- data ---------------------------------------------------------------------------------------------------------------------
 
 

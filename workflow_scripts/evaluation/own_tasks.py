@@ -13,13 +13,14 @@ of them (`group_by`, such as questions on one passage), which are then the clust
 checkers have them under the conditions of the project's own IFEval (evaluation/ifeval.py): else NLTK would download its tables.
 """
 
+import contextlib
 import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from workflow_scripts.data import task_files
-from workflow_scripts.evaluation import ifeval
+from workflow_scripts.evaluation import code_eval, ifeval
 from workflow_scripts.evaluation.samples import several
 from workflow_scripts.evaluation.scores import entries, mean_stderr
 from workflow_scripts.plumbing.messages import InputError
@@ -30,17 +31,21 @@ Say = Callable[[list[str], list[list[int]], int], list[dict]]
 
 
 @ifeval.conditions()
-def load(config: dict, inputs: list[Path], cache: Path) -> tuple[Any, list[Any]]:
+def load(config: dict, inputs: list[Path], cache: Path, rows: list[str] | None = None) -> tuple[Any, list[Any]]:
     """lm-eval's TaskManager, and the task with its rows; of a group all its tasks. config: of the step; inputs: the files that it
     was given.
 
-    cache: a folder for `datasets`, which would else take rows of a file that it has seen under another content.
+    cache: a folder for `datasets`, which would else take rows of a file that it has seen under another content. rows: a folder of
+    each task's, as `datasets` saves them, in place of what it names.
     """
+    from datasets import load_from_disk
     from lm_eval.api.metrics import mean
     from lm_eval.tasks import TaskManager
     from lm_eval.tasks._yaml_loader import load_yaml
 
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
+    if config.get("allow_code"):
+        code_eval.provide()
     asked, place = config["lm_eval"], f"eval.tasks.{config['task']}"
 
     def given(name: str) -> str:
@@ -61,10 +66,12 @@ def load(config: dict, inputs: list[Path], cache: Path) -> tuple[Any, list[Any]]
         asked = asked | {"data_files": {split: given(name) for split, name in asked["data_files"].items()}}
     manager, tasks = TaskManager(include_defaults=False), []
     name = config["metric"].partition(",")[0]
-    for path in paths:
+    for number, path in enumerate(paths):
         try:
             data = task_files.laid_over(load_yaml(path), asked)
-            if task_files.hub_of(data) is None:
+            if rows is not None:
+                data |= {"dataset_kwargs": {}, "custom_dataset": lambda folder=rows[number], **_: load_from_disk(folder)}
+            elif task_files.hub_of(data) is None:
                 data["dataset_kwargs"] = {**data["dataset_kwargs"], "cache_dir": str(cache)}
             (task,) = manager.load(data)["tasks"].values()
         except InputError:
@@ -72,7 +79,7 @@ def load(config: dict, inputs: list[Path], cache: Path) -> tuple[Any, list[Any]]
         except Exception as error:  # of lm-eval, `datasets`, a template, or the task's own code
             said = " ".join(str(error).split())[:300]
             raise InputError(f"{place}: lm-eval can't make this task of {path} ({type(error).__name__}: {said})") from error
-        if task.aggregation().get(name) is not mean:
+        if task.aggregation().get(task_files.metrics(data).get(name, name)) is not mean:
             raise InputError(f"{place}.metric: found {name}, which is put together over all items; expected a mean over items")
         tasks.append(task)
     return manager, tasks
@@ -86,11 +93,14 @@ def answering(model: Any, tokenizer: Any, say: Say, samples: int) -> Any:
 
     class Answering(HFLM):
         answers: list[list[dict]] = []  # of each request
-        cut, calls = 0, 0
+        prompts: list[str] = []
+        cut, calls, only_asks = 0, 0, False
 
         def generate_until(self, requests: Any, disable_tqdm: bool = False) -> list[str]:
             if not self.answers:
                 self.ask(requests)
+            if self.only_asks:
+                raise Answered
             self.calls += 1
             return [each[self.calls - 1]["response"] for each in self.answers]
 
@@ -105,7 +115,7 @@ def answering(model: Any, tokenizer: Any, say: Say, samples: int) -> Any:
                     f"an answer may have {new} tokens (max_gen_toks), and the model reads {self.max_length}; lower it"
                 )
             until = handle_stop_sequences(settings.get("until"), self.tok_decode(self.eot_token_id, skip_special_tokens=False))
-            texts = [request.args[0] for request in requests]
+            texts = self.prompts = [request.args[0] for request in requests]
             whole = [self.tok_batch_encode([text])[0][0].tolist() for text in texts]
             self.cut = sum(len(ids) > room for ids in whole)
             said = say(texts, [ids[-room:] for ids in whole], new)
@@ -121,6 +131,17 @@ def answering(model: Any, tokenizer: Any, say: Say, samples: int) -> Any:
             self.answers = [flat[first : first + samples] for first in range(0, len(flat), samples)]
 
     return Answering(pretrained=model, tokenizer=tokenizer)
+
+
+class Answered(Exception):
+    """All prompts are, and nobody judges here."""
+
+
+def ask(lm: Any, manager: Any, tasks: list[Any], config: dict) -> None:
+    """Have lm-eval's prompts answered, and nothing judged. lm: of `answering`, which has the answers afterwards."""
+    lm.only_asks = True
+    with contextlib.suppress(Answered):
+        _evaluated(lm, manager, tasks, config)
 
 
 def evaluate(lm: Any, manager: Any, tasks: list[Any], config: dict) -> list[list[dict]]:
@@ -141,6 +162,7 @@ def _evaluated(lm: Any, manager: Any, tasks: list[Any], config: dict) -> list[di
         system_instruction=asked["system"],
         apply_chat_template=asked["chat_template"],
         fewshot_as_multiturn=asked["fewshot_as_multiturn"],
+        confirm_run_unsafe_code=config.get("allow_code", False),
         bootstrap_iters=0,  # standard errors are ours; seeds are lm-eval's defaults: it draws the examples that its command draws
     )
     ordered = []

@@ -3,7 +3,7 @@
 A slot holds one answer. Prompts wait, the longest first; as soon as an answer ends, the next prompt takes its slot:
 
     refill   prompts go into free slots: the keys and values of all their tokens but the last are computed, in batches of
-             PREFILL rows; several answers to equal prompts share that work, by copies
+             PREFILL rows; where a slot holds those of how a prompt begins, they are copied (generation/prefixes.py)
     burst    BURST steps, of one token for each slot: the first feeds the prompt's last token. What a slot is at stays on the
              device (`State`), an answer that has ended waits there, and nothing is read in between
     collect  one look at who has ended; their tokens are read, and `done` is called
@@ -27,6 +27,7 @@ from workflow_scripts.generation import attention
 from workflow_scripts.generation.answers import PREFILL, ROWS, Answer, Asked, Done
 from workflow_scripts.generation.decoder import Decoder, compile_own
 from workflow_scripts.generation.draws import choose
+from workflow_scripts.generation.prefixes import Prefixes
 
 BURST = 8  # steps on a GPU between two looks
 CPU_ROWS, CPU_PREFILL = 16, 1024
@@ -93,6 +94,7 @@ class Graphs:
         self.captured: dict[Any, tuple[torch.cuda.CUDAGraph, Any]] = {}
         self.pool: Any = None
         self.state = empty(0, 0, self.device)
+        self.prefixes = Prefixes()
         self.ends: dict[tuple[int, ...], Tensor] = {}
         self.take = take
         if self.gpu:
@@ -144,25 +146,19 @@ class Graphs:
             self.pool = self.pool if self.captured else None
         for one in self.state.numbers:
             one.zero_()
+        self.prefixes.forget()  # the adapter may be another one
         if asked.ends not in self.ends:
             self.ends[asked.ends] = torch.tensor(asked.ends, device=self.device)
 
     def _fill(self, entering: list[tuple[int, int, list[int], int]], asked: Asked) -> None:
         if not entering:
             return
-        owner: dict[tuple[int, ...], int] = {}
-        rows, copies = [], []
-        for slot, _, ids, _ in entering:
-            source = owner.setdefault(tuple(ids), slot)
-            if source != slot:
-                copies.append((slot, source, len(ids)))
-            else:
-                rows += [(token, slot, at) for at, token in enumerate(ids[:-1])]
-        for _ in self._through(rows):
-            pass
-        for slot, source, length in copies:
-            for kept in self.cache:
-                kept[:, slot, :, :length] = kept[:, source, :, :length]
+        for wave in self.prefixes.waves([(slot, ids) for slot, _, ids, _ in entering]):
+            for entry in wave:
+                self._copy(entry.source, entry.slot, entry.shared)
+            rows = [(entry.ids[at], entry.slot, at) for entry in wave for at in range(entry.shared, len(entry.ids) - 1)]
+            for _ in self._through(rows):
+                pass
         slots = torch.tensor([slot for slot, *_ in entering], device=self.device)
         new = [
             (ids[-1], len(ids) - 1, 0, asked.max_new_tokens, 1, *asked.streams(place, sample))
@@ -170,6 +166,11 @@ class Graphs:
         ]
         for kept, values in zip(self.state.numbers, torch.tensor(new, device=self.device).T, strict=True):
             kept[slots] = values
+
+    def _copy(self, slot: int, to: int, length: int) -> None:
+        if length and slot != to:
+            for kept in self.cache:
+                kept[:, to, :, :length] = kept[:, slot, :, :length]
 
     def _through(self, rows: list[tuple[int, int, int]]) -> Iterator[tuple[Tensor, int]]:
         """Rows (token, slot, position) through the model, in batches of one size: (x of the batch, how many of it are rows)."""
@@ -203,9 +204,9 @@ class Graphs:
         for slot in sorted(held)[::-1]:
             if slot < rows:
                 break
-            to, length = free.pop(0), int(self.state.at[slot]) + 1
-            for kept in self.cache:
-                kept[:, to, :, :length] = kept[:, slot, :, :length]
+            to = free.pop(0)
+            self._copy(slot, to, int(self.state.at[slot]) + 1)
+            self.prefixes.moved(slot, to)
             for column in self.state:
                 column[to] = column[slot]
             held[to] = held.pop(slot)

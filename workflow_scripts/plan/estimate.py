@@ -17,6 +17,7 @@ from pathlib import Path
 
 from workflow_scripts.config import own_tasks, sampled
 from workflow_scripts.config.names import PAIRED
+from workflow_scripts.evaluation import sandbox
 from workflow_scripts.plan.gpu_memory import Memory
 from workflow_scripts.plan.plan import Plan
 from workflow_scripts.plumbing.gpus import WHOLE, share
@@ -259,16 +260,19 @@ class Estimates:
         else:
             size = min(self.config.data["eval"]["batch_size"], items)
             seconds = self._forward(items * OPTIONS, size, length)
-        on_cpu = 0.0
+        more = 0.0
         if self.device == "cpu":
             at_once = min(size, items * self._each(task))
             if own_tasks.output_type(self.config, task) == "generate_until":  # logits of one token of each answer
-                on_cpu = self._batch_mb(at_once, False) + self._kept_mb(at_once, length + new)
+                more = self._batch_mb(at_once, False) + self._kept_mb(at_once, length + new)
             else:  # a pass over whole prompts, logits of the options alone, with their logarithms
                 pairs, vocabulary = 2 * at_once, self.shape["vocab_size"]
-                on_cpu = pairs * (8 * self.shape["hidden_size"] * length + 8 * OPTION * vocabulary) / MB
+                more = pairs * (8 * self.shape["hidden_size"] * length + 8 * OPTION * vocabulary) / MB
+        if self.config.own_tasks[task].get("allow_code"):  # a process that judges, and room for what one answer may take
+            more += self._libraries("generate") + 1024 * sandbox.MEMORY_GB
+            seconds += START[self.device] + items * self._each(task)  # most end at once, some run for 3 to 30 seconds
         return {
-            "memory_mb": self._libraries("generate") + 6 * self.parameters / MB + on_cpu + 0.05 * items,
+            "memory_mb": self._libraries("generate") + 6 * self.parameters / MB + more + 0.05 * items,
             "seconds": 2 * START[self.device] + seconds + 0.01 * items,
             "disk_mb": 10 + 0.01 * items,
         }

@@ -2,7 +2,8 @@
 
 The model is the one that answers every other prompt: an adapter beside the weights that it was trained on, these in
 `eval.precision`; answers come from the same generator (steps/generate.py), log-likelihoods from the runner of MMLU. Both are one
-step: the scores, with the answers under `per_prompt`, are what it writes.
+step: the scores, with the answers under `per_prompt`, are what it writes. Where answers are programs (`allow_code`), a process of
+its own judges them, without network (evaluation/judge_code.py).
 
     python -m workflow_scripts.steps.own_task --step results/arc_easy_dpo.json --out trial/arc_easy_dpo.json \\
         --inputs results/sft_v2/merged/manifest.json results/dpo/adapter/manifest.json data/arc_easy.jsonl
@@ -18,10 +19,12 @@ from workflow_scripts.steps import cli, generate, scoring
 
 
 def main(job: manifests.Job) -> None:
-    from workflow_scripts.evaluation import lm_tasks, own_tasks
+    from workflow_scripts.evaluation import judge_code, lm_tasks, own_tasks, sandbox
     from workflow_scripts.models import chat, device, distance, loading
 
     config, step, parents = job.config, job.step, job.parents()
+    if config.get("allow_code"):
+        sandbox.check()
     start, adapter, quant = parents["start"], parents.get("adapter"), config.get("quant")
     device.prepare(step)
     kept = job.work / fingerprint(step)
@@ -39,9 +42,13 @@ def main(job: manifests.Job) -> None:
         if adapter is not None:
             facts["distance"] = loading.check(distance.Peft(with_adapter), adapter, step["precision"], quant)
         lm = lm_tasks.runner(model, tokenizer, config["batch_size"], job.out.stem)
-    found = own_tasks.evaluate(lm, manager, tasks, config)
-    cut = lm.cut if isinstance(lm.cut, int) else sum(one["arguments"][0][0] in lm.cut for one in found[0])
-    scores = own_tasks.score(config, tasks, found, getattr(lm, "answers", []), cut)
+    if config.get("allow_code"):
+        own_tasks.ask(lm, manager, tasks, config)
+        scores = judge_code.judge(config, job.inputs, tasks, lm, kept)
+    else:
+        found = own_tasks.evaluate(lm, manager, tasks, config)
+        cut = lm.cut if isinstance(lm.cut, int) else sum(one["arguments"][0][0] in lm.cut for one in found[0])
+        scores = own_tasks.score(config, tasks, found, getattr(lm, "answers", []), cut)
     print(table(scores))
     with manifests.complete(job, "scores", parents) as draft:
         draft.manifest |= scores | facts
@@ -64,6 +71,9 @@ def _say(
 def table(scores: dict) -> str:
     """The metric that counts, then the others."""
     lines = [scoring.line(scores, scores["metric"], scores["n_prompts"], "items"), *filter(None, [samples.table(scores)])]
+    if scores.get("stopped"):
+        why = ", ".join(f"{count} by {reason}" for reason, count in scores["stopped"].items())
+        lines.append(f"judgements that the sandbox stopped, which count as 0: {why}")
     return "\n".join([*lines, *(f"{name:<24}{value:7.4f}" for name, value in scores["other"].items())])
 
 

@@ -191,6 +191,8 @@ def own(judge: str, of: str, config: dict, inputs: list[str]) -> None:
     name = config["metric"].partition(",")[0]
     with tempfile.TemporaryDirectory() as cache, ifeval.conditions():
         _, (task, *_) = own_tasks.load(config, [Path(file) for file in inputs], Path(cache))
+        if config.get("allow_code"):
+            return  # a metric that runs answers is for the sandbox alone
         for doc in one_of_each(task.task_docs):
             if task.OUTPUT_TYPE == "generate_until":
                 found = task.process_results(doc, [TRIED["ifeval"][1]])
