@@ -109,6 +109,7 @@ KEYS: dict[str, tuple[list, set[Phase]]] = {
     "seeds": ([[1, 2, 3], [2]], NOTHING),
     "checkpoint_minutes": ([3, 0.5], NOTHING),
     "share_gpu": (["never", "always"], NOTHING),
+    "deterministic": ([True], NOTHING),
     "speed.unpadded": ([False], NOTHING),
     "speed.dequantised": ([False], NOTHING),
     "speed.compiled": ([0, 3], NOTHING),

@@ -10,7 +10,7 @@ does not fit, it is left alone.
 - `dequantised`: what a 4-bit layer multiplies with, kept in the training's precision: the same products (bitsandbytes
   dequantises for each, forwards and backwards); 2 bytes a parameter more, which the generator of rollouts shares.
 - `compiled`: each decoder layer by torch.compile, with dynamic shapes, where a gradient is taken and nothing is recomputed. That
-  takes a minute, and hardly less out of torch's cache on disk: from so many micro-batches on.
+  takes a minute, and hardly less out of torch's cache on disk: from so many micro-batches on. Not under `deterministic: true`.
 """
 
 from typing import Any
@@ -190,7 +190,10 @@ def settle(trainer: Any, job: Any) -> dict[str, Any]:
         found["dequantised"] = dequantise(model)
     batches = micro_batches(trainer)
     if found["unpadded"] and how.get("compiled") and batches >= how["compiled"] and not args.gradient_checkpointing:
-        found["compiled"] = compile_layers(model)
+        if job.deterministic:  # Inductor chooses tiles by the batch that it sees first: in a resumed run, another one
+            print("layers are not compiled: `deterministic: true`", flush=True)
+        else:
+            found["compiled"] = compile_layers(model)
     return found
 
 
