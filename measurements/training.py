@@ -121,21 +121,31 @@ def job_of(name: str, train: dict, config: Any, folder: Path, slices: dict[str, 
     return job
 
 
-def measure(name: str, way: str, config: Any, folder: Path, slices: dict[str, Path], steps: int) -> dict:
-    import trl
-
-    from workflow_scripts.rl.ppo_trainer import PPOTrainer
-    from workflow_scripts.training import trainers
-
-    body = config.experiments[name]
-    method, train = body["method"], dict(body["train"]) | {"max_steps": steps, "logging_steps": 1}
+def measured_job(
+    name: str, way: str, config: Any, folder: Path, slices: dict[str, Path], steps: int, place: str
+) -> manifests.Job:
+    method, train = config.experiments[name]["method"], dict(config.experiments[name]["train"])
+    train |= {"max_steps": steps, "logging_steps": 1}
     if way != "study":
         train["gradient_checkpointing"] = False
         if method not in ("kto", "ppo"):
             train["per_device_train_batch_size"] *= train["gradient_accumulation_steps"]
             train["gradient_accumulation_steps"] = 1
-    job = job_of(name, train, config, folder, slices, "rm" if name == "rm" else f"{name} {way}")
-    job.speed, clock = WAYS[way], Clock()
+    job = job_of(name, train, config, folder, slices, place)
+    job.speed = WAYS[way]
+    return job
+
+
+def measure(name: str, way: str, config: Any, folder: Path, slices: dict[str, Path], steps: int, place: str = "",
+            deterministic: bool = False) -> dict:  # fmt: skip
+    import trl
+
+    from workflow_scripts.rl.ppo_trainer import PPOTrainer
+    from workflow_scripts.training import trainers
+
+    method, clock = config.experiments[name]["method"], Clock()
+    job = measured_job(name, way, config, folder, slices, steps, place or ("rm" if name == "rm" else f"{name} {way}"))
+    job.deterministic, train = deterministic, job.config["train"]
     kind: Any = PPOTrainer if method == "ppo" else getattr(trl, study_memory.TRAINERS[method])
     real, real_end = clock.watch(kind), trainers.Watch.on_step_end
 
@@ -164,7 +174,8 @@ def measure(name: str, way: str, config: Any, folder: Path, slices: dict[str, Pa
         "phase": name, "way": way, "steps": len(times), "s_per_step": round(fmean(kept), 4), "median_s": round(median(kept), 4),
         "first_s": round(sum(times[:STEPS_OFF]), 1), "outside_s": round(whole - sum(times), 1),
         "batch": [train["per_device_train_batch_size"], train["gradient_accumulation_steps"]],
-        "loss": [round(value, 4) for value in curve[:8]],
+        "loss": [round(value, 4) for value in curve[:8]], "times": [round(value, 3) for value in times],
+        "sha256": {one: made.data["files"][one] for one in ("adapter_model.safetensors", "metrics.csv")},
     }  # fmt: skip
     if method not in SAMPLED and sum(tokens):
         found |= {"tokens_per_step": round(fmean(tokens)), "tokens_per_s": round(sum(tokens) / sum(kept))}
