@@ -5,8 +5,8 @@
 
 The study's shape (Qwen2.5-0.5B, random weights) and rows as in measurements/training.py: padding left out, the 4-bit base
 dequantised, nothing recomputed, nothing compiled. One process makes each phase without the key and with it, in turn (`without`,
-`with`), and is timed. Then another one makes both again (`again`), while a third makes SFT by its own command, is killed by SIGKILL
-at its first checkpoint, and goes on (`killed`): both are on the card at once, and of these only the bytes count.
+`with`), and is timed. Then another one makes both again (`again`), while a third makes SFT by its own command, is killed by
+SIGKILL at its first checkpoint, and goes on (`killed`): both are on the card at once, and of these only the bytes count.
 
 Seconds of a step leave the first ones out (training.STEPS_OFF); of PPO, `rollout_s` is the second rollout with all its updates.
 `answers` are ROWS answers of 256 tokens (bf16, the adapter beside the weights), drawn at temperature 1; the best of three times.
@@ -15,6 +15,7 @@ Seconds of a step leave the first ones out (training.STEPS_OFF); of PPO, `rollou
 import argparse
 import hashlib
 import json
+import shutil
 import subprocess
 import sys
 import time
@@ -80,12 +81,12 @@ def part(given: argparse.Namespace, config: Any) -> list[dict]:
     slices = {name: Path(path) for name, path in json.loads(there.read_text()).items()}
     if given.part == "killed":
         job = training.measured_job("sft_v2", WAY, config, given.folder, slices, given.steps, "sft_v2 killed")
+        shutil.rmtree(job.out.parent.parent, ignore_errors=True)
         as_command.kill_in_the_middle(job, "--deterministic", "--checkpoint-minutes", "0")
         said = as_command.run(job, "--deterministic", "--checkpoint-minutes", "60")
         assert "resumed at step" in said
         resumed = said.partition("resumed at step ")[2].split()[0]
-        files = json.loads(job.out.read_text())["files"]
-        return [{"phase": "sft_v2", "key": "killed", "resumed_at": int(resumed), "sha256": files}]
+        return [{"phase": "sft_v2", "key": "killed", "resumed_at": int(resumed), "sha256": as_command.digests(job)}]
     found = []
     for name in given.phases:
         for deterministic in (False, True):
@@ -95,16 +96,15 @@ def part(given: argparse.Namespace, config: Any) -> list[dict]:
             one = made(name, config, given, slices, deterministic, f"{given.part} {NAMES[deterministic]}")
             one |= {"key": NAMES[deterministic], "wall_s": round(time.perf_counter() - began, 1)}
             found.append({key: value for key, value in one.items() if key not in ("loss", "way")})
-            print(
-                "RESULT", given.part, json.dumps({key: value for key, value in found[-1].items() if key != "times"}), flush=True
-            )
+            shown = {key: value for key, value in found[-1].items() if key not in ("times", "sha256")}
+            print("RESULT", given.part, json.dumps(shown), flush=True)
     return found
 
 
 def compared(parts: dict[str, list[dict]]) -> list[dict]:
     """What each phase costs with the key, and whose bytes are equal."""
     found = []
-    for one in parts["first"]:
+    for one in parts.get("first", []):
         if one["key"] == "with":
             plain = next(other for other in parts["first"] if other["phase"] == one["phase"] and other["key"] == "without")
             unit = next(unit for unit in ("rollout_s", "tokens_per_s", "s_per_step") if unit in one)
@@ -118,7 +118,7 @@ def compared(parts: dict[str, list[dict]]) -> list[dict]:
                     if other["phase"] == one["phase"]:
                         against = plain if other["key"] == "without" else one
                         label = "killed and resumed" if name == "killed" else f"again {other['key']}"
-                        row[f"equal bytes {label}"] = all(against["sha256"][k] == other["sha256"][k] for k in against["sha256"])
+                        row[f"equal bytes {label}"] = against["sha256"] == other["sha256"]
             found.append(row)
     return found
 
@@ -126,7 +126,7 @@ def compared(parts: dict[str, list[dict]]) -> list[dict]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--folder", type=Path, required=True, help="for the base and what is trained; anew each time")
+    parser.add_argument("--folder", type=Path, required=True, help="for the base and what is trained, made anew")
     parser.add_argument("--tiny", action="store_true", help="a tiny shape on the CPU, to see that it runs")
     parser.add_argument("--phases", nargs="+", default=[*TRAINED, "answers"], choices=[*TRAINED, "answers"])
     parser.add_argument("--steps", type=int, default=16, help="of SFT and DPO")
@@ -147,9 +147,9 @@ def main() -> None:
                 print(f"{name}: failed", flush=True)
                 continue
             machine, parts[name] = json.loads((given.folder / f"{name}.json").read_text())
-            made = {"machine": machine, "compared": compared(parts) if "first" in parts else [], "parts": parts}
-            given.out.write_text(json.dumps(made, indent=1) + "\n")
-    for row in made["compared"]:
+            found = {"machine": machine, "compared": compared(parts), "parts": parts}
+            given.out.write_text(json.dumps(found, indent=1) + "\n")
+    for row in compared(parts):
         print("COMPARED", json.dumps(row), flush=True)
 
 

@@ -23,7 +23,7 @@ from typing import Any
 import torch
 
 from measurements import study_memory
-from tests.support import small_steps
+from tests.support import as_command, small_steps
 from workflow_scripts.artifacts import manifests
 from workflow_scripts.config.experiments import rewards
 from workflow_scripts.models import chat
@@ -175,7 +175,7 @@ def measure(name: str, way: str, config: Any, folder: Path, slices: dict[str, Pa
         "first_s": round(sum(times[:STEPS_OFF]), 1), "outside_s": round(whole - sum(times), 1),
         "batch": [train["per_device_train_batch_size"], train["gradient_accumulation_steps"]],
         "loss": [round(value, 4) for value in curve[:8]], "times": [round(value, 3) for value in times],
-        "sha256": {one: made.data["files"][one] for one in ("adapter_model.safetensors", "metrics.csv")},
+        "sha256": as_command.digests(job),
     }  # fmt: skip
     if method not in SAMPLED and sum(tokens):
         found |= {"tokens_per_step": round(fmean(tokens)), "tokens_per_s": round(sum(tokens) / sum(kept))}
