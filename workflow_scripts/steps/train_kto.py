@@ -116,6 +116,7 @@ def main(job: manifests.Job) -> None:
         processing_class=tokenizer,
         peft_config=lora.adapter_config(config["lora"], model),
         callbacks=[trainers.Watch(job.run)],
+        **reference.of(job, start),
     )
     facts: dict = {"constant": trainers.settle(trainer, job, tokenizer, given, rows)}
 
