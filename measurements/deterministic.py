@@ -15,6 +15,7 @@ Seconds of a step leave the first ones out (training.STEPS_OFF); of PPO, `rollou
 import argparse
 import hashlib
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -31,6 +32,7 @@ from workflow_scripts.generation.graphs import ROWS
 from workflow_scripts.models import device
 
 WAY = "dequantised"
+SHARE = 40 * 1024  # MiB of the card that the killed one asks for, beside another process
 TRAINED = ("sft_v2", "dpo", "ppo")
 NAMES = {False: "without", True: "with"}
 
@@ -82,8 +84,9 @@ def part(given: argparse.Namespace, config: Any) -> list[dict]:
     if given.part == "killed":
         job = training.measured_job("sft_v2", WAY, config, given.folder, slices, given.steps, "sft_v2 killed")
         shutil.rmtree(job.out.parent.parent, ignore_errors=True)
-        as_command.kill_in_the_middle(job, "--deterministic", "--checkpoint-minutes", "0")
-        said = as_command.run(job, "--deterministic", "--checkpoint-minutes", "60")
+        how = "--deterministic", "--gpu-mb", str(SHARE), "--checkpoint-minutes"
+        as_command.kill_in_the_middle(job, *how, "0")
+        said = as_command.run(job, *how, "60")
         assert "resumed at step" in said
         resumed = said.partition("resumed at step ")[2].split()[0]
         return [{"phase": "sft_v2", "key": "killed", "resumed_at": int(resumed), "sha256": as_command.digests(job)}]
@@ -140,8 +143,9 @@ def main() -> None:
     given.folder.mkdir(parents=True, exist_ok=True)
     parts: dict[str, list[dict]] = {}
     for together in (["first"], ["again", "killed"] if "sft_v2" in given.phases else ["again"]):
-        running = [subprocess.Popen([sys.executable, "-m", "measurements.deterministic", *sys.argv[1:], "--part", name])
-                   for name in together]  # fmt: skip
+        command = [sys.executable, "-m", "measurements.deterministic", *sys.argv[1:], "--part"]
+        env = os.environ | {"CUBLAS_WORKSPACE_CONFIG": ":4096:8"}  # as steps/cli.py has it, before CUDA starts
+        running = [subprocess.Popen([*command, name], env=env) for name in together]
         for name, process in zip(together, running, strict=True):
             if process.wait():
                 print(f"{name}: failed", flush=True)
