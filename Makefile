@@ -100,7 +100,7 @@ test-processors: setup-dev
 
 # Needs a CUDA device; elsewhere these tests are skipped.
 test-gpu: setup-dev
-	$(PYTEST) -s -m "" tests/gpu/test_gpu.py
+	$(PYTEST) -s -m "" tests/gpu
 
 # Needs root and Slurm's packages: starts a Slurm of one node, and on it the tiny chain through profiles/slurm.
 test-slurm: setup-dev

@@ -23,7 +23,7 @@ from typing import Any
 import torch
 
 from measurements import study_memory
-from tests.support import small_steps
+from tests.support import as_command, small_steps
 from workflow_scripts.artifacts import manifests
 from workflow_scripts.config.experiments import rewards
 from workflow_scripts.models import chat
@@ -123,14 +123,11 @@ def job_of(name: str, train: dict, config: Any, folder: Path, slices: dict[str, 
     return job
 
 
-def measure(name: str, way: str, config: Any, folder: Path, slices: dict[str, Path], steps: int) -> dict:
-    import trl
-
-    from workflow_scripts.rl.ppo_trainer import PPOTrainer
-    from workflow_scripts.training import trainers
-
-    body = config.experiments[name]
-    method, train = body["method"], dict(body["train"]) | {"max_steps": steps, "logging_steps": 1}
+def measured_job(
+    name: str, way: str, config: Any, folder: Path, slices: dict[str, Path], steps: int, place: str
+) -> manifests.Job:
+    method, train = config.experiments[name]["method"], dict(config.experiments[name]["train"])
+    train |= {"max_steps": steps, "logging_steps": 1}
     if way != "study":
         train["gradient_checkpointing"] = False
         if method != "kto":
@@ -138,8 +135,21 @@ def measure(name: str, way: str, config: Any, folder: Path, slices: dict[str, Pa
                 train["steps_per_generation"] //= train["gradient_accumulation_steps"]
             train["per_device_train_batch_size"] *= train["gradient_accumulation_steps"]
             train["gradient_accumulation_steps"] = 1
-    job = job_of(name, train, config, folder, slices, "rm" if name == "rm" else f"{name} {way}")
-    job.speed, clock = WAYS[way], Clock()
+    job = job_of(name, train, config, folder, slices, place)
+    job.speed = WAYS[way]
+    return job
+
+
+def measure(name: str, way: str, config: Any, folder: Path, slices: dict[str, Path], steps: int, place: str = "",
+            deterministic: bool = False) -> dict:  # fmt: skip
+    import trl
+
+    from workflow_scripts.rl.ppo_trainer import PPOTrainer
+    from workflow_scripts.training import trainers
+
+    method, clock = config.experiments[name]["method"], Clock()
+    job = measured_job(name, way, config, folder, slices, steps, place or ("rm" if name == "rm" else f"{name} {way}"))
+    job.deterministic, train = deterministic, job.config["train"]
     kind: Any = PPOTrainer if method == "ppo" else getattr(trl, study_memory.TRAINERS[method])
     real, real_end = clock.watch(kind), trainers.Watch.on_step_end
 
@@ -168,7 +178,8 @@ def measure(name: str, way: str, config: Any, folder: Path, slices: dict[str, Pa
         "phase": name, "way": way, "steps": len(times), "s_per_step": round(fmean(kept), 4), "median_s": round(median(kept), 4),
         "first_s": round(sum(times[:STEPS_OFF]), 1), "outside_s": round(whole - sum(times), 1),
         "batch": [train["per_device_train_batch_size"], train["gradient_accumulation_steps"]],
-        "loss": [round(value, 4) for value in curve[:8]],
+        "loss": [round(value, 4) for value in curve[:8]], "times": [round(value, 3) for value in times],
+        "sha256": as_command.digests(job),
     }  # fmt: skip
     if method not in SAMPLED and sum(tokens):
         found |= {"tokens_per_step": round(fmean(tokens)), "tokens_per_s": round(sum(tokens) / sum(kept))}

@@ -40,6 +40,7 @@ OPTIONS = (
     f"--work {shlex.quote(PLAN.work)} --track {PLAN.config.data['track']}"
     f" --checkpoint-minutes {PLAN.config.data['checkpoint_minutes']} --slots {PLAN.config.data['generation']['slots']}"
     f" --speed {shlex.quote(json.dumps(PLAN.config.data['speed']))}"
+    f"{' --deterministic' if PLAN.config.data['deterministic'] else ''}"
 )
 # Several jobs at once say how far they are in a folder, whose lines are shown together (rules/progress.smk).
 BOARD = Path(PLAN.work) / "board"

@@ -109,9 +109,12 @@ KEYS: dict[str, tuple[list, set[Phase]]] = {
     "seeds": ([[1, 2, 3], [2]], NOTHING),
     "checkpoint_minutes": ([3, 0.5], NOTHING),
     "share_gpu": (["never", "always"], NOTHING),
+    "deterministic": ([True], NOTHING),
     "speed.unpadded": ([False], NOTHING),
     "speed.dequantised": ([False], NOTHING),
+    "speed.fused": ([False], NOTHING),
     "speed.compiled": ([0, 3], NOTHING),
+    "speed.captured": ([False], NOTHING),
     **dict.fromkeys(("pathvars.logs", "pathvars.benchmarks"), (["elsewhere"], NOTHING)),
     "allow_unpinned": ([True], NOTHING),
     "rewards.more": ([{"length": {"unit": "words", "least": 0, "most": 9}}], NOTHING),  # nobody is trained with it

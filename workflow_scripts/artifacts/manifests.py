@@ -128,6 +128,7 @@ class Job:
     slots: int = 384  # answers at once, at most
     speed: dict = field(default_factory=dict)  # how a training computes (training/speed.py)
     limits: dict = field(default_factory=dict)  # slice -> who trains on it, with the longest row that it takes (Plan.limits)
+    deterministic: bool = False  # whether equal runs on a GPU are to end with the same bytes (models/device.py)
     started: float = field(default_factory=time.time)
 
     @property
@@ -210,9 +211,10 @@ def complete(job: Job, kind: str, parents: dict[str, Artifact]) -> Iterator[Draf
     manifest |= draft.manifest
     if mismatch := runinfo.check_packages(job.step):
         manifest["package_mismatch"] = mismatch
+    asked = {"deterministic": job.deterministic} if job.step.get("device") == "cuda" else {}
     if job.out.name.endswith("manifest.json"):  # a score file is its own manifest and stands alone
         (stage / job.out.name.replace("manifest.json", "run.json")).write_text(
-            dump(runinfo.collect(job.started, draft.run)), encoding="utf-8"
+            dump(runinfo.collect(job.started, asked | draft.run)), encoding="utf-8"
         )
     (stage / job.out.name).write_text(dump(manifest), encoding="utf-8")
     mode = (stage / job.out.name).stat().st_mode  # what the umask asks for: safetensors writes 0600 whatever that is

@@ -26,6 +26,9 @@ def serves(config: Written) -> bool:
 
 def _check_vllm(config: Written) -> None:
     backend, evaluation = ["generation", "backend"], config.data["eval"]
+    if config.data["deterministic"]:
+        problem = "found vllm with deterministic: true, which it can't promise; set graphs, or deterministic: false"
+        raise config.fail(backend, problem)
     if config.data["device"] != "cuda":
         raise config.fail(backend, f"found vllm with device: {config.data['device']}; it needs device: cuda, or set graphs")
     if evaluation["precision"] == "fp32":

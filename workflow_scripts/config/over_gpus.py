@@ -18,6 +18,12 @@ def apart(config: Written, experiments: dict[str, dict]) -> tuple[dict[str, dict
             continue
         if reason := ALONE.get(body["method"]):
             raise config.fail(config.place(name, ["gpus"]), f"found {count}, but {body['method']} trains on one GPU: {reason}")
+        if count > 2 and config.data["deterministic"]:
+            raise config.fail(
+                config.place(name, ["gpus"]),
+                f"found {count} with deterministic: true; NCCL may add up those of more than two cards in any order: "
+                "take 1 or 2, or deterministic: false",
+            )
         steps = body["train"]["gradient_accumulation_steps"]
         if steps % count:
             fitting = ", ".join(str(number) for number in range(1, steps + 1) if steps % number == 0)

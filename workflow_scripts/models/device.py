@@ -1,5 +1,6 @@
 """The machine as a step finds it: threads, seeds and deterministic kernels, and whether the declared device is there."""
 
+import os
 import random
 from importlib.util import find_spec
 
@@ -12,10 +13,11 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 TRITON = (7, 0)  # the oldest compute capability that Triton compiles for, as torch has it (torch/_inductor/scheduler.py)
 
 
-def prepare(step: dict) -> None:
+def prepare(step: dict, deterministic: bool = False) -> None:
     """Set threads, seeds and deterministic kernels before anything is computed.
 
-    InputError if the step declares a device or a precision that is not here.
+    deterministic: equal runs end with the same bytes, on a GPU as well; an operation that has no such way raises RuntimeError,
+    which steps/cli.py says in one line. InputError if the step declares a device or a precision that is not here.
     """
     import numpy
     from transformers.utils import logging
@@ -23,9 +25,14 @@ def prepare(step: dict) -> None:
     startup.ready()
     logging.disable_progress_bar()  # as steps/cli.py asks of datasets: the steps show their own progress
     torch.set_num_threads(step["threads"])
-    # Equal runs give equal bytes on a CPU. On a GPU that mode made decoding 2.6 times slower (100 ms a step for 38, H100, 135 M
-    # parameters, batch 256), and a GPU's bytes differ between cards anyway: there, equal runs agree up to the kernels' noise.
-    torch.use_deterministic_algorithms(step["device"] == "cpu", warn_only=True)
+    # Equal runs give equal bytes on a CPU. On a GPU that costs (docs/performance.md), and its bytes differ between cards anyway:
+    # there equal runs agree up to the kernels' noise, unless they are asked for more. The mode sorts what writes into one place,
+    # has attention's gradient summed in one order (FlashAttention's and the memory-efficient one), and has Inductor choose by
+    # rule where it would by a stopwatch. bitsandbytes and TRL's Triton kernels have no atomic sums.
+    torch.use_deterministic_algorithms(deterministic or step["device"] == "cpu", warn_only=not deterministic)
+    if deterministic:
+        os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # as steps/cli.py does, where a step is called by other code
+        torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = True, False
     # The mode above also fills each new tensor with NaN. No step reads one before it is written; DPO took 55 s for 32 s.
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     if step["device"] == "cuda":

@@ -36,7 +36,7 @@ def rewarded(job: manifests.Job, parents: dict[str, manifests.Artifact], asked: 
     from workflow_scripts.rl import declared, rewards
 
     if "device" in job.step:
-        device.prepare(job.step)
+        device.prepare(job.step, job.deterministic)
     given = parents | {"start": parents["base"], "rows": parents["prompts"]}
     functions = rewards.functions(job, given, texts=True)
     weights = rewards.weights(job.config, functions)

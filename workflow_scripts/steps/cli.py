@@ -10,6 +10,7 @@ import argparse
 import contextlib
 import json
 import os
+import re
 import shutil
 import signal
 import sys
@@ -45,6 +46,7 @@ def parser(doc: str) -> argparse.ArgumentParser:
     made.add_argument("--checkpoint-minutes", type=float, default=10.0, help="how often a training saves where it is")
     made.add_argument("--slots", type=int, default=384, help="answers that are written at once, at most: decides memory alone")
     made.add_argument("--speed", type=json.loads, default={}, help="how a training computes on a GPU: the config's `speed`")
+    made.add_argument("--deterministic", action="store_true", help="equal runs on a GPU end with equal bytes")
     made.add_argument("--board", type=Path, help="folder for its line of progress, where several jobs run at once")
     made.add_argument("--limits", type=json.loads, default={}, help="of slices: who trains on them, and how long rows may be")
     return made
@@ -103,7 +105,7 @@ def _environment(threads: int, online: bool) -> list[str]:
     if not online:
         quiet |= {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
     os.environ.update(quiet)
-    os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
+    os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # read once, when CUDA starts: products are the same in each run
     return acting
 
 
@@ -156,7 +158,24 @@ def _full(work: Path) -> str:
 
 def _job(args: argparse.Namespace, step: dict) -> Job:
     how = args.track, args.checkpoint_minutes, args.slots, args.speed, args.limits
-    return Job(step, args.inputs, args.out, args.work, *how)
+    return Job(step, args.inputs, args.out, args.work, *how, args.deterministic)
+
+
+NO_SUCH_WAY = re.compile(r"(\w+) does not have a deterministic implementation")  # torch's words
+
+
+def _done(main: Callable[[Job], None], job: Job) -> None:
+    """The step itself. InputError where torch has no deterministic way of an operation, and is to compute in no other."""
+    try:
+        main(job)
+    except RuntimeError as error:
+        if not (job.deterministic and (found := NO_SUCH_WAY.search(str(error)))):
+            raise
+        traceback.print_exc()
+        raise InputError(
+            f"deterministic: true, but torch {sys.modules['torch'].__version__} can't do {found[1]} so that equal runs end with "
+            "the same bytes; set `deterministic: false`, or leave out what needs it (top_p below 1 with `hf`, say)"
+        ) from error
 
 
 def _by_ranks(args: argparse.Namespace, mark: str, terminal: int) -> None:
@@ -194,7 +213,7 @@ def _as_rank(args: argparse.Namespace, main: Callable[[Job], None]) -> None:
     _environment(step.get("threads", 1), _needs_hub(step))
     try:
         ranks.become(args.rank, args.gpus, args.meet, step["device"])
-        main(_job(args, step))
+        _done(main, _job(args, step))
     except InputError as error:
         _end_rank("input", str(error), 1)
     except Interrupted as where:
@@ -252,7 +271,7 @@ def run(main: Callable[[Job], None], doc: str | None, describe: Callable[[Path],
                 if args.gpus > 1:
                     _by_ranks(args, fingerprint(step), real)
                 else:
-                    main(job)
+                    _done(main, job)
                 if gpus.held is not None and args.gpus <= 1:
                     gpus.learn(needs, args.gpu_mb, _peak())
             if describe is not None:

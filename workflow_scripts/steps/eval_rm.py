@@ -60,7 +60,7 @@ def main(job: manifests.Job) -> None:
     from workflow_scripts.training import trainers
 
     config, step, parents = job.config, job.step, job.parents()
-    device.prepare(step)
+    device.prepare(step, job.deterministic)
     quant = config.get("quant") if config["quantise"] != "none" else None
     start, adapter, rows = parents["start"], parents["adapter"], parents["rows"]
     model, tokenizer = reward_model.load(start, adapter, job.work, step["device"], step["precision"], quant)

@@ -149,7 +149,7 @@ def respond(
     from workflow_scripts.models import chat, device, loading
 
     config, step, start, adapter = job.config, job.step, parents["start"], parents.get("adapter")
-    device.prepare(step)
+    device.prepare(step, job.deterministic)
     models = loading.evaluated(start, adapter, job.work, step["device"], step["precision"], config.get("quant"))
     model = models[0]
     tokenizer, turns = chat.tokenizer_of(start), [slicing.prompt_turns(row) for row in prompts]

@@ -25,7 +25,7 @@ def main(job: manifests.Job) -> None:
 
     config, step, parents = job.config, job.step, job.parents()
     prompts, given = parents["prompts"].rows(), {row["key"]: row for row in parents["responses"].rows()}
-    device.prepare(step)
+    device.prepare(step, job.deterministic)
     model, tokenizer = reward_model.load(
         parents["start"], parents["adapter"], job.work, step["device"], step["precision"], config.get("quant")
     )

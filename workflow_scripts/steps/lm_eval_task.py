@@ -18,7 +18,7 @@ def main(job: manifests.Job) -> None:
 
     config, step, parents = job.config, job.step, job.parents()
     start, questions = parents["start"], parents["prompts"].rows()
-    device.prepare(step)
+    device.prepare(step, job.deterministic)
     index = lm_tasks.manager()
     group_of = lm_tasks.groups(index)
     if config["task"] == "mmlu":

@@ -24,7 +24,7 @@ def main(job: manifests.Job) -> None:
 
     parents = job.parents()
     start, adapter = parents["start"], parents["adapter"]
-    device.prepare(job.step | {"device": "cpu"})
+    device.prepare(job.step | {"device": "cpu"}, job.deterministic)
     tokenizer = chat.tokenizer_of(start)
     text = tokenizer.apply_chat_template(
         [{"role": "user", "content": PROBE}, {"role": "assistant", "content": PROBE}], tokenize=False

@@ -26,7 +26,7 @@ def main(job: manifests.Job) -> None:
     if config.get("allow_code"):
         sandbox.check()
     start, adapter, quant = parents["start"], parents.get("adapter"), config.get("quant")
-    device.prepare(step)
+    device.prepare(step, job.deterministic)
     kept = job.work / fingerprint(step)
     kept.mkdir(parents=True, exist_ok=True)
     manager, tasks = own_tasks.load(config, job.inputs, kept / "rows")

@@ -49,7 +49,7 @@ def main(job: manifests.Job) -> None:
     start, rows = parents["start"], parents["rows"]
     train = dict(config["train"])
     alpha = train.pop("cpo_alpha")
-    device.prepare(step)
+    device.prepare(step, job.deterministic)
     tokenizer = chat.tokenizer_of(start)
     short, left = trainers.whole(tokenizer, rows, config)
     given = trainers.pairs(short, config)

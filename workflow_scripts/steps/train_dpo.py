@@ -44,7 +44,7 @@ def main(job: manifests.Job) -> None:
     config, step = job.config, job.step
     parents = job.parents()
     start, rows = parents["start"], parents["rows"]
-    device.prepare(step)
+    device.prepare(step, job.deterministic)
     tokenizer = chat.tokenizer_of(start)
     short, left = trainers.whole(tokenizer, rows, config)
     model = loading.load(start, job.work, step["device"], step["precision"], config.get("quant"))
@@ -59,6 +59,7 @@ def main(job: manifests.Job) -> None:
         processing_class=tokenizer,
         peft_config=lora.adapter_config(config["lora"], model),
         callbacks=[trainers.Watch(job.run)],
+        **reference.of(job, start),
     )
     facts: dict = {"constant": trainers.settle(trainer, job, tokenizer, given, rows)}
 

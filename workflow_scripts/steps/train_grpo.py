@@ -42,7 +42,7 @@ def main(job: manifests.Job) -> None:
     parents = job.parents()
     start, rows = parents["start"], parents["rows"]
     given = tuple(rewards.rows_of(rows, heldout, config["reward"]) for heldout in (False, True))
-    device.prepare(step)
+    device.prepare(step, job.deterministic)
     tokenizer = chat.tokenizer_of(start)
     chat.end_of_turn(tokenizer)
     functions = rewards.functions(job, parents)

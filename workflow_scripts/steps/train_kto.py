@@ -91,7 +91,7 @@ def main(job: manifests.Job) -> None:
     parents = job.parents()
     start, rows = parents["start"], parents["rows"]
     batch = config["train"]["per_device_train_batch_size"]
-    device.prepare(step)
+    device.prepare(step, job.deterministic)
     tokenizer = chat.tokenizer_of(start)
     short, left = trainers.whole(tokenizer, rows, config)
     answers = {heldout: unpair(found) for heldout, found in short.items()}
@@ -116,6 +116,7 @@ def main(job: manifests.Job) -> None:
         processing_class=tokenizer,
         peft_config=lora.adapter_config(config["lora"], model),
         callbacks=[trainers.Watch(job.run)],
+        **reference.of(job, start),
     )
     facts: dict = {"constant": trainers.settle(trainer, job, tokenizer, given, rows)}
 

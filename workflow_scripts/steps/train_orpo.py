@@ -54,7 +54,7 @@ def main(job: manifests.Job) -> None:
     config, step = job.config, job.step
     parents = job.parents()
     start, rows = parents["start"], parents["rows"]
-    device.prepare(step)
+    device.prepare(step, job.deterministic)
     tokenizer = chat.tokenizer_of(start)
     short, left = trainers.whole(tokenizer, rows, config)
     given = trainers.pairs(short, config)

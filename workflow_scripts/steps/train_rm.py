@@ -28,7 +28,7 @@ def main(job: manifests.Job) -> None:
     config, step = job.config, job.step
     parents = job.parents()
     start, rows = parents["start"], parents["rows"]
-    device.prepare(step)
+    device.prepare(step, job.deterministic)
     tokenizer = chat.tokenizer_of(start)
     chat.end_of_turn(tokenizer)
     max_length = config["train"]["max_length"]

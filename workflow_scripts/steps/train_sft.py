@@ -37,7 +37,7 @@ def main(job: manifests.Job) -> None:
     config, step = job.config, job.step
     parents = job.parents()
     start, rows = parents["start"], parents["rows"]
-    device.prepare(step)
+    device.prepare(step, job.deterministic)
     tokenizer = chat.tokenizer_of(start)
     model = loading.load(start, job.work, step["device"], step["precision"], config.get("quant"))
     speed.prepare(model, job)

@@ -50,7 +50,7 @@ def main(job: manifests.Job) -> None:
     start, rows = parents["start"], parents["rows"]
     train = dict(config["train"])
     gamma = train.pop("simpo_gamma")
-    device.prepare(step)
+    device.prepare(step, job.deterministic)
     tokenizer = chat.tokenizer_of(start)
     short, left = trainers.whole(tokenizer, rows, config)
     given = trainers.pairs(short, config)

@@ -11,7 +11,7 @@ does not fit, it is left alone.
   dequantises for each, forwards and backwards); 2 bytes a parameter more, which the generator of rollouts shares.
 - `fused`: a layer with its adapter as one function (training/fused.py). It rounds once where peft rounds three times.
 - `compiled`: what lies between the products, each piece by torch.compile with dynamic shapes (training/fused.py): from so many
-  micro-batches on, since that takes some seconds.
+  micro-batches on, since that takes some seconds. Not under `deterministic: true`.
 - `captured`: the layers as CUDA graphs (training/captured.py).
 
 Then there is what a step costs a processor whatever the rows (`lean`): it changes nothing that is computed.
@@ -52,15 +52,25 @@ def prepare(model: Any, job: Any) -> None:
     Before there is a trainer: it may compute its reference when it is made, which has to round as what is trained does."""
     from workflow_scripts.training import fused
 
-    body, how, train = model.base_model, job.speed, job.config["train"]
-    if how.get("unpadded"):
+    body = model.base_model
+    if job.speed.get("unpadded"):
         if reason := hinders_unpadding(model, job.step):
             print(f"batches keep their padding: {reason}", flush=True)
         else:
             Unpadded(model)
-    enough = how.get("compiled") and job.step["device"] == "cuda" and micro_batches(job) >= how["compiled"]
-    if enough and type(body).__name__ in fused.DECODERS and not train.get("gradient_checkpointing"):
+    if type(body).__name__ in fused.DECODERS and wants_pieces(job):
         body.compiled_pieces = fused.compile_pieces(body)
+
+
+def wants_pieces(job: Any) -> bool:
+    """Whether what lies between the products is to be compiled, where the model is one that it can be done for."""
+    wanted = job.speed.get("compiled") and job.step["device"] == "cuda" and not job.config["train"].get("gradient_checkpointing")
+    if not wanted or micro_batches(job) < job.speed["compiled"]:
+        return False
+    if job.deterministic:  # Inductor chooses tiles by the batch that it sees first: in a resumed run, another one
+        print("nothing is compiled: `deterministic: true`", flush=True)
+        return False
+    return True
 
 
 class Unpadded:
