@@ -128,6 +128,7 @@ class Job:
     slots: int = 384  # answers at once, at most
     speed: dict = field(default_factory=dict)  # how a training computes (training/speed.py)
     limits: dict = field(default_factory=dict)  # slice -> who trains on it, with the longest row that it takes (Plan.limits)
+    shard: bool = False  # whether the ranks of a training share its base (training/sharded.py)
     started: float = field(default_factory=time.time)
 
     @property

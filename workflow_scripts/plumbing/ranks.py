@@ -14,6 +14,7 @@ from pathlib import Path
 PATIENCE = 1800.0  # seconds for which ranks wait for one of them: the first saves checkpoints and writes the artifact meanwhile
 
 number, count, device = 0, 1, "cpu"
+in_step = False  # whether each pass through the model is one of all ranks, since they share its weights (training/sharded.py)
 meeting: Path | None = None  # where all of this host meet
 _at: int | None = None  # descriptor of this rank's note
 _met = 0

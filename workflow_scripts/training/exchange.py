@@ -8,7 +8,7 @@ several ranks has the numbers of one (training/over_ranks.py).
 import atexit
 import datetime
 import logging
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -52,9 +52,32 @@ def gathered(thing: Any, what: str) -> list:
     return found
 
 
-def shared_out(things: Iterable[Any], do: Callable[[Any], Any], what: str) -> list:
+def mesh(device: str) -> Any:
+    """All ranks, for torch's engines that share a model out."""
+    from torch.distributed.device_mesh import DeviceMesh
+
+    wait("the weights to share out")  # opens what connects them
+    assert dist.group.WORLD is not None
+    return DeviceMesh.from_group(dist.group.WORLD, device)
+
+
+def takes(place: int, of: int) -> tuple[bool, bool]:
+    """Of the `place`-th of so many things that ranks share out: whether this rank computes it, and whether what it gets counts.
+
+    A rank computes in vain where ranks make each pass together, and the last things are not one for each.
+    """
+    mine = place % ranks.count == ranks.number
+    return mine or ranks.in_step and place >= of // ranks.count * ranks.count, mine
+
+
+def shared_out(things: Any, do: Callable[[Any], Any], what: str) -> list:
     """`do` of each thing, in their order: of each by one rank, and all get it. On the host if they are tensors."""
-    mine = {place: do(thing) for place, thing in enumerate(things) if place % ranks.count == ranks.number}
+    mine = {}
+    for place, thing in enumerate(things):
+        computes, counts = takes(place, len(things))
+        made = do(thing) if computes else None
+        if counts:
+            mine[place] = made
     every = {place: made for part in gathered(mine, what) for place, made in part.items()}
     return [every[place] for place in sorted(every)]
 

@@ -8,20 +8,26 @@ from typing import Any
 
 import torch
 from trl import DPOTrainer, KTOTrainer
+from trl.trainer import dpo_trainer, kto_trainer
 
 from workflow_scripts.plumbing import ranks
-from workflow_scripts.training import exchange
+from workflow_scripts.training import exchange, sharded
 
 
 class SharedReference:
     """Beside a trainer of TRL that computes its reference once."""
 
     batch: int | None = None  # the next one's number, while they are computed
+    batches = 0  # how many there are
+
+    def __init__(self, **given: Any):
+        with sharded.unhashed(dpo_trainer), sharded.unhashed(kto_trainer):
+            super().__init__(**given)
 
     def _precompute_ref_logps(self: Any, dataset: Any, name: str, batch_size: int) -> Any:
         if ranks.count == 1:
             return super()._precompute_ref_logps(dataset, name, batch_size)  # type: ignore[misc]
-        mark = self._precompute_model_hash
+        mark, self.batches = self._precompute_model_hash, -(-len(dataset) // batch_size)
         self.batch, self._precompute_model_hash = (
             0,
             f"{mark}, a share: {ranks.number} of {ranks.count}",
@@ -40,9 +46,11 @@ class SharedReference:
     def compute_ref_log_probs(self: Any, model: Any, inputs: dict) -> Any:
         if self.batch is None:
             return super().compute_ref_log_probs(model, inputs)  # type: ignore[misc]
+        computes, counts = exchange.takes(self.batch, self.batches)
         self.batch += 1
-        if (self.batch - 1) % ranks.count == ranks.number:
-            return super().compute_ref_log_probs(model, inputs)  # type: ignore[misc]
+        found = super().compute_ref_log_probs(model, inputs) if computes else None  # type: ignore[misc]
+        if counts:
+            return found
         zeros = torch.zeros(len(inputs["input_ids"]), device=inputs["input_ids"].device)
         if isinstance(self, DPOTrainer):  # chosen and rejected lie in one batch
             return zeros.chunk(2)

@@ -19,6 +19,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from workflow_scripts.plumbing import ranks
+
 NAME = "unpadded"  # of the attention, in transformers' table
 FLASH = (8, 0)  # the oldest compute capability that FlashAttention runs on
 WIDEST = 256  # its largest head
@@ -189,7 +191,8 @@ def settle(trainer: Any, job: Any) -> dict[str, Any]:
     if how.get("dequantised"):
         found["dequantised"] = dequantise(model)
     batches = micro_batches(trainer)
-    if found["unpadded"] and how.get("compiled") and batches >= how["compiled"] and not args.gradient_checkpointing:
+    whole = not ranks.in_step  # layers that are gathered when they compute are not compiled: not measured
+    if whole and found["unpadded"] and how.get("compiled") and batches >= how["compiled"] and not args.gradient_checkpointing:
         found["compiled"] = compile_layers(model)
     return found
 
