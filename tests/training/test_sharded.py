@@ -45,11 +45,13 @@ def test_four_ranks_with_a_part_of_the_base_each_follow_the_losses_of_one_proces
 @pytest.mark.parametrize("recomputed", [False, pytest.param(True, marks=pytest.mark.long)])
 def test_batches_that_are_no_multiple_of_the_ranks_and_layers_that_are_recomputed(recomputed, base, slices, tmp_path):
     """32 rows in batches of 5 and 8 held-out ones for three ranks: the last batches are computed by all, and counted once."""
-    more = {"max_steps": 3, "gradient_accumulation_steps": 3, "per_device_eval_batch_size": 5, "gradient_checkpointing": recomputed}
+    more = {"max_steps": 3, "gradient_accumulation_steps": 3, "per_device_eval_batch_size": 5}
+    more["gradient_checkpointing"] = recomputed
     alone = small_steps.run(step_of("dpo", base, slices, tmp_path / "one", quantise="none", **more))
     made = several.run(sharded_step("dpo", base, slices, tmp_path / "three", **more), 3)
     check_equal(made, alone, steps=3)
-    assert made.data["objective"]["change"] == pytest.approx(alone.data["objective"]["change"], abs=1e-4)
+    for name, change in alone.data["objective"]["change"].items():
+        assert made.data["objective"]["change"][name] == pytest.approx(change, abs=1e-4)
 
 
 def test_a_rank_keeps_its_part_of_each_layer_and_all_of_the_adapter(base, slices, tmp_path):

@@ -64,10 +64,11 @@ def mesh(device: str) -> Any:
 def takes(place: int, of: int) -> tuple[bool, bool]:
     """Of the `place`-th of so many things that ranks share out: whether this rank computes it, and whether what it gets counts.
 
-    A rank computes in vain where ranks make each pass together, and the last things are not one for each.
+    Where ranks make each pass together, the last round is computed by all: there may be fewer things than ranks, or a smaller one
+    that takes fewer passes.
     """
     mine = place % ranks.count == ranks.number
-    return mine or ranks.in_step and place >= of // ranks.count * ranks.count, mine
+    return mine or ranks.in_step and place >= (of - 1) // ranks.count * ranks.count, mine
 
 
 def shared_out(things: Any, do: Callable[[Any], Any], what: str) -> list:

@@ -7,8 +7,7 @@ exchange that is there for them (training/over_ranks.py). So is what stands outs
 norm, which TRL's LM head and its hooks take as tensors (7 B of Qwen2.5: 2.2 GB of 15.2).
 
 A layer is gathered by all ranks at once, so all make the same number of passes. Of the micro-batches of a step each has as many;
-where batches are shared out that are no multiple of the ranks (held-out rows, the reference), the last of them are computed by
-all, and one rank's are taken.
+where batches are shared out otherwise (held-out rows, the reference), the last round is computed by all, and one rank's is taken.
 
 The base is read into the host's memory by each rank, as many times as there are ranks, and goes to the card layer by layer.
 """
