@@ -100,6 +100,11 @@ def ranks_of(wildcards):
     return PLAN.config.gpus[PLAN.config.run(wildcards.run)[0]]
 
 
+def parts_of(wildcards):
+    """In how many parts the base of a training lies on its GPUs."""
+    return PLAN.config.parts[PLAN.config.run(wildcards.run)[0]]
+
+
 def call(step, out, *more):
     """The one shell command of a rule: a step's module, and the output that it is told (the others lie beside it)."""
     words = [

@@ -23,6 +23,7 @@ for method in sorted({body["method"] for body in PLAN.config.experiments.values(
             **room("train"),
             gpu=signed(lambda wildcards: GPU * ranks_of(wildcards)),
             ranks=ranks_of,
+            shard=signed(lambda wildcards: int(parts_of(wildcards) > 1)),
             mem_mb=asks("mem_mb", "train"),
             runtime=asks("runtime", "train"),
             disk_mb=asks("disk_mb", "train"),
@@ -30,4 +31,4 @@ for method in sorted({body["method"] for body in PLAN.config.experiments.values(
             module=f"train_{method}",
             step=signed(lambda wildcards: PLAN.train(wildcards.run)),
         shell:
-            call("{params.module}", "manifest", "--gpus {resources.ranks}", ON_GPU)
+            call("{params.module}", "manifest", "--gpus {resources.ranks} --shard {resources.shard}", ON_GPU)

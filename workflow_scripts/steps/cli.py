@@ -35,7 +35,9 @@ def parser(doc: str) -> argparse.ArgumentParser:
     made.add_argument(
         "--gpus", type=int, default=1, help="GPUs of the job: with 0 it takes none; a training by N, as N processes"
     )
-    made.add_argument("--shard", action="store_true", help="of a training by several: they share its base, a part on each")
+    made.add_argument(
+        "--shard", nargs="?", type=int, const=1, default=0, help="of a training by several: 1 where they share its base too"
+    )
     made.add_argument("--gpu-mb", type=int, default=gpus.WHOLE, help="MiB of a GPU that it needs; a card for itself if not given")
     made.add_argument("--alone", action="store_true", help=argparse.SUPPRESS)  # again, with a card for itself
     made.add_argument("--rank", type=int, help=argparse.SUPPRESS)  # which of several processes this is (plumbing/launch.py)
@@ -157,7 +159,7 @@ def _full(work: Path) -> str:
 
 def _job(args: argparse.Namespace, step: dict) -> Job:
     how = args.track, args.checkpoint_minutes, args.slots, args.speed, args.limits
-    return Job(step, args.inputs, args.out, args.work, *how, shard=args.shard)
+    return Job(step, args.inputs, args.out, args.work, *how, shard=bool(args.shard))
 
 
 def _by_ranks(args: argparse.Namespace, mark: str, terminal: int) -> None:
