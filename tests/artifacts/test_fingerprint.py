@@ -250,6 +250,7 @@ PLUMBING_USED = {
     **dict.fromkeys(("ranks.first", "ranks.count", "ranks.number"), "who shares the work, and who writes: decides no result"),
     "ranks.in_step": "which of several ranks computes what all of them get",
     **dict.fromkeys(("ranks.come", "ranks.Lost", "ranks.PATIENCE"), "who is waited for, and how long"),
+    **dict.fromkeys(("nodes.read_address", "nodes.write_address", "ranks.nodes"), "where ranks of several hosts meet"),
     **dict.fromkeys(("ranks.meeting", "ranks.device"), "where ranks meet, and by which backend"),
     "gpus.limit": "bounds what a step may allocate: it fails or not; with vllm, how many answers are decoded at once",
     "work.publish": "moves finished files",

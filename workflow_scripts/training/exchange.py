@@ -8,6 +8,7 @@ several ranks has the numbers of one (training/over_ranks.py).
 import atexit
 import datetime
 import logging
+import socket
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -15,7 +16,19 @@ from typing import Any
 import torch.distributed as dist
 from torch import Tensor
 
-from workflow_scripts.plumbing import ranks
+from workflow_scripts.plumbing import nodes, ranks
+
+
+def _store() -> dist.Store:
+    """By which the ranks find each other: a file; over several hosts the first rank's, at an address that it writes down."""
+    assert ranks.meeting is not None
+    if ranks.nodes == 1:
+        return dist.FileStore(str(ranks.meeting / "store"), ranks.count)
+    if not ranks.first():
+        return dist.TCPStore(*nodes.read_address(ranks.meeting), ranks.count, is_master=False)
+    store = dist.TCPStore(socket.gethostname(), 0, ranks.count, is_master=True, wait_for_workers=False)
+    nodes.write_address(ranks.meeting, socket.gethostname(), store.port)
+    return store
 
 
 def _open() -> None:
@@ -23,7 +36,7 @@ def _open() -> None:
     logging.getLogger("transformers.training_args").addFilter(lambda record: "parallel_mode" not in str(record.msg))
     dist.init_process_group(
         "cpu:gloo,cuda:nccl" if ranks.device == "cuda" else "gloo",
-        store=dist.FileStore(str(ranks.meeting / "store"), ranks.count),  # type: ignore[operator]
+        store=_store(),
         rank=ranks.number,
         world_size=ranks.count,
         timeout=datetime.timedelta(seconds=1.5 * ranks.PATIENCE),  # who started the ranks sees sooner who did not come
