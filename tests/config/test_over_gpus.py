@@ -29,6 +29,9 @@ MISTAKES = {
     "experiments: {dpo: {gpus: '2'}}": ("experiments.dpo.gpus", "expected an integer"),
     "experiments: {dpo: {gpus: all}}": ("experiments.dpo.gpus", "expected an integer"),
     "gpus: 2": ("gpus", "unknown key"),
+    "experiments: {dpo: {nodes: 2}}": ("experiments.dpo.nodes", "found 2, but dpo has 1 GPUs .gpus., which so many nodes"),
+    "methods: {sft: {gpus: 4, nodes: 3, train: {gradient_accumulation_steps: 4}}}": (
+        "methods.sft.nodes", "found 3, but sft_v[12] has 4 GPUs"),
     "experiments: {dpo: {shard: true}}": ("experiments.dpo.shard", "found true, but dpo has one GPU, .* set gpus: 2 or more$"),
     "methods: {grpo: {gpus: 2, shard: true}}": (
         "methods.grpo.shard", "found true, but grpo draws its answers with the weights of the whole base; leave it away$"),

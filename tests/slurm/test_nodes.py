@@ -33,15 +33,8 @@ def begun(tmp_path):
 
     def begin(job: manifests.Job, gpus: int, *more: str) -> subprocess.Popen:
         command = [str(CLUSTER), "salloc", "--quiet", "--nodes=2", f"--ntasks={gpus}", sys.executable, "-m"]
-        command += [
-            f"workflow_scripts.steps.{job.step['step']}",
-            "--step",
-            json.dumps(job.step),
-            "--gpus",
-            str(gpus),
-            "--nodes",
-            "2",
-        ]
+        command += [f"workflow_scripts.steps.{job.step['step']}", "--step", json.dumps(job.step), "--nodes", "2"]
+        command += ["--gpus", str(gpus), "--checkpoint-minutes", "1e-9"]
         command += ["--inputs", *map(str, job.inputs), "--out", str(job.out), "--work", str(job.work), *more]
         env = os.environ | {"PYTHONPATH": str(ROOT), "SLURM_NODES": "2"}
         processes.append(subprocess.Popen(command, env=env, cwd=ROOT, stderr=subprocess.PIPE, text=True))

@@ -1,23 +1,39 @@
 """`gpus: N`: one training over several GPUs (training/over_ranks.py), and why some can't. `shard: true`: they share its base too
-(training/sharded.py), so that one fits which no card holds alone.
+(training/sharded.py), so that one fits which no card holds alone. `nodes: M`: they are in so many nodes of a Slurm.
 
-Neither decides a number beyond the order of sums, as `speed` does: they stand beside the resolved experiments and not in them, so
+None decides a number beyond the order of sums, as `speed` does: they stand beside the resolved experiments and not in them, so
 that no step and no comparison sees them.
 """
+
+from dataclasses import dataclass
 
 from workflow_scripts.config.written import Written
 
 ALONE = {"ppo": "its policy and its value are two backward passes on two adapters, which would need an exchange of their own"}
+KEYS = ("gpus", "shard", "nodes")
 DRAWS = ("ppo", "grpo", "rloo")
 
 
-def apart(config: Written, experiments: dict[str, dict]) -> tuple[dict[str, dict], dict[str, int], dict[str, int]]:
-    """(the resolved experiments without the keys, GPUs of each one, parts in which its base lies on them: 1 where it is whole on
-    each). InputError where they can't share its micro-batches, or its base."""
+@dataclass
+class Several:
+    """Of each experiment: its GPUs; in how many parts its base lies on them, 1 where it is whole on each; their nodes."""
+
+    gpus: dict[str, int]
+    parts: dict[str, int]
+    nodes: dict[str, int]
+
+
+def apart(config: Written, experiments: dict[str, dict]) -> tuple[dict[str, dict], Several]:
+    """(the resolved experiments without the keys, what these say). InputError where GPUs can't share the micro-batches of one, or
+    its base, or nodes its GPUs."""
     found = {name: body.get("gpus", 1) for name, body in experiments.items()}
     parts = {name: found[name] if body.get("shard") else 1 for name, body in experiments.items()}
+    nodes = {name: body.get("nodes", 1) for name, body in experiments.items()}
     for name, count in found.items():
         body = experiments[name]
+        if count % nodes[name]:
+            said = f"found {nodes[name]}, but {name} has {count} GPUs (gpus), which so many nodes can't share evenly"
+            raise config.fail(config.place(name, ["nodes"]), said)
         if body.get("shard") and (reason := _hinders_sharding(name, body, count)):
             raise config.fail(config.place(name, ["shard"]), f"found true, but {reason}")
         if count == 1:
@@ -33,8 +49,8 @@ def apart(config: Written, experiments: dict[str, dict]) -> tuple[dict[str, dict
                 f"that the effective batch stays; take {fitting}"
                 + (", or smaller micro-batches and more of them" if steps < count else ""),
             )
-    kept = {name: {key: body[key] for key in body if key not in ("gpus", "shard")} for name, body in experiments.items()}
-    return kept, found, parts
+    kept = {name: {key: body[key] for key in body if key not in KEYS} for name, body in experiments.items()}
+    return kept, Several(found, parts, nodes)
 
 
 def can_share_base(body: dict) -> bool:
