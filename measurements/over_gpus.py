@@ -10,13 +10,15 @@ measurements/training.py. The effective batch is `--batch`, in micro-batches of 
 
     whole    each phase as its config has it, on each number of GPUs: every card has all of the base
     shard    in full precision, on the last number of GPUs: the base whole on each card, and in parts (`shard: true`)
+    answers  greedy answers of the base to `--prompts` prompts, `--new` tokens each: by one job, and by one on each GPU, as with
+             `eval.shards`; and with 16 prompts, to tell the start from the answering: `answering_s` is without it
     memory   DPO on a base in bf16, rows that fill `--length` tokens, each card limited to `--memory-gb`: micro-batches are made
              larger until one limited card has no room for them; then the same on all cards in parts
 
 `efficiency` is the time of the steps on the first number of GPUs over the time on N, by N; `whole_efficiency` the same of all of
 the job, with loading, the reference and the held-out objective. `apart` is the largest difference of two losses of one step.
 Results are written after each run. A run that fails, or takes longer than `--limit-s`, is a line with its reason; `--budget-s`
-bounds all of it. At 7 B a step of 32 rows takes seconds: `--shape 7b --batch 32 --micro 8 --steps 4`.
+bounds all of it. At 7 B: `--shape 7b --batch 32 --micro 8 --steps 4 --prompts 256 --new 256`.
 """
 
 import argparse
@@ -28,13 +30,15 @@ import subprocess
 import sys
 import time
 import traceback
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pandas
 
 from measurements import study_memory
-from measurements.training import job_of, rows
+from measurements.training import job_of, lengths, rows
+from tests.support import small_steps
 
 SPEED = {"unpadded": True, "dequantised": True, "compiled": 0}
 
@@ -77,7 +81,8 @@ class Runs:
         command += ["--shard"] if shard else []
         return about | self.timed(command, job.out.parent, {"LIMITED_GB": str(gb), "LIMITED_STEP": job.step["step"]})
 
-    def timed(self, command: list[str], folder: Path, more: dict[str, str]) -> dict:
+    def ran(self, command: list[str], more: dict[str, str]) -> dict:
+        """Run a command: `whole_s`, and `error` where it failed."""
         began = time.monotonic()
         seconds = min(self.given.limit_s, self.end - began)
         if seconds < 20:
@@ -91,10 +96,16 @@ class Runs:
             said = done.stderr.decode(errors="replace")
             print(said[-3000:], flush=True)
             return {"error": (said.strip().splitlines() or ["nothing said"])[-1][-400:], "whole_s": seconds}
+        return {"whole_s": seconds}
+
+    def timed(self, command: list[str], folder: Path, more: dict[str, str]) -> dict:
+        found = self.ran(command, more)
+        if "error" in found:
+            return found
         info = json.loads((folder / "run.json").read_text())
         curve = pandas.read_csv(folder / "metrics.csv")["loss"].dropna().tolist()
         steps = info["timing"]["train_runtime"]
-        found = {"steps": info["steps"], "steps_s": round(steps, 2), "whole_s": seconds, "loss": curve}
+        found |= {"steps": info["steps"], "steps_s": round(steps, 2), "loss": curve}
         found |= {"tokens_per_s": info["tokens"] and round(info["tokens"] / steps)}
         return found | {"peak_gib": round(info.get("gpu_peak_memory_bytes", 0) / 2**30, 2)}
 
@@ -138,6 +149,46 @@ def shard(runs: Runs) -> None:
             runs.held_against(first, one)
 
 
+def answers(runs: Runs) -> None:
+    given = runs.given
+    config, times = runs.configured(given.length), dict[int, dict]()
+    for gpus, count in ((1, 16), (1, given.prompts), (given.gpus[-1], given.prompts)):
+        one: dict[str, Any] = {"phase": "answers", "gpus": gpus, "prompts": count}
+        folder = runs.folder / f"answers {gpus} {count}"
+        shutil.rmtree(folder, ignore_errors=True)
+        texts = [f"{i} {'three ' * (length // 4)}" for i, length in enumerate(lengths(count, 256))]
+        rows = small_steps.write_slice(folder, "ifeval", [{"key": i, "prompt": text} for i, text in enumerate(texts)], 0)
+        settings = {"max_new_tokens": given.new, "decoding": "greedy", "generation": config.generation()}
+        parents = {"start": runs.folder / "base/manifest.json", "prompts": rows}
+        job = small_steps.job("generate", folder / "ifeval_responses.manifest.json", parents, settings)
+        job.step |= {key: config.data[key] for key in ("device", "threads")} | {"precision": config.data["eval"]["precision"]}
+
+        def command(step: dict, out: Path, *more: Path, job: Any = job) -> list[str]:
+            words = [sys.executable, "-m", "workflow_scripts.steps.generate", "--step", json.dumps(step), "--out", str(out)]
+            return [*words, "--work", str(job.work), "--inputs", *map(str, [*job.inputs, *more])]
+
+        began, shards = time.monotonic(), [folder / f"ifeval_shards/{k}of{gpus}.json" for k in range(1, gpus + 1)]
+        if gpus == 1:
+            found = runs.ran(command(job.step, job.out), {})
+        else:
+            parts = [command(job.step | {"shard": [k, gpus]}, out) for k, out in enumerate(shards, 1)]
+            with ThreadPoolExecutor() as pool:
+                found = next((one for one in pool.map(lambda part: runs.ran(part, {}), parts) if "error" in one), {})
+            found = found or runs.ran([*command(job.step, job.out, *shards), "--gpus", "0"], {})
+        one |= found | {"whole_s": round(time.monotonic() - began, 1)}
+        if "error" not in one:
+            one["said"] = [json.loads(line)["response"] for line in (folder / "ifeval_responses.jsonl").read_text().splitlines()]
+            times[len(times)] = one
+        if len(times) > 1 and one is not times[0]:
+            one["answering_s"] = round(one["whole_s"] - times[0]["whole_s"], 1)
+            one["tokens_per_s"] = round((count - 16) * given.new / max(one["answering_s"], 0.1))
+        if len(times) == 3:
+            one["efficiency"] = round(times[1]["answering_s"] / max(one["answering_s"], 0.1) / gpus, 3)
+            one["whole_efficiency"] = round(times[1]["whole_s"] / one["whole_s"] / gpus, 3)
+            one["equal"] = sum(a == b for a, b in zip(times[1]["said"], one["said"], strict=True)) / count
+        runs.note({key: value for key, value in one.items() if key != "said"})
+
+
 def memory(runs: Runs) -> None:
     given = copy.copy(runs.given)
     given.length = given.memory_length
@@ -154,7 +205,7 @@ def memory(runs: Runs) -> None:
             return
 
 
-PARTS = {"whole": whole, "shard": shard, "memory": memory}
+PARTS = {"whole": whole, "shard": shard, "answers": answers, "memory": memory}
 
 
 def main() -> None:
@@ -171,6 +222,8 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=128, help="rows of a step")
     parser.add_argument("--micro", type=int, default=16, help="rows of a micro-batch")
     parser.add_argument("--length", type=int, help="tokens of the longest row (default 1024; with --tiny 64)")
+    parser.add_argument("--prompts", type=int, default=2048, help="of the part `answers`")
+    parser.add_argument("--new", type=int, default=512, help="of the part `answers`: tokens of each")
     parser.add_argument("--memory-gb", type=float, default=40.0, help="of the part `memory`: what each card has")
     parser.add_argument("--memory-length", type=int, default=4096, help="of the part `memory`: tokens of each row")
     parser.add_argument("--micros", nargs="+", type=int, default=[4, 5, 6], help="of the part `memory`: micro-batches to try")
