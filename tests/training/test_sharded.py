@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import os
 
 import pytest
 
@@ -76,6 +77,21 @@ def test_a_rank_keeps_its_part_of_each_layer_and_all_of_the_adapter(base, slices
         assert several.together(count, train) == [0] * count
     whole, *parts = [json.loads((tmp_path / name).read_text()) for name in ("1-0", "2-0", "2-1")]
     assert all(trained == whole[0] for trained, _ in parts) and [frozen for _, frozen in parts] == [whole[1] / 2] * 2
+
+
+def test_who_loses_another_rank_in_the_middle_of_a_pass_says_that_it_lost_it(base, slices, tmp_path):
+    def train(rank):
+        def on_step_begin(self, args, state, control, **kwargs):
+            if rank == 1 and state.global_step == 1:
+                layer = kwargs["model"].base_model.base_model.layers[1]
+                layer.register_forward_pre_hook(lambda *_: os._exit(3))
+
+        with pytest.MonkeyPatch.context() as patch, pytest.raises(RuntimeError) as caught:
+            patch.setattr(trainers.Watch, "on_step_begin", on_step_begin, raising=False)
+            train_sft.main(sharded_step("sft_v2", base, slices, tmp_path / "run", max_steps=4))
+        assert ranks.is_loss(caught.value) and not isinstance(caught.value, ranks.Lost)
+
+    assert several.together(2, train) == [0, 3]
 
 
 def test_a_checkpoint_goes_on_with_the_base_whole_and_in_parts(base, slices, tmp_path, capfd):

@@ -26,6 +26,12 @@ class Lost(Exception):
     """An exchange failed: mostly since another rank has ended, which is what the user has to read."""
 
 
+def is_loss(error: BaseException) -> bool:
+    """Whether another rank's end is what an error comes of. In a pass that ranks make together torch says it in its own words."""
+    torchs = type(error).__name__ in ("DistBackendError", "DistNetworkError", "DistStoreError")
+    return isinstance(error, Lost) or torchs or "gloo/transport" in str(error)
+
+
 def become(rank: int, of: int, folder: Path, where: str, hosts: int = 1) -> None:
     """Be a rank. folder: new and empty, the same for all; where: `cpu` or `cuda`, between which they will exchange."""
     global number, count, device, nodes, meeting, _at, _met

@@ -212,7 +212,7 @@ def _as_rank(args: argparse.Namespace, main: Callable[[Job], None]) -> None:
         _end_rank("interrupted", str(where), 128 + signal.SIGTERM)
     except BaseException as error:
         traceback.print_exc()
-        kind = "memory" if gpus.out_of_memory(error) else "lost" if isinstance(error, ranks.Lost) else "error"
+        kind = "memory" if gpus.out_of_memory(error) else "lost" if ranks.is_loss(error) else "error"
         _end_rank(kind, f"{type(error).__name__}: {' '.join(str(error).split())[:500]}", 1)
 
 
