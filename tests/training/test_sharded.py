@@ -13,7 +13,7 @@ from tests.training.test_resume import end_at
 from workflow_scripts.plumbing import ranks
 from workflow_scripts.plumbing.messages import Interrupted
 from workflow_scripts.steps import train_sft
-from workflow_scripts.training import trainers
+from workflow_scripts.training import speed, trainers
 
 
 def sharded_step(method, base, slices, out, **more):
@@ -23,7 +23,7 @@ def sharded_step(method, base, slices, out, **more):
     return job
 
 
-BY_TWO = sample("dpo", "sft_v2", "kto", "rm", "simpo", "orpo", n=2)
+BY_TWO = sample("dpo", "sft_v2", "kto", "rm", "simpo", "cpo", "orpo", n=2)
 
 
 @pytest.mark.parametrize("method", BY_TWO)
@@ -53,6 +53,23 @@ def test_batches_that_are_no_multiple_of_the_ranks_and_layers_that_are_recompute
     check_equal(made, alone, steps=3)
     for name, change in alone.data["objective"]["change"].items():
         assert made.data["objective"]["change"][name] == pytest.approx(change, abs=1e-4)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_without_padding_and_in_16_bits(precision, base, slices, tmp_path, monkeypatch):
+    """As on a GPU, where batches go through the decoder without their padding, under autocast."""
+    monkeypatch.setattr(speed, "hinders_unpadding", lambda model, step: None)
+
+    def step(shard):
+        job = sharded_step("dpo", base, slices, tmp_path / f"in parts {shard}", max_steps=6)
+        job.shard, job.speed = shard, {"unpadded": True}
+        job.step["precision"] = precision
+        return job
+
+    whole, made = several.run(step(False), 2), several.run(step(True), 2)
+    check_equal(made, whole, steps=6)
+    assert json.loads((made.folder / "run.json").read_text())["speed"]["unpadded"]
 
 
 def test_a_rank_keeps_its_part_of_each_layer_and_all_of_the_adapter(base, slices, tmp_path):
