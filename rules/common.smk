@@ -57,9 +57,11 @@ ANSWER_ENV = "../envs/vllm.yaml" if PLAN.config.generation()["backend"] == "vllm
 SEED = r"(\.seed([2-9]|[1-9][0-9]+))?"
 
 
-def runs_of(*methods, chosen=True):
-    """A wildcard constraint: the runs of these methods. chosen: with those whose adapter is chosen among trials."""
+def runs_of(*methods, chosen=True, spread=(False, True)):
+    """A wildcard constraint: the runs of these methods. chosen: with those whose adapter is chosen among trials; spread: those on
+    one node, or on several."""
     names = [name for name, body in PLAN.config.experiments.items() if body["method"] in methods]
+    names = [name for name in names if (PLAN.config.nodes[name] > 1) in spread]
     return any_of([name for name in names if chosen or name not in PLAN.config.tuned]) + SEED
 
 
@@ -101,6 +103,31 @@ def ranks_of(wildcards):
     return PLAN.config.gpus[PLAN.config.run(wildcards.run)[0]]
 
 
+def parts_of(wildcards):
+    """In how many parts the base of a training lies on its GPUs."""
+    return PLAN.config.parts[PLAN.config.run(wildcards.run)[0]]
+
+
+def nodes_of(wildcards):
+    """The nodes that share a training's processes."""
+    return PLAN.config.nodes[PLAN.config.run(wildcards.run)[0]]
+
+
+@signed
+def tasks_on_each(wildcards):
+    """Of a training over several nodes; Slurm's executor refuses a single one, of which srun then takes one."""
+    return max(2, ranks_of(wildcards) // nodes_of(wildcards))
+
+
+# What a training over several nodes asks Slurm's executor for, beside what it asks on each. `mpi`: the step itself calls srun.
+SPREAD = {"mpi": "srun", "nodes": signed(nodes_of), "tasks_per_node": tasks_on_each}
+if GPU:
+    SPREAD["gres"] = signed(lambda wildcards: f"gpu:{ranks_of(wildcards) // nodes_of(wildcards)}")
+
+
+NODES = {False: (), True: ("--nodes {resources.nodes}",)}  # of the command
+
+
 def call(step, out, *more):
     """The one shell command of a rule: a step's module, and the output that it is told (the others lie beside it)."""
     words = [
@@ -119,7 +146,8 @@ def asks(key, kind):
 
     def ask(wildcards, attempt):
         whole = kind + wildcards.task if kind.endswith("_") else kind
-        return ESTIMATES.ask(whole, wildcards.get("slice") or wildcards.get("run", ""), attempt)[key]
+        asked = ESTIMATES.ask(whole, wildcards.get("slice") or wildcards.get("run", ""), attempt)[key]
+        return -(-asked // nodes_of(wildcards)) if kind == "train" and key == "mem_mb" else asked  # of each node
 
     return signed(ask)
 

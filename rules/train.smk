@@ -1,10 +1,10 @@
-# One rule for each method, made in a loop. The step's module is a parameter: a loop variable inside the shell string would be
-# bound late, and every job would run the last method.
-for method in sorted({body["method"] for body in PLAN.config.experiments.values()}):
+# One rule for each method, made in a loop, and one more where a method trains over several nodes. The step's module is a parameter:
+# a loop variable inside the shell string would be bound late, and every job would run the last method.
+for method, spread in sorted({(body["method"], PLAN.config.nodes[name] > 1) for name, body in PLAN.config.experiments.items()}):
 
     rule:
         name:
-            f"train_{method}"
+            f"train_{method}_nodes" if spread else f"train_{method}"
         input:
             train_inputs,
         output:
@@ -15,14 +15,16 @@ for method in sorted({body["method"] for body in PLAN.config.experiments.values(
         benchmark:
             "<benchmarks>/{run}/train.tsv"
         wildcard_constraints:
-            run=runs_of(method, chosen=False),
+            run=runs_of(method, chosen=False, spread=[spread]),
         conda:
             ENV
-        threads: signed(lambda wildcards: THREADS * ranks_of(wildcards))
+        threads: signed(lambda wildcards: THREADS * (ranks_of(wildcards) if nodes_of(wildcards) == 1 else 1))
         resources:
             **room("train"),
-            gpu=signed(lambda wildcards: GPU * ranks_of(wildcards)),
+            **(SPREAD if spread else {}),
+            gpu=signed(lambda wildcards: GPU * ranks_of(wildcards) if nodes_of(wildcards) == 1 else 0),
             ranks=ranks_of,
+            shard=signed(lambda wildcards: int(parts_of(wildcards) > 1)),
             mem_mb=asks("mem_mb", "train"),
             runtime=asks("runtime", "train"),
             disk_mb=asks("disk_mb", "train"),
@@ -30,4 +32,4 @@ for method in sorted({body["method"] for body in PLAN.config.experiments.values(
             module=f"train_{method}",
             step=signed(lambda wildcards: PLAN.train(wildcards.run)),
         shell:
-            call("{params.module}", "manifest", "--gpus {resources.ranks}", ON_GPU)
+            call("{params.module}", "manifest", "--gpus {resources.ranks} --shard {resources.shard}", *NODES[spread], ON_GPU)

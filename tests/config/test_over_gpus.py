@@ -4,8 +4,10 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.shapes import LARGE, memory
 from workflow_scripts.artifacts.fingerprint import fingerprint
 from workflow_scripts.config.config import load
+from workflow_scripts.plan import gpu_memory
 from workflow_scripts.plan.estimate import Estimates
 from workflow_scripts.plan.gpu_memory import Memory
 from workflow_scripts.plan.plan import Plan
@@ -27,6 +29,15 @@ MISTAKES = {
     "experiments: {dpo: {gpus: '2'}}": ("experiments.dpo.gpus", "expected an integer"),
     "experiments: {dpo: {gpus: all}}": ("experiments.dpo.gpus", "expected an integer"),
     "gpus: 2": ("gpus", "unknown key"),
+    "experiments: {dpo: {nodes: 2}}": ("experiments.dpo.nodes", "found 2, but dpo has 1 GPUs .gpus., which so many nodes"),
+    "methods: {sft: {gpus: 4, nodes: 3, train: {gradient_accumulation_steps: 4}}}": (
+        "methods.sft.nodes", "found 3, but sft_v[12] has 4 GPUs"),
+    "experiments: {dpo: {shard: true}}": ("experiments.dpo.shard", "found true, but dpo has one GPU, .* set gpus: 2 or more$"),
+    "methods: {grpo: {gpus: 2, shard: true}}": (
+        "methods.grpo.shard", "found true, but grpo draws its answers with the weights of the whole base; leave it away$"),
+    "methods: {sft: {gpus: 2, shard: true, train: {gradient_accumulation_steps: 2}}}": (
+        "methods.sft.shard", "the base of sft_v[12] is in 4-bit, .* set quantise: none, or shard: false for sft_v[12]$"),
+    "experiments: {dpo: {shard: 2}}": ("experiments.dpo.shard", "found 2, expected true or false"),
 }  # fmt: skip
 
 
@@ -52,6 +63,7 @@ def test_it_is_inherited_and_one_experiment_can_have_another(tmp_path):
         tmp_path, "{methods: {dpo: {gpus: 2}}, experiments: {dpo_ipo: {gpus: 4}, ranks: {extends: dpo, sweep: rank}}}"
     )
     found = plan.config.gpus
+    assert set(plan.config.parts.values()) == {1}
     assert [found[name] for name in ("dpo", "dpo_ipo", "ranks", "ranks_r8", "sft_v2", "ppo")] == [2, 4, 2, 2, 1, 1]
     assert not any("gpus" in body for body in plan.config.experiments.values())
 
@@ -63,5 +75,31 @@ def test_it_is_in_no_step_and_asks_for_less_time(tmp_path):
     seconds = [Estimates(plan).of("train", "dpo")["seconds"] for plan in (one, two)]
     memory = [Estimates(plan).of("train", "dpo")["memory_mb"] for plan in (one, two)]
     phases = Memory(two.config).phases()
-    assert "train dpo (each of 2) " in fits.table(phases, [80.0], two.config.gpus)
+    assert "train dpo (each of 2) " in fits.table(phases, [80.0], two.config.gpus, two.config.parts)
     assert seconds[1] < 0.85 * seconds[0] and memory[1] == pytest.approx(2 * memory[0])
+
+
+def test_a_base_in_parts_is_in_no_step_and_takes_less_of_each_card(tmp_path):
+    one, two = plans(tmp_path, "experiments: {dpo: {gpus: 4, shard: true}, dpo_4bit: {shard: false}}")
+    assert [two.config.parts[name] for name in ("dpo", "dpo_ipo", "dpo_4bit", "kto")] == [4, 4, 1, 1]
+    assert fingerprint(one.train("dpo")) == fingerprint(two.train("dpo"))
+    assert not any("shard" in body for body in two.config.experiments.values())
+    assert "train dpo (each of 4), base in parts " in fits.table(
+        Memory(two.config).phases(), [80.0], two.config.gpus, two.config.parts
+    )
+
+
+def test_make_fits_says_how_many_cards_a_base_in_full_precision_needs():
+    made = memory(files=LARGE)
+    phase = made.train("dpo", made.config.experiments["dpo"])
+    assert not gpu_memory.fits(phase.peak, 16)
+    changes, peak = fits.in_parts(made, phase, 16)
+    assert changes == {"gpus": 2, "shard": True}
+    body = made.config.experiments["dpo"]
+    less = made.train("dpo", body | {"parts": changes["gpus"]})
+    assert less.peak == peak and gpu_memory.fits(peak, 16)
+    layers = 2 * made.shape.linear
+    assert phase.peak - peak == pytest.approx(layers * (1 - 1 / changes["gpus"] - 3 / made.shape.layers))
+    line = next(line for line in fits.advice(made, [phase], 16) if "train dpo" in line)
+    assert line.endswith(f"gpus: {changes['gpus']}, shard: true; then {peak / 2**30:.1f} GiB on each") and "quantise: nf4" in line
+    assert fits.in_parts(made, made.generate("ifeval", 1), 16) is None

@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# A Slurm of one node that lives as long as one command:
+# A Slurm that lives as long as one command, of one node, or of $SLURM_NODES that are all this host:
 #
 #     tests/slurm/cluster.sh COMMAND [ARGUMENT...]
 #
 # starts munged, slurmctld and slurmd (Debian's packages, root, no systemd), runs COMMAND with sbatch, srun and squeue leading to
 # them, and ends with its status. `tests/slurm/cluster.sh bash` is a shell on a cluster. The node claims 16 CPUs, 64 GB and 2 GPUs,
-# which nothing enforces: requests are scheduled and recorded as on a real one. Files are in $SLURM_DIR (a new folder in /tmp if
+# (each node does), which nothing enforces: requests are scheduled and recorded as on a real one. Files are in $SLURM_DIR (a new folder in /tmp if
 # it is not set); exit status 77: packages or rights are missing, said in one line.
 set -euo pipefail
 
@@ -24,8 +24,9 @@ mkdir -p "$dir"/{etc,bin,log,state,spool,gpu}
 [ ${#dir} -le 60 ] || fail 2 "$dir: too long a path for the sockets below it, at most 60 characters"
 host=$(hostname -s)
 ports=($(python3 -c 'import socket as s
-held = [s.create_server(("127.0.0.1", 0)) for _ in range(2)]
+held = [s.create_server(("127.0.0.1", 0)) for _ in range(2 + int("'"${SLURM_NODES:-1}"'"))]
 print(*(one.getsockname()[1] for one in held))'))
+nodes=$(seq -s' ' "${SLURM_NODES:-1}")
 
 # What most clusters use: of a job step's processes only its first one hears SIGTERM (cgroup.conf, SignalChildrenProcesses).
 # Where control groups can't be written to, as in most containers, Slurm follows the process tree, and every process hears it.
@@ -51,18 +52,17 @@ cat >"$dir/etc/slurm.conf" <<CONF
 ClusterName=phaseline
 SlurmctldHost=$host(127.0.0.1)
 SlurmctldPort=${ports[0]}
-SlurmdPort=${ports[1]}
 $listen
 SlurmUser=root
 AuthType=auth/munge
 AuthInfo=socket=$dir/munge.socket,cred_expire=5
 CredType=cred/munge
 StateSaveLocation=$dir/state
-SlurmdSpoolDir=$dir/spool
+SlurmdSpoolDir=$dir/spool/%n
 SlurmctldPidFile=$dir/slurmctld.pid
-SlurmdPidFile=$dir/slurmd.pid
+SlurmdPidFile=$dir/slurmd.%n.pid
 SlurmctldLogFile=$dir/log/slurmctld.log
-SlurmdLogFile=$dir/log/slurmd.log
+SlurmdLogFile=$dir/log/slurmd.%n.log
 SlurmdDebug=debug2
 ProctrackType=$tracking
 TaskPlugin=task/none
@@ -81,9 +81,11 @@ KillWait=30
 ReturnToService=2
 SchedulerParameters=batch_sched_delay=0,sched_interval=1,bf_interval=1
 SlurmdParameters=config_overrides
-NodeName=node1 NodeHostname=$host NodeAddr=127.0.0.1 CPUs=16 RealMemory=64000 Gres=gpu:2
-PartitionName=test Nodes=node1 Default=YES MaxTime=INFINITE DefaultTime=60 DefMemPerCPU=100
-PartitionName=urgent Nodes=node1 PriorityTier=10 DefMemPerCPU=100
+$(for n in $nodes; do
+    echo "NodeName=node$n NodeHostname=$host NodeAddr=127.0.0.1 Port=${ports[n]} CPUs=16 RealMemory=64000 Gres=gpu:2"
+done)
+PartitionName=test Nodes=ALL Default=YES MaxTime=INFINITE DefaultTime=60 DefMemPerCPU=100
+PartitionName=urgent Nodes=ALL PriorityTier=10 DefMemPerCPU=100
 CONF
 
 # The plugin's job step drops SLURM_CONF, with every other SLURM_ variable, before it calls srun.
@@ -136,9 +138,9 @@ launch munged munged --foreground --force --key-file="$dir/munge.key" --socket="
     --pid-file="$dir/munged.pid" --log-file="$dir/log/munged.log" --seed-file="$dir/munge.seed"
 for _ in $(seq 100); do [ -S "$dir/munge.socket" ] && break; sleep 0.05; done
 launch slurmctld slurmctld -D
-launch slurmd slurmd -D -N node1
+for n in $nodes; do mkdir -p "$dir/spool/node$n"; launch "slurmd$n" slurmd -D -N "node$n"; done
 for _ in $(seq 300); do
-    state=$(sinfo --noheader --format=%T 2>/dev/null) || true
+    state=$(sinfo --noheader --partition=test --format=%T 2>/dev/null) || true
     [ "$state" = idle ] && break
     sleep 0.1
 done

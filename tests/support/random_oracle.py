@@ -279,6 +279,7 @@ CODE: dict[str, list[str]] = {
     "evaluation/lm_rules.py": ["score_gsm8k", *ROLLOUTS],
     "data/unpaired.py": ["train_kto"],
     "training/reference.py": ["train_dpo", "train_kto"],
+    "training/sharded.py": [step for step in TRAIN if step not in ("train_ppo", "train_grpo", "train_rloo")],
     **dict.fromkeys(("training/reference_free.py", *(f"steps/train_{method}.py" for method in ("simpo", "cpo", "orpo"))), []),
     "evaluation/ifeval.py": ["score_ifeval", *ROLLOUTS],
     "evaluation/nltk_data/tokenizers/punkt_tab/english/abbrev_types.txt": ["score_ifeval", *ROLLOUTS],

@@ -21,7 +21,7 @@ SHARED = {"max_steps": STEPS, "gradient_accumulation_steps": 4, "logging_steps":
 OF_METHOD = {
     "sft_v2": {"per_device_train_batch_size": 2},
     "dpo": {"per_device_train_batch_size": 2},
-    "simpo": {"per_device_train_batch_size": 2},
+    **dict.fromkeys(("simpo", "cpo", "orpo"), {"per_device_train_batch_size": 2}),
     "kto": {"per_device_train_batch_size": 4},
     "rm": {"per_device_train_batch_size": 2},
     "grpo": {
@@ -53,7 +53,7 @@ def check_equal(made, alone, tolerance=1e-4, steps=STEPS):
     assert max(float((first[name] - second[name]).abs().max()) for name in first) < 10 * tolerance
 
 
-@pytest.mark.parametrize("method", sample("sft_v2", "dpo", "kto", "rm", "simpo", "grpo", "rloo", n=2))
+@pytest.mark.parametrize("method", sample("sft_v2", "dpo", "kto", "rm", "simpo", "cpo", "orpo", "grpo", "rloo", n=2))
 def test_two_ranks_follow_the_losses_of_one_process(method, base, slices, tmp_path):
     alone = small_steps.run(step_of(method, base, slices, tmp_path / "one"))
     made = several.run(step_of(method, base, slices, tmp_path / "two"), 2)

@@ -34,7 +34,7 @@ EXEMPT = frozenset(
         "steps.cli", "tools.card", "artifacts.fingerprint", "artifacts.own_code",
         "artifacts.runinfo", "artifacts.work", "data.hub",
         "evaluation.rows", "plumbing.cards", "plumbing.content_cache", "plumbing.gpus", "plumbing.launch", "plumbing.messages",
-        "plumbing.progress", "plumbing.ranks", "plumbing.startup",
+        "plumbing.nodes", "plumbing.progress", "plumbing.ranks", "plumbing.startup",
     )
 )  # fmt: skip
 

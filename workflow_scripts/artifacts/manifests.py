@@ -129,6 +129,7 @@ class Job:
     speed: dict = field(default_factory=dict)  # how a training computes (training/speed.py)
     limits: dict = field(default_factory=dict)  # slice -> who trains on it, with the longest row that it takes (Plan.limits)
     deterministic: bool = False  # whether equal runs on a GPU are to end with the same bytes (models/device.py)
+    shard: bool = False  # whether the ranks of a training share its base (training/sharded.py)
     started: float = field(default_factory=time.time)
 
     @property

@@ -76,7 +76,7 @@ def collect(started: float, more: dict) -> dict:
         info["gpu_peak_memory_bytes"] = torch.cuda.max_memory_allocated()
         info["gpu_held_memory_bytes"] = torch.cuda.max_memory_reserved()  # with what the allocator kept beside it
     if ranks.count > 1:
-        info["gpus"] = ranks.count
+        info |= {"gpus": ranks.count, "shard": ranks.in_step, "nodes": ranks.nodes}
         if "gpu" in info:  # held by who started the ranks, one whole card for each
             info |= {"gpu_seconds": round(ranks.count * info["seconds"], 2), "gpu_jobs": 1.0}
     return info | gpus.facts() | more

@@ -48,7 +48,8 @@ class Config(Written):
         references.check(self, self.experiments, [*self.tuned, *self.rounds])
         self.experiments, self.copies = sweep.expand(self, self.experiments)
         self.tuned = tuning.swept(self.tuned, self.copies)
-        self.experiments, self.gpus = over_gpus.apart(self, self.experiments)
+        self.experiments, several = over_gpus.apart(self, self.experiments)
+        self.gpus, self.parts, self.nodes = several.gpus, several.parts, several.nodes
         declared.check(self, taken | dict.fromkeys(self.copies, "an experiment"))
         for name in self.experiments:
             stem = view_of(name)[0]

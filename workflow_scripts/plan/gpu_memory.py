@@ -21,6 +21,7 @@ GIB = 2**30
 BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 EVAL_PROMPT = 512  # tokens of the longest prompt of IFEval or GSM8K with its template, which no key of the config bounds
 OPTIONS = 128  # tokens of a batch's rows that get logits in multiple choice: an option's, and what rows differ in length
+GATHERED = 3  # layers that are whole at a time, of a base in parts
 CARDS = (16, 24, 40, 80, 141)  # GB, powers of ten, as cards are named: a T4 has a little less than 16 GiB
 
 
@@ -111,6 +112,12 @@ class Memory:
         in_4_bit = body["quantise"] != "none" and not (trains and self._dequantised)
         return weights(self.shape, self.e, in_4_bit, self.double, head)
 
+    def _in_parts(self, base: float, parts: int) -> float:
+        """Bytes on each card of a base in 16 or 32 bits whose layers lie on so many: its part, and three layers while they are
+        gathered, the one that computes and the next, which arrives in one piece and is cut into its weights."""
+        layers = self.e * self.shape.linear
+        return base if parts == 1 else base - layers + layers / parts + GATHERED * layers / self.shape.layers
+
     @property
     def _dequantised(self) -> bool:
         return self.config.data["device"] == "cuda" and self.config.data["speed"]["dequantised"]
@@ -129,7 +136,8 @@ class Memory:
         if method == "ppo":
             trainable += adapter + self.shape.hidden + 1
         low = self.e if self.e < 4 else 0  # autocast's copies of the adapter
-        fixed = self._base(body, head=method != "rm", trains=True) + 16 * trainable + low * adapter
+        base = self._in_parts(self._base(body, head=method != "rm", trains=True), body.get("parts", self.config.parts[name]))
+        fixed = base + 16 * trainable + low * adapter
         phase = Phase("train", name, trainable=trainable)
         if "reward" in body:
             self._sampled(phase, body, fixed)

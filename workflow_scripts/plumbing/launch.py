@@ -71,7 +71,7 @@ def run(
                             start_new_session=True,  # Ctrl-C comes once, from here
                         )
                     )
-            with _signals_passed_on(processes):
+            with on_signals(lambda number: _send(processes, number)):
                 return _watch(processes, folder, logs, patience)
         finally:
             for process in processes:
@@ -80,12 +80,18 @@ def run(
                 process.wait()
 
 
+def _send(processes: list[subprocess.Popen], number: int) -> None:
+    for process in processes:
+        with suppress(ProcessLookupError):
+            process.send_signal(number)
+
+
 @contextmanager
-def _signals_passed_on(processes: list[subprocess.Popen]) -> Iterator[None]:
+def on_signals(do: Callable[[int], None]) -> Iterator[None]:
+    """Call `do` for SIGTERM and Ctrl-C, in place of what they do."""
+
     def pass_on(number: int, frame: object) -> None:
-        for process in processes:
-            with suppress(ProcessLookupError):
-                process.send_signal(number)
+        do(number)
 
     before: dict[signal.Signals, Callable | int | None] = {}
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -99,26 +105,35 @@ def _signals_passed_on(processes: list[subprocess.Popen]) -> Iterator[None]:
 
 
 def _watch(processes: list[subprocess.Popen], folder: Path, logs: Path, patience: float) -> Ended | None:
-    since, ended_at = time.monotonic(), None
-    apart: tuple | None = None
+    ended_at, late = None, Late(folder, len(processes), patience)
     while True:
         codes = [process.poll() for process in processes]
         if any(codes) and ended_at is None:
             ended_at = time.monotonic()
         if all(code is not None for code in codes) or ended_at is not None and time.monotonic() - ended_at > GRACE:
             return _told(codes, folder, logs)
-        at = [ranks.met(folder, rank) for rank in range(len(processes))]
-        if (now := tuple(met for met, _ in at)) != apart:
-            apart, since = now, time.monotonic()
-        late = min(range(len(at)), key=lambda rank: at[rank][0])
-        if time.monotonic() - since > patience and at[late][0] < max(now) and ended_at is None:
-            ahead = max(at)
-            return Ended(
-                "late",
-                late,
-                f"rank {late} did not come to exchange {ahead[0]} ({ahead[1]}) within {patience:.0f} s, and all were ended",
-            )
+        if (ended := late.look()) and ended_at is None:
+            return ended
         time.sleep(LOOK)
+
+
+class Late:
+    """Looks whether a rank keeps the others waiting for too long."""
+
+    def __init__(self, folder: Path, count: int, patience: float):
+        self.folder, self.count, self.patience = folder, count, patience
+        self.since, self.apart = time.monotonic(), tuple[int, ...]()
+
+    def look(self) -> Ended | None:
+        at = [ranks.met(self.folder, rank) for rank in range(self.count)]
+        if (now := tuple(met for met, _ in at)) != self.apart:
+            self.apart, self.since = now, time.monotonic()
+        late = min(range(self.count), key=lambda rank: at[rank][0])
+        if time.monotonic() - self.since <= self.patience or at[late][0] == max(now):
+            return None
+        met, what = max(at)
+        said = f"rank {late} did not come to exchange {met} ({what}) within {self.patience:.0f} s, and all were ended"
+        return Ended("late", late, said)
 
 
 def _told(codes: list[int | None], folder: Path, logs: Path) -> Ended | None:
@@ -127,12 +142,17 @@ def _told(codes: list[int | None], folder: Path, logs: Path) -> Ended | None:
     for rank, code in enumerate(codes):
         if not code:
             continue
-        try:
-            kind, text = json.loads((folder / f"ended-{rank}").read_text())
-        except (OSError, ValueError):
-            how = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with status {code}"
-            kind, text = "killed", f"rank {rank} {how}"
-        if kind in ("error", "memory"):
-            text = f"rank {rank}: {text}" + (f" (details: {logs / f'rank{rank}.log'})" if rank else "")
-        found.append(Ended(kind, rank, text))
+        how = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with status {code}"
+        found.append(noted(folder, rank, logs) or Ended("killed", rank, f"rank {rank} {how}"))
     return min(found, key=lambda one: ORDER.index(one.kind), default=None)
+
+
+def noted(folder: Path, rank: int, logs: Path) -> Ended | None:
+    """How a rank said that it ended; None if it did not say."""
+    try:
+        kind, text = json.loads((folder / f"ended-{rank}").read_text())
+    except (OSError, ValueError):
+        return None
+    if kind in ("error", "memory"):
+        text = f"rank {rank}: {text}" + (f" (details: {logs / f'rank{rank}.log'})" if rank else "")
+    return Ended(kind, rank, text)

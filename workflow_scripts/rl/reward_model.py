@@ -50,7 +50,7 @@ def score(model: Any, tokenizer: Any, conversations: list[list[dict]], batch_siz
             for place, i in enumerate(rows):
                 ids[place, : len(encoded[i])] = torch.tensor(encoded[i])
                 mask[place, : len(encoded[i])] = 1
-            with torch.inference_mode():
+            with torch.no_grad():  # not inference_mode: weights that ranks share out are gathered in it, for training too
                 logits = model(input_ids=ids.to(device), attention_mask=mask.to(device), use_cache=False).logits
             for i, value in zip(rows, logits[:, 0].float().tolist(), strict=True):
                 scores[i] = value

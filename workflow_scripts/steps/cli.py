@@ -23,7 +23,7 @@ from typing import NoReturn
 from workflow_scripts.artifacts import runinfo, work
 from workflow_scripts.artifacts.fingerprint import fingerprint
 from workflow_scripts.artifacts.manifests import Job
-from workflow_scripts.plumbing import gpus, launch, progress, ranks, startup
+from workflow_scripts.plumbing import gpus, launch, nodes, progress, ranks, startup
 from workflow_scripts.plumbing.messages import InputError, Interrupted
 
 
@@ -35,6 +35,10 @@ def parser(doc: str) -> argparse.ArgumentParser:
     made.add_argument("--work", type=Path, default=Path("results/.work"), help="locks and unfinished work")
     made.add_argument(
         "--gpus", type=int, default=1, help="GPUs of the job: with 0 it takes none; a training by N, as N processes"
+    )
+    made.add_argument("--nodes", type=int, default=1, help="of a training by several in a Slurm job: nodes that share its GPUs")
+    made.add_argument(
+        "--shard", nargs="?", type=int, const=1, default=0, help="of a training by several: 1 where they share its base too"
     )
     made.add_argument("--gpu-mb", type=int, default=gpus.WHOLE, help="MiB of a GPU that it needs; a card for itself if not given")
     made.add_argument("--alone", action="store_true", help=argparse.SUPPRESS)  # again, with a card for itself
@@ -158,7 +162,7 @@ def _full(work: Path) -> str:
 
 def _job(args: argparse.Namespace, step: dict) -> Job:
     how = args.track, args.checkpoint_minutes, args.slots, args.speed, args.limits
-    return Job(step, args.inputs, args.out, args.work, *how, args.deterministic)
+    return Job(step, args.inputs, args.out, args.work, *how, args.deterministic, bool(args.shard))
 
 
 NO_SUCH_WAY = re.compile(r"(\w+) does not have a deterministic implementation")  # torch's words
@@ -180,9 +184,13 @@ def _done(main: Callable[[Job], None], job: Job) -> None:
 
 def _by_ranks(args: argparse.Namespace, mark: str, terminal: int) -> None:
     """This command by several processes, each with a GPU where there are any. This one holds locks and GPUs, and waits."""
-    cards = gpus.held.gpu.split(",") if gpus.held is not None else None
-    command = [*launch.this_command(), "--terminal", str(terminal)]
-    ended = launch.run(command, cards, args.gpus, args.work / mark / "ranks", keep=(terminal,))
+    command, logs = launch.this_command(), args.work / mark / "ranks"
+    if args.nodes > 1:
+        threads = read_step(args.step).get("threads", 1)
+        ended = nodes.run(command, args.nodes, args.gpus, threads, logs, ranks.PATIENCE)
+    else:
+        cards = gpus.held.gpu.split(",") if gpus.held is not None else None
+        ended = launch.run([*command, "--terminal", str(terminal)], cards, args.gpus, logs, keep=(terminal,))
     if ended is None:
         return
     if ended.kind == "interrupted":
@@ -204,15 +212,18 @@ def _end_rank(kind: str, text: str, status: int) -> NoReturn:
 def _as_rank(args: argparse.Namespace, main: Callable[[Job], None]) -> None:
     """One of several: it has its place in the log and its GPU from who started it, and tells that one how it ends."""
     ranks.end_with_starter()
-    if args.board is not None and args.rank == 0:
+    rank = args.rank if args.nodes == 1 else int(os.environ["SLURM_PROCID"])
+    if args.board is not None and rank == 0:
         progress.set_board(args.board)
-    if args.log is not None and args.rank == 0:
+    if args.log is not None and rank == 0:
         with contextlib.suppress(OSError):
-            _show_on(args.terminal)
+            _redirect(args.log) if args.nodes > 1 else _show_on(args.terminal)
     step = read_step(args.step)
     _environment(step.get("threads", 1), _needs_hub(step))
     try:
-        ranks.become(args.rank, args.gpus, args.meet, step["device"])
+        ranks.become(rank, args.gpus, args.meet, step["device"], args.nodes)
+        if args.nodes > 1:
+            nodes.take_card()
         _done(main, _job(args, step))
     except InputError as error:
         _end_rank("input", str(error), 1)
@@ -220,7 +231,7 @@ def _as_rank(args: argparse.Namespace, main: Callable[[Job], None]) -> None:
         _end_rank("interrupted", str(where), 128 + signal.SIGTERM)
     except BaseException as error:
         traceback.print_exc()
-        kind = "memory" if gpus.out_of_memory(error) else "lost" if isinstance(error, ranks.Lost) else "error"
+        kind = "memory" if gpus.out_of_memory(error) else "lost" if ranks.is_loss(error) else "error"
         _end_rank(kind, f"{type(error).__name__}: {' '.join(str(error).split())[:500]}", 1)
 
 
@@ -264,7 +275,7 @@ def run(main: Callable[[Job], None], doc: str | None, describe: Callable[[Path],
                 say("already made with this fingerprint: taken over")
             else:
                 work.claim(args.work, fingerprint(step), args.out, step)
-                if step.get("device") == "cuda" and args.gpus:
+                if step.get("device") == "cuda" and args.gpus and args.nodes == 1:  # else they are the job's own, on each node
                     whole = args.alone or args.gpus > 1
                     gpus.take(say, gpus.WHOLE if whole else gpus.known(needs, args.gpu_mb), args.gpus)  # until the process ends
                 job.started = time.time()

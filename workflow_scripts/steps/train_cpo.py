@@ -40,8 +40,8 @@ def loss(chosen: Any, rejected: Any, n_chosen: Any, n_rejected: Any, beta: float
 def main(job: manifests.Job) -> None:
     from trl import DPOConfig
 
-    from workflow_scripts.models import chat, device, loading, lora
-    from workflow_scripts.training import speed, trainers
+    from workflow_scripts.models import chat, device, lora
+    from workflow_scripts.training import sharded, speed, trainers
     from workflow_scripts.training.reference_free import PairsTrainer
 
     config, step = job.config, job.step
@@ -53,7 +53,7 @@ def main(job: manifests.Job) -> None:
     tokenizer = chat.tokenizer_of(start)
     short, left = trainers.whole(tokenizer, rows, config)
     given = trainers.pairs(short, config)
-    model = loading.load(start, job.work, step["device"], step["precision"], config.get("quant"))
+    model = sharded.load(start, job)
     speed.prepare(model, job)
 
     trainer = PairsTrainer(

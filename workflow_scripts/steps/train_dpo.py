@@ -38,8 +38,8 @@ from workflow_scripts.tools import card
 def main(job: manifests.Job) -> None:
     from trl import DPOConfig
 
-    from workflow_scripts.models import chat, device, loading, lora
-    from workflow_scripts.training import reference, speed, trainers
+    from workflow_scripts.models import chat, device, lora
+    from workflow_scripts.training import reference, sharded, speed, trainers
 
     config, step = job.config, job.step
     parents = job.parents()
@@ -47,7 +47,7 @@ def main(job: manifests.Job) -> None:
     device.prepare(step, job.deterministic)
     tokenizer = chat.tokenizer_of(start)
     short, left = trainers.whole(tokenizer, rows, config)
-    model = loading.load(start, job.work, step["device"], step["precision"], config.get("quant"))
+    model = sharded.load(start, job)
     speed.prepare(model, job)
 
     given = trainers.pairs(short, config)

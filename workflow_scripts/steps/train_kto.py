@@ -84,8 +84,8 @@ def told_apart(trainer: Any, rows: list[dict]) -> tuple[dict[str, float | None],
 def main(job: manifests.Job) -> None:
     from trl import KTOConfig
 
-    from workflow_scripts.models import chat, device, loading, lora
-    from workflow_scripts.training import reference, speed, trainers
+    from workflow_scripts.models import chat, device, lora
+    from workflow_scripts.training import reference, sharded, speed, trainers
 
     config, step = job.config, job.step
     parents = job.parents()
@@ -98,7 +98,7 @@ def main(job: manifests.Job) -> None:
     ordered = {heldout: spread(found, batch, step["seed"]) for heldout, found in answers.items()}
     weights(ordered[True][0], config["class_weights"], f"{rows.path}, held-out rows")
     class_weights = weights(ordered[False][0], config["class_weights"], str(rows.path))
-    model = loading.load(start, job.work, step["device"], step["precision"], config.get("quant"))
+    model = sharded.load(start, job)
     speed.prepare(model, job)
 
     given = tuple(trainers.data_set(ordered[heldout][0]) for heldout in (False, True))

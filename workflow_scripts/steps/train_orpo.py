@@ -47,8 +47,8 @@ def log_odds(log_p: Any) -> Any:
 def main(job: manifests.Job) -> None:
     from trl import DPOConfig
 
-    from workflow_scripts.models import chat, device, loading, lora
-    from workflow_scripts.training import speed, trainers
+    from workflow_scripts.models import chat, device, lora
+    from workflow_scripts.training import sharded, speed, trainers
     from workflow_scripts.training.reference_free import PairsTrainer
 
     config, step = job.config, job.step
@@ -58,7 +58,7 @@ def main(job: manifests.Job) -> None:
     tokenizer = chat.tokenizer_of(start)
     short, left = trainers.whole(tokenizer, rows, config)
     given = trainers.pairs(short, config)
-    model = loading.load(start, job.work, step["device"], step["precision"], config.get("quant"))
+    model = sharded.load(start, job)
     speed.prepare(model, job)
 
     trainer = PairsTrainer(

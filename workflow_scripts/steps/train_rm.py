@@ -21,9 +21,9 @@ from workflow_scripts.tools import card
 def main(job: manifests.Job) -> None:
     from trl import RewardConfig, RewardTrainer
 
-    from workflow_scripts.models import chat, device, loading, lora
+    from workflow_scripts.models import chat, device, lora
     from workflow_scripts.rl import reward_model
-    from workflow_scripts.training import exchange, speed, trainers
+    from workflow_scripts.training import exchange, sharded, speed, trainers
 
     config, step = job.config, job.step
     parents = job.parents()
@@ -35,7 +35,7 @@ def main(job: manifests.Job) -> None:
     short, left = trainers.whole(tokenizer, rows, config)
     fields = ("id", "prompt", "chosen", "rejected")
     given = tuple(trainers.data_set([{key: row[key] for key in fields} for row in short[heldout]]) for heldout in (False, True))
-    model = loading.load(start, job.work, step["device"], step["precision"], config.get("quant"), reward=True)
+    model = sharded.load(start, job, reward=True)
     speed.prepare(model, job)
 
     trainer = RewardTrainer(

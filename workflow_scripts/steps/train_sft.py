@@ -31,15 +31,15 @@ def cut(tokenizer: Any, given: tuple[Any, Any], max_length: int) -> dict[str, in
 def main(job: manifests.Job) -> None:
     from trl import SFTConfig, SFTTrainer
 
-    from workflow_scripts.models import chat, device, loading, lora
-    from workflow_scripts.training import speed, trainers
+    from workflow_scripts.models import chat, device, lora
+    from workflow_scripts.training import sharded, speed, trainers
 
     config, step = job.config, job.step
     parents = job.parents()
     start, rows = parents["start"], parents["rows"]
     device.prepare(step, job.deterministic)
     tokenizer = chat.tokenizer_of(start)
-    model = loading.load(start, job.work, step["device"], step["precision"], config.get("quant"))
+    model = sharded.load(start, job)
     speed.prepare(model, job)
 
     given = tuple(trainers.rows_of(rows, heldout, fields=("messages",)) for heldout in (False, True))

@@ -7,8 +7,9 @@ reached; and the cards that have room for it and for a reserve (the CUDA context
 Then, for each card on which something does not fit, the keys to change: of the experiment, or of its method for all its
 experiments, so that they stay comparable. The effective batch stays, and so does KTO's micro-batch, which is part of the method.
 Not without consequence are the last resorts: `quantise: nf4` is another variant of a method, `max_prompt_tokens` drops rows,
-`eval.batch_size` (of the backend `hf`) is one for all scores; `generation.slots` decides no answer. `--gpu 16` asks about one
-card, and ends with exit status 1 if something does not fit on it.
+`eval.batch_size` (of the backend `hf`) is one for all scores; `generation.slots` decides no answer. Where `nf4` would be the way
+out, a line says how many cards have room for the base in parts (`gpus`, `shard`), which changes no number. `--gpu 16` asks about
+one card, and ends with exit status 1 if something does not fit on it.
 """
 
 import argparse
@@ -18,11 +19,13 @@ import math
 
 from workflow_scripts.config import config as configs
 from workflow_scripts.config.names import answered
+from workflow_scripts.config.over_gpus import can_share_base
 from workflow_scripts.plan.estimate import Estimates
 from workflow_scripts.plan.gpu_memory import CARDS, GIB, Memory, Phase, fits, need
 from workflow_scripts.plan.plan import Plan
 from workflow_scripts.tools import runs
 
+SHARED_BY = (2, 4, 8, 16)  # cards that a base may lie on
 LEAST_PROMPT = 128  # tokens; below it no advice
 
 
@@ -51,6 +54,23 @@ def remedy(memory: Memory, phase: Phase, card: float) -> tuple[dict[str, object]
         changes |= moved
         phase = made(phase.name, body)
     return changes, phase.peak
+
+
+def in_parts(memory: Memory, phase: Phase, card: float) -> tuple[dict[str, object], float] | None:
+    """As `remedy`, for a training in full precision over cards that share its base, as few as have room; `quantise` stays."""
+    body = copy.deepcopy(memory.config.experiments[phase.name]) if phase.kind == "train" else {}
+    if not body or not can_share_base(body):
+        return None
+    changes: dict[str, object] = {}
+    while True:
+        for count in SHARED_BY:
+            made = memory.train(phase.name, body | {"parts": count})
+            if body["train"]["gradient_accumulation_steps"] % count == 0 and fits(made.peak, card):
+                return changes | {"gpus": count, "shard": True}, made.peak
+        moved = _move(memory, made.stage, body)
+        if not moved or "quantise" in moved:
+            return None
+        changes |= moved
 
 
 def _move(memory: Memory, stage: str, body: dict) -> dict[str, object]:
@@ -90,15 +110,23 @@ def advice(memory: Memory, phases: list[Phase], card: float) -> list[str]:
     for phase in phases:
         if fits(phase.peak, card):
             continue
-        found = remedy(memory, phase, card)
+        found, parts = remedy(memory, phase, card), None
+        if found is None or "quantise" in found[0]:  # which is another variant; more cards are none
+            parts = in_parts(memory, phase, card)
+        if found is None and parts is not None:
+            found, parts = parts, None
         if found is None:
             larger = next((f"{one} GB" for one in CARDS if fits(phase.peak, one)), "more than any of these has")
             why = f"{phase.stage}: no key makes it fit; it needs {larger}"
         else:
-            why = f"{', '.join(f'{key}: {str(value).lower()}' for key, value in found[0].items())}; then {found[1] / GIB:.1f} GiB"
+            why = _changed(*found) + (f"; or {_changed(*parts)} on each" if parts else "")
         ways.setdefault(why, []).append(phase)
     order = sorted(ways, key=lambda why: "no key" in why)
     return [f"{', '.join(f'{phase.kind} {phase.name}' for phase in ways[why])}: {why}" for why in order]
+
+
+def _changed(changes: dict[str, object], peak: float) -> str:
+    return f"{', '.join(f'{key}: {str(value).lower()}' for key, value in changes.items())}; then {peak / GIB:.1f} GiB"
 
 
 def disk(plan: Plan, memory: Memory) -> dict[str, float]:
@@ -127,12 +155,13 @@ def disk(plan: Plan, memory: Memory) -> dict[str, float]:
     return {name: size / 1e9 for name, size in found.items()}
 
 
-def table(phases: list[Phase], cards: list[float], of: dict[str, int]) -> str:
-    """of: experiment -> GPUs of its training, each of which needs the peak."""
+def table(phases: list[Phase], cards: list[float], of: dict[str, int], parts: dict[str, int]) -> str:
+    """of: experiment -> GPUs of its training, each of which needs the peak; parts: in how many its base lies on them."""
     rows = [["phase", "peak GiB", "at", *(f"{card:g} GB" for card in cards)]]
     for phase in phases:
         marks = ["yes" if fits(phase.peak, card) else "no" for card in cards]
         several = f" (each of {of[phase.name]})" if phase.kind == "train" and of[phase.name] > 1 else ""
+        several += ", base in parts" if phase.kind == "train" and parts[phase.name] > 1 else ""
         rows.append([f"{phase.kind} {phase.name}{several}", f"{phase.peak / GIB:.1f}", phase.stage, *marks])
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows)
@@ -167,7 +196,7 @@ def main() -> None:
     else:
         if plan.config.data["device"] == "cpu":
             print("device: cpu, so nothing here takes a GPU; on one it would be:")
-        print(table(phases, cards, plan.config.gpus))
+        print(table(phases, cards, plan.config.gpus, plan.config.parts))
         for card in cards:
             for line in lines[card]:
                 print(f"{card:g} GB: {line}")

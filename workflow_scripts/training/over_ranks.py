@@ -23,6 +23,7 @@ from typing import Any
 
 import torch
 
+from workflow_scripts.artifacts.manifests import Job
 from workflow_scripts.plumbing import ranks
 from workflow_scripts.plumbing.messages import InputError
 from workflow_scripts.training import exchange
@@ -31,14 +32,16 @@ APART = 1e-3  # of the largest weight: far above rounding, far below what a step
 TOKENS = "num_tokens"  # TRL's running total: no entry for each micro-batch
 
 
-def settle(trainer: Any, method: str) -> None:
+def settle(trainer: Any, job: Job) -> None:
     """Make a built trainer one of several. Alone, it stays as it is."""
     if ranks.count == 1:
         return
-    if method == "ppo":
+    if job.config["method"] == "ppo":
         raise InputError(
             f"--gpus {ranks.count}: ppo trains on one GPU: its two backward passes would need exchanges of their own"
         )
+    if job.shard and not ranks.in_step:
+        raise InputError(f"--shard: {job.config['method']} draws answers with the weights of the whole base; leave it away")
     steps = trainer.args.gradient_accumulation_steps
     if steps % ranks.count:
         raise InputError(

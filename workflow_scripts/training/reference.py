@@ -91,7 +91,7 @@ class KeptReference:
             bar.step(next(done))
             return [column.float().cpu() for column in made if column is not None]
 
-        columns = zip(*exchange.shared_out(batches, one, f"reference of {name}"), strict=True)
+        columns = zip(*exchange.shared_out(batches, one, f"reference of {name}", count), strict=True)
         bar.close()
         return {column: torch.cat(parts) for column, parts in zip(self.COLUMNS, columns, strict=False)}
 

@@ -23,6 +23,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from workflow_scripts.plumbing import ranks
+
 NAME = "unpadded"  # of the attention, in transformers' table
 FLASH = (8, 0)  # the oldest compute capability that FlashAttention runs on
 WIDEST = 256  # its largest head
@@ -196,11 +198,12 @@ def settle(trainer: Any, job: Any) -> dict[str, Any]:
         found["dequantised"] = dequantise(model)
     if job.step["precision"] == "fp32":
         return found
-    if how.get("fused"):
+    alone = not ranks.in_step  # layers whose weights are gathered when they compute are left as they are: not measured
+    if how.get("fused") and alone:
         found["fused"] = fused.fuse(model)
     known = type(body).__name__ in fused.DECODERS
     whole = not any(hasattr(parameter, "quant_state") for parameter in body.parameters())
-    if how.get("captured") and known and unpadded and whole and not args.gradient_checkpointing:
+    if how.get("captured") and known and unpadded and whole and alone and not args.gradient_checkpointing:
         captured.Captured(body)
         found["captured"] = True
     return found

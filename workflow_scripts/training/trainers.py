@@ -120,7 +120,7 @@ def settle(
     lora.settle(trainer, job.step["seed"])
     facts = lora.check_trainer(trainer, job.config["lora"], job.config["optim"], dropout)
     trainer.speed = speed.settle(trainer, job)
-    over_ranks.settle(trainer, job.config["method"])
+    over_ranks.settle(trainer, job)
     return facts
 
 
