@@ -197,6 +197,19 @@ def test_human_eval_from_local_rows(tmp_path):
 
 
 @pytest.mark.slow
+def test_mbpp_from_local_rows(tmp_path):
+    tests = ["assert add(1, 2) == 3", "assert add(0, 0) == 0", "assert add(2, 2) == 4"]
+    row = {"task_id": 1, "text": "Add.", "code": "def add(a, b): return a + b", "test_list": tests}
+    file = tmp_path / "rows.jsonl"
+    file.write_text(f"{json.dumps(row)}\n" * 3)
+    config = {"task": "mine", "metric": "pass_at_1", "allow_code": True}
+    config |= {"lm_eval": ASKED | {"task": "mbpp", "num_fewshot": 3, "data_files": {"test": file.name}}}
+    right = "def add(a, b): return a + b\n"
+    made = by_files(config, [file], [right, right.replace("+", "*"), f"```python\n{right}```"])
+    assert [one["correct"] for one in made["per_prompt"]] == [True, False, False]  # as lm-eval reads them: a fence is no Python
+
+
+@pytest.mark.slow
 def test_the_step_asks_here_and_judges_there(speaking_base, tmp_path):
     """A tiny model's answers are no programs: a metric that says how long they are, by code of theirs."""
     file = task(tmp_path / "task", 5)
