@@ -29,6 +29,7 @@ from workflow_scripts.config.experiments import rewards
 from workflow_scripts.models import chat
 
 STEPS_OFF = 4
+LOGGING, PARTS = [1], [1]  # --logging, --parts
 PAIRED = ("dpo", "rm")
 SAMPLED = ("ppo", "grpo", "rloo")
 WAYS: dict[str, dict] = {
@@ -127,14 +128,15 @@ def measured_job(
     name: str, way: str, config: Any, folder: Path, slices: dict[str, Path], steps: int, place: str
 ) -> manifests.Job:
     method, train = config.experiments[name]["method"], dict(config.experiments[name]["train"])
-    train |= {"max_steps": steps, "logging_steps": 1}
+    train |= {"max_steps": steps, "logging_steps": LOGGING[0]}
     if way != "study":
         train["gradient_checkpointing"] = False
         if method != "kto":
             if method == "ppo":
                 train["steps_per_generation"] //= train["gradient_accumulation_steps"]
             train["per_device_train_batch_size"] *= train["gradient_accumulation_steps"]
-            train["gradient_accumulation_steps"] = 1
+            train["per_device_train_batch_size"] //= PARTS[0]
+            train["gradient_accumulation_steps"] = PARTS[0]
     job = job_of(name, train, config, folder, slices, place)
     job.speed = WAYS[way]
     return job
@@ -196,7 +198,10 @@ def main() -> None:
     parser.add_argument("--phases", nargs="+", default=["sft_v2", "dpo", "kto", "rm"])
     parser.add_argument("--ways", nargs="+", default=[*WAYS], choices=[*WAYS])
     parser.add_argument("--steps", type=int, default=24)
+    parser.add_argument("--logging", type=int, default=1, help="steps between two logged losses, for each of which the card is waited for")
+    parser.add_argument("--parts", type=int, default=1, help="micro-batches of an effective batch, but of the study's own way")
     given = parser.parse_args()
+    LOGGING[0], PARTS[0] = given.logging, given.parts
     config = study_memory.configured("05b", given.tiny, 64 if given.tiny else 1024)
     if not (given.folder / "base/manifest.json").exists():
         study_memory.write_base(config, given.folder)
