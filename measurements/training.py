@@ -198,7 +198,7 @@ def main() -> None:
     parser.add_argument("--phases", nargs="+", default=["sft_v2", "dpo", "kto", "rm"])
     parser.add_argument("--ways", nargs="+", default=[*WAYS], choices=[*WAYS])
     parser.add_argument("--steps", type=int, default=24)
-    parser.add_argument("--logging", type=int, default=1, help="steps between two logged losses, for each of which the card is waited for")
+    parser.add_argument("--logging", type=int, default=1, help="steps between two losses, for which the card is waited for")
     parser.add_argument("--parts", type=int, default=1, help="micro-batches of an effective batch, but of the study's own way")
     given = parser.parse_args()
     LOGGING[0], PARTS[0] = given.logging, given.parts

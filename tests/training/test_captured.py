@@ -143,7 +143,7 @@ class Noted:
 
     log: list
 
-    def __init__(self, layers, given, longest, grads, pool):
+    def __init__(self, layers, given, longest, grads, pool, stream):
         self.layers, self.longest, self.grads = layers, longest, grads
         Noted.log.append(("recorded", given[0].shape[1], bool(grads)))
 
@@ -165,6 +165,9 @@ def recorded(base, monkeypatch):
     speed.Unpadded(model.get_base_model())
     monkeypatch.setattr(captured, "Recording", Noted)
     monkeypatch.setattr(torch.cuda, "graph_pool_handle", object)
+    monkeypatch.setattr(torch.cuda, "Stream", object)
+    monkeypatch.setattr(captured.Arena, "possible", lambda arena, tokens: 1 << 40)
+    monkeypatch.setattr(captured.Arena, "renew", lambda arena, capacity: setattr(arena, "capacity", capacity))
     captured.Captured(model.get_base_model().base_model)
     Noted.log = []
     return model
@@ -213,3 +216,45 @@ def test_between_a_batch_and_its_gradient_no_other_is_played(base, recorded):
     del again
     recorded(**batch())
     assert [one[0] for one in Noted.log][-1] == "played" and len(Noted.log) == 4  # the one before was given up
+
+
+def test_there_is_an_arena_where_there_is_room_beside_what_runs_as_it_is(monkeypatch):
+    """Of a job that shares its card, that is its share; on a card for itself, what is free."""
+    from workflow_scripts.plumbing import gpus
+
+    gib = 2**30
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (100 * gib, 140 * gib))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda: 30 * gib)
+    arena = captured.Arena()
+    arena.each = 20 * gib / 10_000
+    assert not arena.has_room(10_000)
+    assert 25 * gib < arena.possible(10_000) == arena.needed(12_500) < 35 * gib
+    assert arena.needed(36_000) < arena.possible(36_000) == int(90 * gib)  # less ahead than it would like
+    assert not arena.possible(40_000)
+    monkeypatch.setattr(gpus, "limit", lambda: 50 * gib)
+    assert not arena.possible(10_000) and arena.possible(5_000)
+    arena.capacity = 10 * gib  # which is given back first
+    assert arena.possible(10_000) and arena.has_room(3_000) and not arena.has_room(5_000)
+
+
+def test_a_size_without_room_runs_as_it_is_and_is_said_once(base, recorded, monkeypatch, capsys):
+    monkeypatch.setattr(captured.Arena, "possible", lambda arena, tokens: 0)
+    plain = result(adapted(base), batch())
+    for _ in range(5):
+        assert_same(plain, result(recorded, batch()))
+    assert Noted.log == []
+    assert capsys.readouterr().out.count("batches of 256 tokens and more run kernel by kernel") == 1
+
+
+def test_a_larger_size_renews_the_arena_and_what_lay_in_it_is_recorded_again(base, recorded, monkeypatch):
+    monkeypatch.setattr(captured.Arena, "needed", lambda arena, tokens: tokens)
+    monkeypatch.setattr(captured.Arena, "possible", lambda arena, tokens: tokens)
+    long = batch(([5] * 300, [7, 11]))
+    for _ in range(3):
+        result(recorded, batch())
+    for _ in range(3):
+        result(recorded, long)
+    plain = result(adapted(base), batch())
+    assert_same(plain, result(recorded, batch()))
+    result(recorded, long)
+    assert [one[:2] for one in Noted.log if one[0] == "recorded"] == [("recorded", 256), ("recorded", 512), ("recorded", 256)]

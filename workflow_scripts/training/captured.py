@@ -8,8 +8,10 @@ a recording does not hold, the same layers run as they are, on the same padded r
 A recording holds for: the size, how many texts there is room for, whether a gradient is taken, dropout acts, and which adapters
 act, and the places in memory of all weights (`_state`). The embedding, the rotary angles, the last norm and the head are outside.
 
-All recordings with a gradient share one pool of memory, as one batch at a time is in flight. Between a batch's forward and its
-backward pass no other may be played with a gradient: it would overwrite what the first keeps. One that comes runs as it is.
+All recordings with a gradient share one piece of memory (`Arena`), as one batch at a time is in flight. Between a batch's forward
+and its backward pass no other may be played with a gradient: it would overwrite what the first keeps, and runs as it is. The
+arena lies beside the memory of batches that run as they are: where the card, or this job's share of it, has no room for both,
+nothing larger is recorded.
 """
 
 import gc
@@ -21,6 +23,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from workflow_scripts.plumbing import gpus
 
 OFTEN = {True: 3, False: 6}  # from which time on a size is recorded, with a gradient and without: it costs several passes
 TEXTS = 8  # room for texts comes in multiples of it
@@ -60,18 +64,14 @@ def collector_off() -> Iterator[None]:
 class Recording:
     """The layers over rows of one size. `grads`: the parameters whose gradients it makes, none without a gradient."""
 
-    def __init__(self, layers: "Layers", given: tuple[Tensor, ...], longest: int, grads: list[nn.Parameter], pool: Any):
+    def __init__(
+        self, layers: "Layers", given: tuple[Tensor, ...], longest: int, grads: list[nn.Parameter], pool: Any, stream: Any
+    ):
         self.given = tuple(one.clone() for one in given)
         self.grads = grads
-        stream, drawn = torch.cuda.Stream(), torch.cuda.get_rng_state()
         self.forward, self.backward = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
         stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream), collector_off():
-            out = layers(self.given, longest)  # once as it is: libraries make their plans, pieces are compiled
-            if grads:
-                torch.autograd.grad(out, grads, torch.zeros_like(out), allow_unused=True)
-            del out
-            torch.cuda.synchronize()
+        with torch.cuda.stream(stream), collector_off():  # a batch of this size ran as it is before: all is compiled and planned
             with recording(self.forward, pool):
                 out = layers(self.given, longest)
             self.out = out.detach()
@@ -83,7 +83,6 @@ class Recording:
                 self.shapes = [None if one is None else one.shape for one in found]
             del out
         torch.cuda.current_stream().wait_stream(stream)
-        torch.cuda.set_rng_state(drawn)  # the first time that it is played draws what the batch would have drawn
 
     def play(self, given: tuple[Tensor, ...]) -> Tensor:
         for mine, theirs in zip(self.given, given, strict=True):
@@ -119,6 +118,45 @@ class Played(torch.autograd.Function):
         return (None, None, None, *found)
 
 
+class Arena:
+    """One piece of memory for all recordings with a gradient, which come to lie over each other in it. Without it torch's
+    allocator would have a piece of its own for each, since a tensor of one size does not go into the place of another."""
+
+    def __init__(self) -> None:
+        self.capacity = 0
+        self.each = 0.0  # bytes that the layers keep of a token until its backward pass
+        self.stream: Any = None
+        self.pool: Any = None
+        self.kept: Any = None
+
+    def has_room(self, tokens: int) -> bool:
+        return self.capacity >= self.needed(tokens)
+
+    def needed(self, tokens: int) -> int:
+        return int(1.2 * self.each * tokens) + 2**30  # what passes by within a layer, and the results that stay
+
+    def possible(self, tokens: int) -> int:
+        """Bytes of an arena for this size and some larger ones, where there is room beside all that torch holds now; else 0."""
+        most = gpus.limit()
+        free = torch.cuda.mem_get_info()[0] if most is None else most - torch.cuda.memory_reserved()
+        capacity = min(self.needed(tokens + tokens // 4), int(0.9 * (free + self.capacity)))
+        return capacity if capacity >= self.needed(tokens) else 0
+
+    def renew(self, capacity: int) -> None:
+        """What was recorded in the one before has to be gone."""
+        self.pool = self.kept = None
+        torch.cuda.synchronize()
+        torch.cuda.empty_cache()
+        self.reserve(capacity)
+        self.capacity = capacity
+
+    def reserve(self, capacity: int) -> None:
+        self.pool, self.kept = torch.cuda.graph_pool_handle(), torch.cuda.CUDAGraph()
+        self.stream = self.stream or torch.cuda.Stream()
+        with torch.cuda.stream(self.stream), recording(self.kept, self.pool):
+            torch.empty(capacity, dtype=torch.uint8, device="cuda")[:1].zero_()
+
+
 class Layers:
     """A decoder's layers, over (hidden (1, tokens, H), cos, sin (1, tokens, size), ends (texts + 1,))."""
 
@@ -152,8 +190,11 @@ class Captured:
     def __init__(self, body: Any, record: bool = True):
         self.body, self.plain, self.layers, self.record = body, body.forward, Layers(body), record
         self.seen: Counter[tuple] = Counter()
-        self.made: dict[tuple, Recording] = {}
-        self.pools: Any = None
+        self.made: dict[tuple, Recording] = {}  # with a gradient, in the arena
+        self.passing: dict[tuple, Recording] = {}  # without, in a pool of their own
+        self.arena = Arena()
+        self.pool: Any = None
+        self.refused: set[int] = set()  # sizes that there was no room for
         self.where: int | None = None
         self.open: Any = lambda: None
         body.forward = self.forward
@@ -183,6 +224,7 @@ class Captured:
             return self.layers(given, longest)
         if (where := hash(tuple(one.data_ptr() for one in parameters))) != self.where:  # weights have moved: none holds
             self.made.clear()
+            self.passing.clear()
             self.seen.clear()
             self.where = where
         state = (
@@ -192,16 +234,41 @@ class Captured:
             tuple(one.requires_grad for one in parameters) if grads else None,
         )
         self.seen[state] += 1
-        if self.seen[state] < OFTEN[bool(grads)] or (grads and self.open() is not None):
-            return self.layers(given, longest)
-        if state not in self.made:
-            self.pools = self.pools or (torch.cuda.graph_pool_handle(), torch.cuda.graph_pool_handle())
-            self.made[state] = Recording(self.layers, given, longest, grads, self.pools[bool(grads)])
+        if self.seen[state] < OFTEN[bool(grads)] or grads and self.open() is not None:
+            return self._as_it_is(given, longest, bool(grads))
         if not grads:
-            return self.made[state].play(given)
+            if state not in self.passing:
+                self.pool = self.pool or torch.cuda.graph_pool_handle()
+                self.arena.stream = self.arena.stream or torch.cuda.Stream()
+                self.passing[state] = Recording(self.layers, given, longest, grads, self.pool, self.arena.stream)
+            return self.passing[state].play(given)
+        size = given[0].shape[1]
+        if not self.arena.has_room(size) and not self._grown(size):
+            return self._as_it_is(given, longest, True)
+        if state not in self.made:
+            self.made[state] = Recording(self.layers, given, longest, grads, self.arena.pool, self.arena.stream)
         token = Token()
         self.open = weakref.ref(token)
         return Played.apply(self.made[state], token, given, *grads)  # type: ignore[no-any-return]
+
+    def _as_it_is(self, given: tuple[Tensor, ...], longest: int, grads: bool) -> Tensor:
+        before = torch.cuda.memory_allocated()
+        out = self.layers(given, longest)
+        if grads:
+            self.arena.each = max(self.arena.each, (torch.cuda.memory_allocated() - before) / given[0].shape[1])
+        return out
+
+    def _grown(self, size: int) -> bool:
+        """Room for a larger size, where there can be any. Asked once for each."""
+        if size in self.refused:
+            return False
+        if capacity := self.arena.possible(size):
+            self.made.clear()
+            self.arena.renew(capacity)
+            return True
+        self.refused.add(size)
+        print(f"batches of {size:,} tokens and more run kernel by kernel: there is no room to record them", flush=True)
+        return False
 
     def _state(self) -> tuple:
         adapted = next((one for one in self.body.layers.modules() if hasattr(one, "lora_A")), None)
