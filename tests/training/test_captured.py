@@ -21,8 +21,8 @@ def adapted(base, dropout=0.0):
     from peft import get_peft_model
 
     model = loading.load(manifests.read(base), base.parent, "cpu", "fp32")
-    model = get_peft_model(model, lora.adapter_config(BLOCK | {"dropout": dropout}, model))
     torch.manual_seed(3)
+    model = get_peft_model(model, lora.adapter_config(BLOCK | {"dropout": dropout}, model))
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
             nn.init.normal_(parameter, std=0.05)
@@ -96,20 +96,46 @@ def test_dropout_acts_in_training_alone(base):
     assert torch.equal(model(**batch()).logits, model(**batch()).logits)
 
 
-def test_the_pieces_between_the_products_are_the_models(base, monkeypatch):
+@pytest.fixture
+def in_pieces(base, monkeypatch):
+    """(A model by pieces that are not compiled, what was asked of them, its plain result)"""
     import sys
 
     model = adapted(base)
     body = model.get_base_model().base_model
     code = sys.modules[type(body).__module__]
     monkeypatch.setattr(code, "apply_rotary_pos_emb", code.apply_rotary_pos_emb)  # put back at the end
-    asked = []
+    asked, plain = [], result(model, batch())
     monkeypatch.setattr(torch, "compile", lambda piece, **how: lambda *given: (asked.append(piece.__name__), piece(*given))[1])
-    plain = result(model, batch())
-    layers = model.config.num_hidden_layers
-    assert fused.compile_pieces(body) >= 3 * layers
+    assert fused.compile_pieces(body) >= 3 * model.config.num_hidden_layers
+    return model, asked, plain
+
+
+def test_the_pieces_between_the_products_are_the_models(base, in_pieces):
+    model, asked, plain = in_pieces
     assert_same(plain, result(model, batch()))
+    layers = model.config.num_hidden_layers
     assert (asked.count("gate"), asked.count("rotate")) == (layers, layers) and asked.count("norm") >= 2 * layers
+    assert (asked.count("gate_back"), asked.count("rotate_back")) == (layers, layers) and asked.count("norm_back") >= 2 * layers
+    with torch.no_grad():
+        model(**batch())
+    assert asked.count("gate") == 2 * layers and asked.count("gate_back") == layers  # with and without a gradient the same code
+
+
+def test_the_derivatives_of_the_pieces_are_theirs():
+    def given(*shape):
+        return torch.randn(*shape, dtype=torch.float64, requires_grad=True)
+
+    torch.manual_seed(1)
+    x, g, u, q, k = given(3, 8), given(3, 8), given(3, 8), given(1, 4, 3, 8), given(1, 2, 3, 8)
+    weight, cos, sin = (torch.randn(*shape, dtype=torch.float64) for shape in ((8,), (1, 3, 8), (1, 3, 8)))
+    wide = torch.Tensor.float
+    with pytest.MonkeyPatch.context() as patch:  # the pieces go by fp32, where gradcheck sees too little
+        patch.setattr(torch.Tensor, "float", lambda tensor: tensor if tensor.dtype == torch.float64 else wide(tensor))
+        check = torch.autograd.gradcheck
+        assert check(lambda x: fused.Norm.apply(x, weight, 1e-6, (fused.norm, fused.norm_back)), x)
+        assert check(lambda g, u: fused.Gate.apply(g, u, (fused.gate, fused.gate_back)), (g, u))
+        assert check(lambda q, k: fused.Rotation.apply(q, k, cos, sin, (fused.rotate, fused.rotate_back)), (q, k))
 
 
 def test_layers_over_a_row_of_few_sizes_compute_what_they_compute_over_the_batch(base):

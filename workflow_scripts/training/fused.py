@@ -14,7 +14,7 @@ back as fp32. The product is added to W x before that is rounded, where peft rou
 within rounding. D(x) is computed again backwards, from x and the mask, and not kept.
 
 `compile_pieces`: RMSNorm, the rotary embedding and the gate of the MLP, each one kernel by torch.compile, with the formulas of
-generation/decoder.py. They are compiled once for all layers, in seconds; whole layers take a minute and more.
+generation/decoder.py and their derivatives. They are compiled once for all layers, in seconds; whole layers take a minute.
 """
 
 import sys
@@ -106,8 +106,22 @@ def norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return weight * (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)).to(x.dtype)
 
 
+def norm_back(dy: Tensor, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """With r = 1/rms(x) and d = w dy: dx = r (d - x r^2 mean(d x))."""
+    wide, d = x.float(), (weight * dy).float()
+    r = torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
+    return (r * (d - wide * r * r * (d * wide).mean(-1, keepdim=True))).to(x.dtype)
+
+
 def gate(g: Tensor, u: Tensor) -> Tensor:
     return F.silu(g) * u
+
+
+def gate_back(dy: Tensor, g: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
+    """silu(g) = g s with s the logistic function of g; its derivative is s (1 + g (1 - s))."""
+    wide = g.float()
+    s = torch.sigmoid(wide)
+    return (dy.float() * u.float() * s * (1 + wide * (1 - s))).to(g.dtype), (dy.float() * wide * s).to(u.dtype)
 
 
 def rotate(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
@@ -121,15 +135,72 @@ def rotate(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tens
     return turned(q), turned(k)
 
 
+def rotate_back(dq: Tensor, dk: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    """The transposed of `rotate`, for any cos and sin."""
+    cos, sin = cos[:, None], sin[:, None]
+
+    def turned(dy: Tensor) -> Tensor:
+        first, second = (dy * sin).chunk(2, -1)
+        return dy * cos + torch.cat((second, -first), -1)
+
+    return turned(dq), turned(dk)
+
+
+class Norm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float, codes: tuple) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        ctx.eps, ctx.back = eps, codes[1]
+        return codes[0](x, weight, eps)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple:
+        return ctx.back(grads[0], *ctx.saved_tensors, ctx.eps), None, None, None
+
+
+class Gate(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, g: Tensor, u: Tensor, codes: tuple) -> Tensor:
+        ctx.save_for_backward(g, u)
+        ctx.back = codes[1]
+        return codes[0](g, u)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple:
+        return *ctx.back(grads[0], *ctx.saved_tensors), None
+
+
+class Rotation(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, codes: tuple) -> tuple[Tensor, Tensor]:
+        ctx.save_for_backward(cos, sin)
+        ctx.back = codes[1]
+        return codes[0](q, k, cos, sin)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple:
+        return *ctx.back(*grads, *ctx.saved_tensors), None, None, None
+
+
 def compile_pieces(body: Any) -> int:
-    """Compile what lies between the products of a decoder, one of DECODERS. Returns how many pieces there are."""
-    fast_norm, fast_gate, fast_rotate = (torch.compile(piece, dynamic=True) for piece in (norm, gate, rotate))
+    """Compile what lies between the products of a decoder, one of DECODERS. Returns how many pieces there are.
+
+    Forwards and backwards are compiled apart, and not by autograd from one into the other: it compiles other code where no
+    gradient is taken, which rounds otherwise, and a reference would then differ from the policy before the first step.
+    """
+
+    def code(piece: Any) -> Any:
+        return torch.compile(piece, dynamic=True)
+
+    norms, gates, angles = (
+        (code(there), code(back)) for there, back in ((norm, norm_back), (gate, gate_back), (rotate, rotate_back))
+    )
 
     def normed(self: Any, x: Tensor) -> Tensor:
-        return fast_norm(x, self.weight, self.variance_epsilon)  # type: ignore[return-value]
+        return Norm.apply(x, self.weight, self.variance_epsilon, norms)  # type: ignore[no-any-return]
 
     def gated(self: Any, x: Tensor) -> Tensor:
-        return self.down_proj(fast_gate(self.gate_proj(x), self.up_proj(x)))  # type: ignore[no-any-return]
+        return self.down_proj(Gate.apply(self.gate_proj(x), self.up_proj(x), gates))  # type: ignore[no-any-return]
 
     found = 0
     for module in body.modules():
@@ -140,6 +211,6 @@ def compile_pieces(body: Any) -> int:
         else:
             continue
         found += 1
-    code: Any = sys.modules[type(body).__module__]  # a function of the model's module, which its attention calls by name
-    code.apply_rotary_pos_emb = lambda q, k, cos, sin, unsqueeze_dim=1: fast_rotate(q, k, cos, sin)
+    model_code: Any = sys.modules[type(body).__module__]  # a function of the model's module, which its attention calls by name
+    model_code.apply_rotary_pos_emb = lambda q, k, cos, sin, unsqueeze_dim=1: Rotation.apply(q, k, cos, sin, angles)
     return found + len(body.layers)
