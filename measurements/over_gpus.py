@@ -15,8 +15,8 @@ measurements/training.py. The effective batch is `--batch`, in micro-batches of 
     memory   DPO on a base in bf16, rows that fill `--length` tokens, each card limited to `--memory-gb`: micro-batches are made
              larger until one limited card has no room for them; then the same on all cards in parts
 
-`efficiency` is the time of the steps on the first number of GPUs over the time on N, by N; `whole_efficiency` the same of all of
-the job, with loading, the reference and the held-out objective. `apart` is the largest difference of two losses of one step.
+`efficiency` is the median time of a step on the first number of GPUs over that on N, by N; `steps_efficiency` the same of all steps,
+with what the first waits for, and `whole_efficiency` of all of the job, with loading, the reference and the held-out objective. `apart` is the largest difference of two losses of one step.
 Results are written after each run. A run that fails, or takes longer than `--limit-s`, is a line with its reason; `--budget-s`
 bounds all of it. At 7 B: `--shape 7b --batch 32 --micro 8 --steps 4 --prompts 256 --new 256`.
 """
@@ -105,7 +105,12 @@ class Runs:
         info = json.loads((folder / "run.json").read_text())
         curve = pandas.read_csv(folder / "metrics.csv")["loss"].dropna().tolist()
         steps = info["timing"]["train_runtime"]
-        found |= {"steps": info["steps"], "steps_s": round(steps, 2), "loss": curve}
+        found |= {
+            "steps": info["steps"],
+            "steps_s": round(steps, 2),
+            "step_s": info["timing"]["step_seconds_median"],
+            "loss": curve,
+        }
         found |= {"tokens_per_s": info["tokens"] and round(info["tokens"] / steps)}
         return found | {"peak_gib": round(info.get("gpu_peak_memory_bytes", 0) / 2**30, 2)}
 
@@ -113,7 +118,8 @@ class Runs:
         """Note what one run took, beside the first."""
         if first is not one and "error" not in first and "error" not in one:
             more = one["gpus"] / first["gpus"]
-            one["efficiency"] = round(first["steps_s"] / one["steps_s"] / more, 3)
+            one["efficiency"] = round(first["step_s"] / one["step_s"] / more, 3)
+            one["steps_efficiency"] = round(first["steps_s"] / one["steps_s"] / more, 3)
             one["whole_efficiency"] = round(first["whole_s"] / one["whole_s"] / more, 3)
             one["apart"] = max(abs(a - b) for a, b in zip(first["loss"], one["loss"], strict=True))
         self.note(one)

@@ -137,3 +137,19 @@ def test_all_weights_are_not_hashed_for_a_name_that_nobody_reads(base, pairs, tm
     monkeypatch.setattr(dpo_trainer, "hash_module", hashed)
     small_steps.built_trainer(tmp_path, "dpo", base, pairs, **MORE)
     assert dpo_trainer.hash_module is hashed
+
+
+@pytest.mark.parametrize(
+    "device, recomputed, layers, batch, rows",
+    [("cuda", False, 24, 4, 32), ("cuda", False, 24, 16, 32), ("cuda", False, 24, 48, 48), ("cuda", False, 9, 4, 12),
+     ("cuda", False, 2, 4, 4), ("cuda", True, 24, 4, 4), ("cpu", False, 24, 4, 4)],
+)  # fmt: skip
+def test_a_reference_goes_by_larger_batches_where_a_gpu_has_the_memory(device, recomputed, layers, batch, rows):
+    from types import SimpleNamespace
+
+    text = SimpleNamespace(num_hidden_layers=layers)
+    trainer = SimpleNamespace(
+        args=SimpleNamespace(device=torch.device(device), gradient_checkpointing=recomputed),
+        model=SimpleNamespace(config=SimpleNamespace(get_text_config=lambda: text)),
+    )
+    assert reference.KeptReference._at_once(trainer, batch) == rows

@@ -194,6 +194,7 @@ class Captured:
         self.passing: dict[tuple, Recording] = {}  # without, in a pool of their own
         self.arena = Arena()
         self.pool: Any = None
+        self.count = 0  # of recordings, those that were given up too
         self.refused: set[int] = set()  # sizes that there was no room for
         self.where: int | None = None
         self.open: Any = lambda: None
@@ -240,12 +241,14 @@ class Captured:
             if state not in self.passing:
                 self.pool = self.pool or torch.cuda.graph_pool_handle()
                 self.arena.stream = self.arena.stream or torch.cuda.Stream()
+                self.count += 1
                 self.passing[state] = Recording(self.layers, given, longest, grads, self.pool, self.arena.stream)
             return self.passing[state].play(given)
         size = given[0].shape[1]
         if not self.arena.has_room(size) and not self._grown(size):
             return self._as_it_is(given, longest, True)
         if state not in self.made:
+            self.count += 1
             self.made[state] = Recording(self.layers, given, longest, grads, self.arena.pool, self.arena.stream)
         token = Token()
         self.open = weakref.ref(token)

@@ -32,6 +32,7 @@ from workflow_scripts.plumbing import ranks
 from workflow_scripts.plumbing.progress import Progress
 from workflow_scripts.training import exchange, speed
 
+ROWS = 32  # of a pass that takes no gradient
 STEP = ("code", "packages", "device", "precision", "threads")  # of the step's JSON, what a forward pass follows from
 
 
@@ -56,6 +57,8 @@ class KeptReference:
             super().__init__(*args, **more)
 
     def _precompute_ref_logps(self: Any, dataset: Any, name: str, batch_size: int) -> Any:
+        batch_size = self._at_once(batch_size)
+
         def batches() -> Iterator[dict]:
             for first in range(0, len(dataset), batch_size):
                 yield self.data_collator([dataset[n] for n in range(first, min(first + batch_size, len(dataset)))])
@@ -71,6 +74,14 @@ class KeptReference:
         for column, values in found.items():
             dataset = dataset.add_column(column, values.numpy())
         return dataset
+
+    def _at_once(self: Any, batch_size: int) -> int:
+        """Rows of a pass: on a GPU up to ROWS, since four rows keep it as long as thirty-two. No more than the training's own
+        passes take of its memory: one layer of eight batches is less than what all layers of one keep for their gradient."""
+        if self.args.device.type != "cuda" or self.args.gradient_checkpointing:
+            return batch_size
+        layers = self.model.config.get_text_config().num_hidden_layers
+        return max(batch_size, min(ROWS, batch_size * min(8, layers // 3)))
 
     def _mark(self: Any, batches: Iterator[dict]) -> str:
         about = self.follows_from | {"columns": self.COLUMNS, "ld_alpha": getattr(self, "ld_alpha", None)}

@@ -60,19 +60,24 @@ def prepare(model: Any, job: Any) -> None:
             print(f"batches keep their padding: {reason}", flush=True)
         else:
             Unpadded(model)
-    if type(body).__name__ in fused.DECODERS and wants_pieces(job):
-        body.compiled_pieces = fused.compile_pieces(body)
+    if type(body).__name__ in fused.DECODERS and enough_to_compile(job):
+        if wants_pieces(job):
+            body.compiled_pieces = fused.compile_pieces(body)
+        else:
+            print("nothing is compiled: `deterministic: true`", flush=True)
 
 
 def wants_pieces(job: Any) -> bool:
-    """Whether what lies between the products is to be compiled, where the model is one that it can be done for."""
+    """Whether what lies between the products is to be compiled, where the model is one that it can be done for.
+
+    Not where runs are to end with the same bytes: Inductor chooses tiles by the batch that it sees first, in a resumed run another.
+    """
+    return enough_to_compile(job) and not job.deterministic
+
+
+def enough_to_compile(job: Any) -> bool:
     wanted = job.speed.get("compiled") and job.step["device"] == "cuda" and not job.config["train"].get("gradient_checkpointing")
-    if not wanted or micro_batches(job) < job.speed["compiled"]:
-        return False
-    if job.deterministic:  # Inductor chooses tiles by the batch that it sees first: in a resumed run, another one
-        print("nothing is compiled: `deterministic: true`", flush=True)
-        return False
-    return True
+    return bool(wanted) and micro_batches(job) >= job.speed["compiled"]
 
 
 class Unpadded:
@@ -204,9 +209,16 @@ def settle(trainer: Any, job: Any) -> dict[str, Any]:
     known = type(body).__name__ in fused.DECODERS
     whole = not any(hasattr(parameter, "quant_state") for parameter in body.parameters())
     if how.get("captured") and known and unpadded and whole and alone and not args.gradient_checkpointing:
-        captured.Captured(body)
+        trainer.recorder = captured.Captured(body)
         found["captured"] = True
     return found
+
+
+def described(trainer: Any) -> dict[str, Any]:
+    """What was done, at the end of a training: with what was recorded, and in how much memory."""
+    recorder = getattr(trainer, "recorder", None)
+    more = {} if recorder is None else {"recordings": recorder.count, "recordings_bytes": recorder.arena.capacity}
+    return trainer.speed | more  # type: ignore[no-any-return]
 
 
 def lean(trainer: Any) -> None:

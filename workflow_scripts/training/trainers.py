@@ -1,8 +1,10 @@
 """What the trainers share: arguments that are not the method's, progress, the held-out objective, and the saved artifact."""
 
 import math
+import time
 from collections.abc import Callable
-from statistics import fmean
+from itertools import pairwise
+from statistics import fmean, median
 from typing import Any
 
 from transformers import PrinterCallback, TrainerCallback
@@ -166,8 +168,10 @@ class Watch(TrainerCallback):
     def __init__(self, label: str):
         self.label, self.note = label, ""
         self.progress: Progress | None = None
+        self.ends: list[float] = []  # of the steps since the start or the last resume
 
     def on_step_end(self, args, state, control, **kwargs):
+        self.ends.append(time.monotonic())
         self.progress = self.progress or Progress(state.max_steps, self.label)
         self.progress.step(state.global_step, self.note)
 
@@ -257,11 +261,17 @@ def save(trainer: Any, draft: Draft, job: Job, start: Artifact, facts: dict) -> 
         "rows": len(trainer.train_dataset),
         "steps": trainer.state.global_step,
         "tokens": trainer.state.num_input_tokens_seen or getattr(trainer, "_total_train_tokens", None),
-        "timing": timing,
-        "speed": trainer.speed,
+        "timing": timing | {"step_seconds_median": steady(trainer)},
+        "speed": speed.described(trainer),
         "trl_config": {k: v for k, v in trainer.args.to_dict().items() if k not in ("output_dir", "logging_dir")},
     }
     lora.check_optimizer_state(trainer)
+
+
+def steady(trainer: Any) -> float | None:
+    """Median seconds of a step, between the ends of two: without what the first one waits for."""
+    ends = next(one.ends for one in trainer.callback_handler.callbacks if isinstance(one, Watch))
+    return round(median(b - a for a, b in pairwise(ends)), 4) if len(ends) > 1 else None
 
 
 def changed(trainer: Any) -> float:
