@@ -15,8 +15,9 @@ measurements/training.py. The effective batch is `--batch`, in micro-batches of 
     memory   DPO on a base in bf16, rows that fill `--length` tokens, each card limited to `--memory-gb`: micro-batches are made
              larger until one limited card has no room for them; then the same on all cards in parts
 
-`efficiency` is the median time of a step on the first number of GPUs over that on N, by N; `steps_efficiency` the same of all steps,
-with what the first waits for, and `whole_efficiency` of all of the job, with loading, the reference and the held-out objective. `apart` is the largest difference of two losses of one step.
+`efficiency` is the median time of a step on the first number of GPUs over that on N, by N; `steps_efficiency` the same of all
+steps, with what the first waits for, and `whole_efficiency` of all of the job, with loading, the reference and the held-out
+objective. `apart` is the largest difference of two losses of one step.
 Results are written after each run. A run that fails, or takes longer than `--limit-s`, is a line with its reason; `--budget-s`
 bounds all of it. At 7 B: `--shape 7b --batch 32 --micro 8 --steps 4 --prompts 256 --new 256`.
 """
