@@ -70,7 +70,7 @@ def prepare(model: Any, job: Any) -> None:
 def wants_pieces(job: Any) -> bool:
     """Whether what lies between the products is to be compiled, where the model is one that it can be done for.
 
-    Not where runs are to end with the same bytes: Inductor chooses tiles by the batch that it sees first, another in a resumed run.
+    Not where runs are to end with the same bytes: Inductor chooses tiles by the batch that it sees first, which a resume changes.
     """
     return enough_to_compile(job) and not job.deterministic
 
