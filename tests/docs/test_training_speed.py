@@ -63,7 +63,19 @@ def test_what_was_aimed_at_is_held_against_what_was_measured():
     assert table[6][1] == ", ".join(f"{newest(name, 'dequantised')['s_per_step']:.2f} s" for name in ("grpo", "rloo"))
 
 
-def test_one_training_on_two_cards_is_what_was_measured():
+def test_where_the_time_went_is_what_the_profiles_say():
+    (table,) = [rows for rows in tables(PAGE) if "attention" in rows[0]]
+    profiles = json.loads((ROOT / "measurements/training_h200.json").read_text())["profiles"]
+    for name, wall, kernels, launched, *shares in table[1:]:
+        one = profiles[PHASES[name]]
+        assert (wall, kernels) == (f"{one['wall'] / 3:.2f}", f"{one['kernels'] / 3:.3f}")
+        assert launched == f"{round(one['launched'] / 3, -2):,.0f}"
+        parts = [one["products"] / one["kernels"], one["attention"] / one["kernels"]]
+        assert shares == [f"{round(100 * part)} %" for part in (*parts, 1 - sum(parts))]
+
+
+def test_one_training_on_two_cards_and_what_readme_names_are_what_was_measured():
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
     page = (ROOT / "docs/cluster.md").read_text(encoding="utf-8")
     (table,) = [rows for rows in tables(page) if "all of the job, s" in rows[0]]
     runs = json.loads((ROOT / "measurements/over_gpus_h200.json").read_text())["runs"]
@@ -80,3 +92,6 @@ def test_one_training_on_two_cards_is_what_was_measured():
         ]  # fmt: skip
         assert "apart" not in run or f"{run['apart']:.4f}" in page
     assert len(said) == len(runs)
+    assert f"{runs[0]['steps_s'] / runs[1]['steps_s']:.2f} times one's speed" in readme
+    for way in ("study", "compiled"):
+        assert f"{newest('sft_v2', way)['tokens_per_s']:,}" in readme
