@@ -41,6 +41,19 @@ def test_the_table_of_equal_answers_is_what_was_measured():
         assert found["alone_equal"] == found["in_100_slots_equal"] == [181, 181]
 
 
+def test_7b_against_generate_and_vllm_are_what_was_measured():
+    made, vllm = MADE["7 B, 384 rows, beside generate"], MADE["vllm 0.26"]
+    speeds = {name: part["tokens_per_second"] for name, part in made.items() if isinstance(part, dict)}
+    assert row("`graphs`, 7 B") == [f"{speeds['fixed, adapter']:,}", f"{speeds['mixed, adapter']:,}"]
+    assert row("`generate`, 7 B")[0] == f"{speeds['fixed, hf, adapter']:,}"
+    assert f"So {speeds['fixed, adapter'] / speeds['fixed, hf, adapter']:.1f} times as fast" in PAGE
+    assert f"`generate` made {speeds['fixed, hf, plain']:,}" in PAGE
+    assert f"starts in {int(vllm['start_s'])} s" in PAGE and f"at {vllm['fixed']['tokens_per_second']:,} tokens a second" in PAGE
+    assert f"{vllm['agreement']['share']} of peft's effect, standard error {vllm['agreement']['se']}" in PAGE.replace("\n", " ")
+    equal, of = vllm["equal_answers_of_64_tokens"]
+    assert f"{equal} of {of} greedy answers" in PAGE and f"{vllm['first_tokens_equal']} of {of} first tokens" in PAGE
+
+
 def test_rollouts_and_the_step_beside_its_bound_are_what_was_measured():
     now = MADE["384 rows"]
     for name in ("ppo", "grpo"):

@@ -15,7 +15,7 @@ from workflow_scripts.plan.shape import weights
 
 def measured() -> list[tuple[str, float, float, float]]:
     """(what, estimate, measured, ratio) of the table in docs/performance.md."""
-    text = (ROOT / "docs/performance.md").read_text().split("## What fits on which GPU")[1]
+    text = (ROOT / "docs/performance.md").read_text().split("## What fits on which GPU")[1].split("\n## ")[0]
     rows = re.findall(r"^\| ([^|]+) \| [^|]+ \| ([\d.]+) \| ([\d.]+) \| ([\d.]+) \|$", text, flags=re.M)
     assert len(rows) == 8
     return [(what.strip(), float(estimate), float(found), float(ratio)) for what, estimate, found, ratio in rows]
