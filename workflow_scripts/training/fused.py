@@ -151,7 +151,7 @@ class Norm(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float, codes: tuple) -> Tensor:
         ctx.save_for_backward(x, weight)
         ctx.eps, ctx.back = eps, codes[1]
-        return codes[0](x, weight, eps)
+        return codes[0](x.detach(), weight, eps)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple:
@@ -163,7 +163,7 @@ class Gate(torch.autograd.Function):
     def forward(ctx: Any, g: Tensor, u: Tensor, codes: tuple) -> Tensor:
         ctx.save_for_backward(g, u)
         ctx.back = codes[1]
-        return codes[0](g, u)
+        return codes[0](g.detach(), u.detach())
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple:
@@ -175,7 +175,7 @@ class Rotation(torch.autograd.Function):
     def forward(ctx: Any, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, codes: tuple) -> tuple[Tensor, Tensor]:
         ctx.save_for_backward(cos, sin)
         ctx.back = codes[1]
-        return codes[0](q, k, cos, sin)
+        return codes[0](q.detach(), k.detach(), cos, sin)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple:
@@ -188,6 +188,12 @@ def compile_pieces(body: Any) -> int:
     Forwards and backwards are compiled apart, and not by autograd from one into the other: it compiles other code where no
     gradient is taken, which rounds otherwise, and a reference would then differ from the policy before the first step.
     """
+
+    import torch._dynamo
+
+    # Of one function it keeps eight kinds, and runs the ninth as it stands, which rounds otherwise: other dtypes and shapes of a
+    # process's models are kinds, too. Tensors are detached, so that whether one wants a gradient is none.
+    torch._dynamo.config.recompile_limit = 64
 
     def code(piece: Any) -> Any:
         return torch.compile(piece, dynamic=True)

@@ -60,7 +60,7 @@ def prepare(model: Any, job: Any) -> None:
             print(f"batches keep their padding: {reason}", flush=True)
         else:
             Unpadded(model)
-    if type(body).__name__ in fused.DECODERS and enough_to_compile(job):
+    if type(body).__name__ in fused.DECODERS and enough_to_compile(job) and not ranks.in_step:
         if wants_pieces(job):
             body.compiled_pieces = fused.compile_pieces(body)
         else:
