@@ -269,7 +269,33 @@ def test_a_size_without_room_runs_as_it_is_and_is_said_once(base, recorded, monk
     for _ in range(5):
         assert_same(plain, result(recorded, batch()))
     assert Noted.log == []
-    assert capsys.readouterr().out.count("batches of 256 tokens and more run kernel by kernel") == 1
+    assert capsys.readouterr().out.count("batches of 256 tokens run kernel by kernel") == 1
+
+
+def test_a_recording_that_finds_no_room_after_all_is_given_up_and_said_once(base, recorded, monkeypatch, capsys):
+    def full(*given):
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(captured, "Recording", full)
+    plain = result(adapted(base), batch())
+    for _ in range(5):
+        assert_same(plain, result(recorded, batch()))
+    assert capsys.readouterr().out.count("batches of 256 tokens run kernel by kernel") == 1
+
+
+def test_what_fails_in_a_recording_is_told_and_not_how_the_recording_ended():
+    class Graph:
+        def capture_begin(self, **how):
+            self.open = True
+
+        def capture_end(self):
+            self.open = False
+            raise RuntimeError("the capture is invalid")
+
+    graph = Graph()
+    with pytest.raises(torch.OutOfMemoryError), captured.recording(graph, None):
+        raise torch.OutOfMemoryError
+    assert graph.open is False
 
 
 def test_a_larger_size_renews_the_arena_and_what_lay_in_it_is_recorded_again(base, recorded, monkeypatch):

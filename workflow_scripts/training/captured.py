@@ -18,7 +18,7 @@ import gc
 import weakref
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
@@ -45,8 +45,11 @@ def recording(graph: Any, pool: Any) -> Iterator[None]:
     graph.capture_begin(pool=pool, capture_error_mode="thread_local")
     try:
         yield
-    finally:
-        graph.capture_end()
+    except BaseException:
+        with suppress(RuntimeError):  # what failed is what is told
+            graph.capture_end()
+        raise
+    graph.capture_end()
 
 
 @contextmanager
@@ -244,15 +247,32 @@ class Captured:
                 self.count += 1
                 self.passing[state] = Recording(self.layers, given, longest, grads, self.pool, self.arena.stream)
             return self.passing[state].play(given)
-        size = given[0].shape[1]
-        if not self.arena.has_room(size) and not self._grown(size):
+        if not self._recorded(state, given, longest, grads):
             return self._as_it_is(given, longest, True)
-        if state not in self.made:
-            self.count += 1
-            self.made[state] = Recording(self.layers, given, longest, grads, self.arena.pool, self.arena.stream)
         token = Token()
         self.open = weakref.ref(token)
         return Played.apply(self.made[state], token, given, *grads)  # type: ignore[no-any-return]
+
+    def _recorded(self, state: tuple, given: tuple[Tensor, ...], longest: int, grads: list[nn.Parameter]) -> bool:
+        """Whether there is a recording, made now if need be. A size that there was no room for once is not asked about again."""
+        size = given[0].shape[1]
+        if state in self.made and self.arena.has_room(size):
+            return True
+        if size in self.refused:
+            return False
+        try:
+            if not self.arena.has_room(size):
+                if not (capacity := self.arena.possible(size)):
+                    raise torch.OutOfMemoryError
+                self.made.clear()
+                self.arena.renew(capacity)
+            self.made[state] = Recording(self.layers, given, longest, grads, self.arena.pool, self.arena.stream)
+            self.count += 1
+            return True
+        except torch.OutOfMemoryError:
+            self.refused.add(size)
+            print(f"batches of {size:,} tokens run kernel by kernel: there is no room to record them", flush=True)
+            return False
 
     def _as_it_is(self, given: tuple[Tensor, ...], longest: int, grads: bool) -> Tensor:
         before = torch.cuda.memory_allocated()
@@ -260,18 +280,6 @@ class Captured:
         if grads:
             self.arena.each = max(self.arena.each, (torch.cuda.memory_allocated() - before) / given[0].shape[1])
         return out
-
-    def _grown(self, size: int) -> bool:
-        """Room for a larger size, where there can be any. Asked once for each."""
-        if size in self.refused:
-            return False
-        if capacity := self.arena.possible(size):
-            self.made.clear()
-            self.arena.renew(capacity)
-            return True
-        self.refused.add(size)
-        print(f"batches of {size:,} tokens and more run kernel by kernel: there is no room to record them", flush=True)
-        return False
 
     def _state(self) -> tuple:
         adapted = next((one for one in self.body.layers.modules() if hasattr(one, "lora_A")), None)
