@@ -155,7 +155,6 @@ class Arena:
 
     def reserve(self, capacity: int) -> None:
         self.pool, self.kept = torch.cuda.graph_pool_handle(), torch.cuda.CUDAGraph()
-        self.stream = self.stream or torch.cuda.Stream()
         with torch.cuda.stream(self.stream), recording(self.kept, self.pool):
             torch.empty(capacity, dtype=torch.uint8, device="cuda")[:1].zero_()
 
@@ -240,33 +239,32 @@ class Captured:
         self.seen[state] += 1
         if self.seen[state] < OFTEN[bool(grads)] or grads and self.open() is not None:
             return self._as_it_is(given, longest, bool(grads))
-        if not grads:
-            if state not in self.passing:
-                self.pool = self.pool or torch.cuda.graph_pool_handle()
-                self.arena.stream = self.arena.stream or torch.cuda.Stream()
-                self.count += 1
-                self.passing[state] = Recording(self.layers, given, longest, grads, self.pool, self.arena.stream)
-            return self.passing[state].play(given)
         if not self._recorded(state, given, longest, grads):
-            return self._as_it_is(given, longest, True)
+            return self._as_it_is(given, longest, bool(grads))
+        if not grads:
+            return self.passing[state].play(given)
         token = Token()
         self.open = weakref.ref(token)
         return Played.apply(self.made[state], token, given, *grads)  # type: ignore[no-any-return]
 
     def _recorded(self, state: tuple, given: tuple[Tensor, ...], longest: int, grads: list[nn.Parameter]) -> bool:
         """Whether there is a recording, made now if need be. A size that there was no room for once is not asked about again."""
-        size = given[0].shape[1]
-        if state in self.made and self.arena.has_room(size):
+        size, kept = given[0].shape[1], self.made if grads else self.passing
+        if state in kept:
             return True
         if size in self.refused:
             return False
         try:
-            if not self.arena.has_room(size):
+            self.arena.stream = self.arena.stream or torch.cuda.Stream()
+            if grads and not self.arena.has_room(size):
                 if not (capacity := self.arena.possible(size)):
                     raise torch.OutOfMemoryError
                 self.made.clear()
                 self.arena.renew(capacity)
-            self.made[state] = Recording(self.layers, given, longest, grads, self.arena.pool, self.arena.stream)
+            if not grads:
+                self.pool = self.pool or torch.cuda.graph_pool_handle()
+            pool = self.arena.pool if grads else self.pool
+            kept[state] = Recording(self.layers, given, longest, grads, pool, self.arena.stream)
             self.count += 1
             return True
         except torch.OutOfMemoryError:
