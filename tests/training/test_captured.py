@@ -193,6 +193,7 @@ def recorded(base, monkeypatch):
     monkeypatch.setattr(torch.cuda, "graph_pool_handle", object)
     monkeypatch.setattr(torch.cuda, "Stream", object)
     monkeypatch.setattr(captured.Arena, "possible", lambda arena, tokens: 1 << 40)
+    monkeypatch.setattr(captured.Arena, "spare", lambda arena: 1 << 40)
     monkeypatch.setattr(captured.Arena, "renew", lambda arena, capacity: setattr(arena, "capacity", capacity))
     captured.Captured(model.get_base_model().base_model)
     Noted.log = []
@@ -251,16 +252,43 @@ def test_there_is_an_arena_where_there_is_room_beside_what_runs_as_it_is(monkeyp
     gib = 2**30
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (100 * gib, 140 * gib))
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda: 30 * gib)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda: 5 * gib)
     arena = captured.Arena()
     arena.each = 20 * gib / 10_000
-    assert not arena.has_room(10_000)
-    assert 25 * gib < arena.possible(10_000) == arena.needed(12_500) < 35 * gib
-    assert arena.needed(36_000) < arena.possible(36_000) == int(90 * gib)  # less ahead than it would like
-    assert not arena.possible(40_000)
-    monkeypatch.setattr(gpus, "limit", lambda: 50 * gib)
-    assert not arena.possible(10_000) and arena.possible(5_000)
-    arena.capacity = 10 * gib  # which is given back first
-    assert arena.possible(10_000) and arena.has_room(3_000) and not arena.has_room(5_000)
+    assert arena.spare() == 125 * gib and not arena.has_room(10_000)
+    assert arena.possible(10_000) == arena.needed(12_500) == pytest.approx(31 * gib)
+    assert arena.needed(24_000) < arena.possible(24_000) < arena.needed(30_000)  # less ahead than it would like
+    assert not arena.possible(26_000)
+    monkeypatch.setattr(gpus, "limit", lambda: 60 * gib)
+    assert arena.spare() == 55 * gib and arena.possible(10_000) and not arena.possible(12_000)
+    arena.capacity = 31 * gib  # which is given back first
+    assert arena.spare() == 24 * gib and arena.possible(10_000) and arena.has_room(12_000) and not arena.has_room(13_000)
+
+
+def test_the_arena_is_given_back_where_a_longer_batch_needs_the_memory(base, recorded, monkeypatch, capsys):
+    spare = [1 << 40]
+    monkeypatch.setattr(captured.Arena, "spare", lambda arena: spare[0])
+    monkeypatch.setattr(captured.Arena, "needed", lambda arena, tokens: tokens)
+    released = []
+    monkeypatch.setattr(captured.Arena, "release", lambda arena: (released.append(1), setattr(arena, "capacity", 0)))
+    for _ in range(3):
+        result(recorded, batch())
+    spare[0] = 300
+    long = batch(([5] * 300, [7, 11]))
+    plain = result(adapted(base), long)
+    Noted.log.clear()
+    for _ in range(4):
+        assert_same(plain, result(recorded, long))
+    assert Noted.log == [] and released == [1]
+    assert capsys.readouterr().out.count("no batch is recorded any more") == 1
+
+
+def test_what_runs_in_inference_mode_is_not_recorded(base, recorded):
+    """Its tensors could not be written again outside of it."""
+    with torch.inference_mode():
+        for _ in range(2 * captured.OFTEN[False]):
+            recorded(**batch())
+    assert Noted.log == []
 
 
 def test_a_size_without_room_runs_as_it_is_and_is_said_once(base, recorded, monkeypatch, capsys):

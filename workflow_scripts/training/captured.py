@@ -11,7 +11,7 @@ act, and the places in memory of all weights (`_state`). The embedding, the rota
 All recordings with a gradient share one piece of memory (`Arena`), as one batch at a time is in flight. Between a batch's forward
 and its backward pass no other may be played with a gradient: it would overwrite what the first keeps, and runs as it is. The
 arena lies beside the memory of batches that run as they are: where the card, or this job's share of it, has no room for both,
-nothing larger is recorded.
+nothing larger is recorded; and it is given back where a batch needs the memory.
 """
 
 import gc
@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from workflow_scripts.plumbing import gpus
 
 OFTEN = {True: 3, False: 6}  # from which time on a size is recorded, with a gradient and without: it costs several passes
+LEAST = 2 * 2**30  # bytes that are free where a pass without a gradient is recorded
 TEXTS = 8  # room for texts comes in multiples of it
 
 
@@ -138,18 +139,28 @@ class Arena:
     def needed(self, tokens: int) -> int:
         return int(1.2 * self.each * tokens) + 2**30  # what passes by within a layer, and the results that stay
 
-    def possible(self, tokens: int) -> int:
-        """Bytes of an arena for this size and some larger ones, where there is room beside all that torch holds now; else 0."""
+    def spare(self) -> int:
+        """Bytes of the card, or of this job's share of it, that no tensor and no arena has. What torch keeps for later counts as
+        free: it gives it back before it fails."""
         most = gpus.limit()
-        free = torch.cuda.mem_get_info()[0] if most is None else most - torch.cuda.memory_reserved()
-        capacity = min(self.needed(tokens + tokens // 4), int(0.9 * (free + self.capacity)))
+        if most is None:
+            most = torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved()
+        return most - torch.cuda.memory_allocated() - self.capacity
+
+    def possible(self, tokens: int) -> int:
+        """Bytes of an arena for this size and some larger ones, if there is room beside a batch that runs as it is; else 0."""
+        free = int(0.95 * (self.spare() + self.capacity - self.needed(tokens)))
+        capacity = min(self.needed(tokens + tokens // 4), free)
         return capacity if capacity >= self.needed(tokens) else 0
 
-    def renew(self, capacity: int) -> None:
-        """What was recorded in the one before has to be gone."""
-        self.pool = self.kept = None
+    def release(self) -> None:
+        """What was recorded in it has to be gone."""
+        self.pool, self.kept, self.capacity = None, None, 0
         torch.cuda.synchronize()
         torch.cuda.empty_cache()
+
+    def renew(self, capacity: int) -> None:
+        self.release()
         self.reserve(capacity)
         self.capacity = capacity
 
@@ -223,7 +234,7 @@ class Captured:
     def run(self, given: tuple[Tensor, ...], longest: int) -> Tensor:
         parameters = list(self.body.layers.parameters())
         grads = [one for one in parameters if one.requires_grad] if torch.is_grad_enabled() else []
-        if given[0].requires_grad or not self.record:
+        if given[0].requires_grad or not self.record or torch.is_inference_mode_enabled():
             return self.layers(given, longest)
         if (where := hash(tuple(one.data_ptr() for one in parameters))) != self.where:  # weights have moved: none holds
             self.made.clear()
@@ -262,6 +273,8 @@ class Captured:
                 self.made.clear()
                 self.arena.renew(capacity)
             if not grads:
+                if self.arena.spare() < LEAST:
+                    raise torch.OutOfMemoryError
                 self.pool = self.pool or torch.cuda.graph_pool_handle()
             pool = self.arena.pool if grads else self.pool
             kept[state] = Recording(self.layers, given, longest, grads, pool, self.arena.stream)
@@ -273,6 +286,12 @@ class Captured:
             return False
 
     def _as_it_is(self, given: tuple[Tensor, ...], longest: int, grads: bool) -> Tensor:
+        if grads and self.arena.capacity and self.arena.spare() < self.arena.needed(given[0].shape[1]):
+            print("no batch is recorded any more: a longer one needs the memory", flush=True)
+            self.record = False
+            self.made.clear()
+            self.passing.clear()
+            self.arena.release()
         before = torch.cuda.memory_allocated()
         out = self.layers(given, longest)
         if grads:

@@ -38,7 +38,7 @@ class Beside(torch.autograd.Function):
         a, b = down.to(x.dtype), up.to(x.dtype)
         dropped, mask = torch.native_dropout(flat, rate, True) if rate else (flat, None)
         low = dropped @ a.T
-        y = F.linear(flat, weight, bias).addmm_(low, b.T, alpha=scale)
+        y = F.linear(flat, weight, None if bias is None else bias.to(x.dtype)).addmm_(low, b.T, alpha=scale)
         ctx.save_for_backward(flat, weight, a, b, low, mask)
         ctx.scale, ctx.rate, ctx.kinds = scale, rate, (down.dtype, up.dtype)
         return y.view(*x.shape[:-1], -1)
