@@ -38,7 +38,7 @@ LAUNCH = {"cpu": 0.008, "cuda": 0.014}  # seconds for one layer, forwards and ba
 DECODE = {"cpu": 0.003, "cuda": 0.003}  # seconds for one layer, of one token of a whole batch, by transformers' generate
 GRAPHS = {"cpu": 0.003, "cuda": 0.00015}  # the same by the generator's own steps
 START = {"cpu": 5.0, "cuda": 20.0}  # seconds until a step computes
-VLLM = 100.0  # until vLLM does: 18 to 22 to be imported, 60 to 84 for an engine with cold caches (H200)
+VLLM = 120.0  # until vLLM does: 118 with an adapter and cold caches, its import included (H200)
 ASKED = {"mmlu": (120, 1), "truthfulqa": (190, 12)}  # task -> tokens of a question (or shot), passes for its options
 # Of a task of `eval.tasks`: items, where no limit says how many; tokens of one; its options; tokens of an option.
 ITEMS, ITEM, OPTIONS, OPTION = 2000, 220, 4, 128
