@@ -55,6 +55,15 @@ def test_batches_that_are_no_multiple_of_the_ranks_and_layers_that_are_recompute
         assert made.data["objective"]["change"][name] == pytest.approx(change, abs=1e-4)
 
 
+@pytest.mark.parametrize("count, micro", [(2, 11), pytest.param(4, 6, marks=pytest.mark.long)])
+def test_a_last_step_with_fewer_micro_batches_than_ranks(count, micro, base, slices, tmp_path):
+    """32 rows, an epoch: 3 micro-batches for two ranks, the second of which has none in the last step; 6 for four."""
+    more = {"max_steps": -1, "num_train_epochs": 1, "gradient_accumulation_steps": count, "per_device_train_batch_size": micro}
+    alone = small_steps.run(step_of("dpo", base, slices, tmp_path / "one", quantise="none", **more))
+    made = several.run(sharded_step("dpo", base, slices, tmp_path / "several", **more), count)
+    check_equal(made, alone, steps=2)
+
+
 @pytest.mark.long
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_without_padding_and_in_16_bits(precision, base, slices, tmp_path, monkeypatch):

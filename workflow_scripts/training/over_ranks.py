@@ -68,7 +68,13 @@ class Shared:
         trainer, mine = self.trainer, self.place % ranks.count == ranks.number
         figures, tokens = trainer._metrics["train"], trainer._total_train_tokens
         before = {name: len(values) for name, values in figures.items()}
-        loss = self._computed(model, inputs, num_items_in_batch) if mine else self._passed_over(model, inputs)
+        if mine:
+            loss = self._computed(model, inputs, num_items_in_batch)
+        elif self._is_awaited():
+            loss = self._kept_company(model, inputs, num_items_in_batch)
+            trainer._total_train_tokens = tokens
+        else:
+            loss = self._passed_over(model, inputs)
         new = {name: values[before.get(name, 0) :] for name, values in figures.items() if name != TOKENS}
         for name, values in new.items():
             del figures[name][len(figures[name]) - len(values) :]
@@ -93,6 +99,22 @@ class Shared:
         with torch.random.fork_rng(devices=cards):
             torch.manual_seed(int.from_bytes(hashlib.blake2b(words, digest_size=7).digest(), "big"))
             return self.inner(model, inputs, items)
+
+    def _is_awaited(self) -> bool:
+        """Whether the layers come together at this micro-batch, another rank's, and this rank has none in its round: the last
+        step of an epoch may have fewer micro-batches than the others."""
+        last = self.trainer.accelerator.gradient_state.sync_gradients
+        return ranks.in_step and last and ranks.number > self.place % ranks.count
+
+    def _kept_company(self, model: Any, inputs: Any, items: Any) -> torch.Tensor:
+        """Another rank's micro-batch, computed for the sake of the passes that all ranks make together; nothing of it counts."""
+        kept = [one.grad for one in self.parameters]
+        for one in self.parameters:
+            one.grad = None
+        loss = self._computed(model, inputs, items)
+        for one, gradient in zip(self.parameters, kept, strict=True):
+            one.grad = gradient
+        return torch.zeros_like(loss)
 
     def _passed_over(self, model: Any, inputs: Any) -> torch.Tensor:
         """Another rank's micro-batch. What all ranks do together at its place, a rollout, is done."""
