@@ -24,8 +24,8 @@ def main() -> None:
 
         prepare = device.prepare
 
-        def prepared(of: dict) -> None:
-            prepare(of)
+        def prepared(of: dict, deterministic: bool = False) -> None:
+            prepare(of, deterministic)
             if of["device"] == "cuda":
                 whole = torch.cuda.get_device_properties(0).total_memory
                 torch.cuda.set_per_process_memory_fraction(min(1.0, (card * 1e9 - CONTEXT) / whole))

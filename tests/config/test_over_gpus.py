@@ -103,3 +103,13 @@ def test_make_fits_says_how_many_cards_a_base_in_full_precision_needs():
     line = next(line for line in fits.advice(made, [phase], 16) if "train dpo" in line)
     assert line.endswith(f"gpus: {changes['gpus']}, shard: true; then {peak / 2**30:.1f} GiB on each") and "quantise: nf4" in line
     assert fits.in_parts(made, made.generate("ifeval", 1), 16) is None
+
+
+def test_more_cards_than_the_config_would_take_are_no_advice():
+    made = memory(files=LARGE)
+    phase = made.train("dpo", made.config.experiments["dpo"])
+    found = fits.in_parts(made, phase, 11)
+    assert found is not None and found[0]["gpus"] == 4
+    made.config.data["deterministic"] = True
+    assert fits.in_parts(made, phase, 11) is None
+    assert fits.in_parts(made, phase, 16)[0]["gpus"] == 2

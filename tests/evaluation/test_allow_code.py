@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from tests.support.own_task import ASKED, MEAN, scored, write
-from workflow_scripts.evaluation import judge_code, own_tasks, sandbox
+from workflow_scripts.evaluation import code_eval, judge_code, own_tasks, sandbox
 from workflow_scripts.plumbing.messages import InputError
 
 
@@ -100,6 +100,22 @@ ANSWERS = {  # what the model says -> whether it is right, why it was stopped
     "open('large', 'wb').write(bytes(100 * 2**20)); answer = 7": (False, ""),
     "import os\nif os.fork() == 0:\n    os.setsid()\n    import time; time.sleep(60)\nanswer = 7": (True, ""),
     "bytearray(64 * 2**30); answer = 7": (False, ""),
+    "import socket; s, _ = socket.socketpair(type=socket.SOCK_DGRAM); s.connect('{datagrams}'); answer = 7": (False, ""),
+    "import socket; s, _ = socket.socketpair(type=socket.SOCK_RAW); s.connect('{datagrams}'); answer = 7": (False, ""),
+    "import socket; s, t = socket.socketpair(); s.send(b'7'); answer = int(t.recv(1))": (True, ""),  # asyncio wants one
+    "import ctypes; answer = 7 - ctypes.CDLL(None).unshare(0x10000000)": (False, ""),  # all capabilities, within
+    "import os; answer = 7 if os.getsid(0) == 0 else 0": (False, ""),  # the terminal's session
+    "import os; os.write(3, b'no scores'); answer = 7": (False, ""),
+    "import os; os.open('/dev/ptmx', os.O_RDWR); answer = 7": (False, ""),
+    "open('/dev/null', 'w').write('x'); open('/dev/urandom', 'rb').read(1); answer = 7": (True, ""),
+    "import os; os.kill(1, 2); answer = 7": (True, ""),  # and the judge goes on
+    "import ctypes; answer = 7 if ctypes.CDLL(None).shmget(77, 4096, 0o1600) >= 0 else 0": (False, ""),  # it would stay
+    "open('/dev/shm/left', 'w').write('x'); answer = 7": (True, ""),
+    "import os; answer = 7 if os.listdir('/dev/shm') == [] else 0": (True, ""),
+    "import os\nfor _ in range(2000):\n    os.mkdir('d' * 99); os.chdir('d' * 99)\nanswer = 7": (True, ""),
+    "import os; answer = 7 if os.listdir() == [] else 0 ": (True, ""),
+    "import os; os.mkdir('a'); os.mkdir('a/b'); os.chmod('a/b', 0); os.chmod('a', 0); os.chmod('.', 0); answer = 7": (True, ""),
+    "import os; answer = 7 if os.listdir() == [] else 0  ": (True, ""),
     "exit()": (False, "ended"),
     "import os; os._exit(0)": (False, "ended"),
     "while True: pass": (False, "seconds"),
@@ -113,10 +129,13 @@ def test_each_answer_is_judged_and_none_gets_out(tmp_path, monkeypatch):
     monkeypatch.setenv("A_TOKEN", "secret")
     source = Path(sandbox.__file__).read_text()
     server, local = socket.create_server(("127.0.0.1", 0)), socket.socket(socket.AF_UNIX)
+    datagrams = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
     monkeypatch.chdir(tmp_path)  # a socket's path has at most 107 letters
     local.bind("local")
     local.listen()
+    datagrams.bind("datagrams")
     facts = {"folder": tmp_path, "port": server.getsockname()[1], "unix": tmp_path / "local", "parent": os.getpid()}
+    facts["datagrams"] = tmp_path / "datagrams"
     answers = [one.format(**facts) if "{" in one else one for one in ANSWERS]
     monkeypatch.setattr(judge_code.subprocess, "run", in_time(judge_code.subprocess.run))
     made = judged(tmp_path, answers)
@@ -156,7 +175,7 @@ def test_without_a_part_of_the_sandbox_an_answer_gets_out(fault, tmp_path, monke
         ]
         planted = {
             "none": "",
-            "sockets": "sandbox._no_sockets = lambda *_: bytes.fromhex('060000000000ff7f')",  # BPF: allow
+            "sockets": "sandbox._refusing = lambda *_: bytes.fromhex('060000000000ff7f')",  # BPF: allow
             "a view that is not read-only": "sandbox.ATTR_RDONLY = 0",
         }[fault]
         monkeypatch.setattr(judge_code.subprocess, "run", in_time(judge_code.subprocess.run, planted))
@@ -173,6 +192,13 @@ def test_a_metric_that_raises_is_one_line(tmp_path):
 
 
 PROGRAMS = ("return a + b", "return a * b", "while True: pass", "exit()", "import os; os._exit(0)")
+
+
+def test_no_program_runs_where_a_container_has_us_as_its_first_process(monkeypatch):
+    """Some tasks try `code_eval` when they are imported, outside the sandbox."""
+    monkeypatch.setattr(os, "getpid", lambda: 1)
+    found, passed = code_eval.CodeEval().compute([["pass"]], [""], k=1)
+    assert found == {"pass@1": 0.0} and passed == {0: [False]}
 
 
 @pytest.mark.slow

@@ -60,7 +60,7 @@ def of_phase(tmp_path: Path, kind: str, run: str, overlay: str = "{}") -> list[s
 
 ADDED = [
     f"generation/{name}.py"
-    for name in "__init__ answers attention attention_kernel decoder draws generator graphs hf vllm_engine".split()
+    for name in "__init__ answers attention attention_kernel decoder draws generator graphs hf prefixes vllm_engine".split()
 ]
 CODE = f"code: models/chat.py, models/loading.py, steps/generate.py changed; {', '.join(ADDED)}, models/distance.py added"
 DECODING = "eval.decoding: (not set) -> greedy"

@@ -119,6 +119,12 @@ def test_a_missing_score_is_one_line(copy):
         freeze(copy)
 
 
+def test_pages_of_several_folders_are_not_written_over_each_other(tmp_path, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["study", "rebuild", str(tmp_path / "a"), str(tmp_path / "b"), "--out", str(tmp_path)])
+    with pytest.raises(InputError, match="^--out takes the pages of one folder"):
+        study.main()
+
+
 def test_a_folder_that_is_none_is_one_line(tmp_path):
     with pytest.raises(InputError, match="no results.tar.xz with a NAME.step.json"):
         study.rebuild(tmp_path, tmp_path)

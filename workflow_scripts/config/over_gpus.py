@@ -12,6 +12,7 @@ from workflow_scripts.config.written import Written
 ALONE = {"ppo": "its policy and its value are two backward passes on two adapters, which would need an exchange of their own"}
 KEYS = ("gpus", "shard", "nodes")
 DRAWS = ("ppo", "grpo", "rloo")
+IN_ONE_ORDER = 2  # cards, at most, whose numbers NCCL adds up in one order
 
 
 @dataclass
@@ -40,7 +41,7 @@ def apart(config: Written, experiments: dict[str, dict]) -> tuple[dict[str, dict
             continue
         if reason := ALONE.get(body["method"]):
             raise config.fail(config.place(name, ["gpus"]), f"found {count}, but {body['method']} trains on one GPU: {reason}")
-        if count > 2 and config.data["deterministic"]:
+        if count > IN_ONE_ORDER and config.data["deterministic"]:
             raise config.fail(
                 config.place(name, ["gpus"]),
                 f"found {count} with deterministic: true; NCCL may add up those of more than two cards in any order: "

@@ -11,6 +11,8 @@ import signal
 import time
 from typing import Any
 
+from workflow_scripts.evaluation import sandbox
+
 TIMEOUT = 3.0  # seconds of one program, as there
 
 
@@ -21,9 +23,8 @@ class CodeEval:
                 **_: Any) -> tuple[dict[str, float], dict[int, list[bool]]]:  # fmt: skip
         """({pass@k: the mean of its unbiased estimate}, whether each program passed). Outside the sandbox nothing runs or passes:
         some tasks try it with a program of theirs when they are imported."""
-        inside = os.getpid() == 1 or os.getppid() == 1
         passed = {
-            number: [inside and passes(f"{program}\n{test}", timeout) for program in programs]
+            number: [sandbox.entered and passes(f"{program}\n{test}", timeout) for program in programs]
             for number, (programs, test) in enumerate(zip(predictions, references, strict=True))
         }
         found = {}

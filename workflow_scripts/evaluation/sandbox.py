@@ -3,15 +3,16 @@
 `enter` makes the calling process such a place, with the kernel's namespaces, which need no root where the kernel lets an
 ordinary user have them:
 
-    user, network    no interface but a loopback that is down; and by a seccomp filter no socket at all, since one that has a
-                     path (Docker's, an agent's) is reached without a network
-    process, IPC     it sees and can end its own processes only; all end with the first
-    mount            everything is read-only but `folder`, an empty file system in memory of at most FOLDER_MB
-    capabilities     none are left, and none can be gained
+    user, network    no interface but a loopback that is down; and by a seccomp filter no socket but a pair of connected streams,
+                     since one that has a path (Docker's, an agent's) is reached without a network
+    process, IPC     it sees and can end its own processes only; all end with the first. No terminal; no keys of the kernel's
+    mount            everything is read-only but `folder` and /dev/shm, empty file systems in memory of at most FOLDER_MB; of
+                     devices there are DEVICES
+    capabilities     none are left, and none can be gained, nor by a namespace within
 
 `apart` runs one judgement in a child of that process, with at most SECONDS of time, MEMORY_GB more of address space, PROCESSES
-processes and FILE_MB to a file. Afterwards whatever it started is ended and the folder is emptied, so that no answer meets what
-another one left. What a judgement returns comes back as JSON, never as a pickle.
+processes and FILE_MB to a file. Afterwards whatever it started is ended and both folders are emptied, so that no answer meets
+what another one left. What a judgement returns comes back as JSON, never as a pickle.
 
 What this is not: a virtual machine. A fault of the kernel is not fenced off, files that the user may read can be read (though
 nothing can be sent), and code that runs inside the process of its own judge can tell it to pass.
@@ -23,8 +24,8 @@ import json
 import os
 import platform
 import resource
+import secrets
 import select
-import shutil
 import signal
 import struct
 import subprocess
@@ -39,15 +40,24 @@ from workflow_scripts.plumbing.messages import InputError
 
 SECONDS, MEMORY_GB, PROCESSES, FILE_MB, FOLDER_MB = 30, 4, 64, 64, 256
 OPEN_FILES, ANSWER_BYTES = 256, 2**20
+SHARED = Path("/dev/shm")
+DEVICES = ("null", "zero", "full", "random", "urandom")
 
 # Of linux/sched.h, mount.h, prctl.h, capability.h, seccomp.h
 NEW = {"user": 0x10000000, "mount": 0x20000, "process": 0x20000000, "network": 0x40000000, "IPC": 0x8000000}
-MS_NOSUID, MS_NODEV, MS_REC, MS_PRIVATE = 0x2, 0x4, 0x4000, 0x40000
+MS_NOSUID, MS_NODEV, MS_BIND, MS_REC, MS_PRIVATE = 0x2, 0x4, 0x1000, 0x4000, 0x40000
 MOUNT_SETATTR, AT_FDCWD, AT_RECURSIVE, ATTR_RDONLY = 442, -100, 0x8000, 0x1
 PR_SET_PDEATHSIG, PR_SET_DUMPABLE, PR_SET_SECCOMP, PR_CAPBSET_DROP, PR_SET_NO_NEW_PRIVS = 1, 4, 22, 24, 38
 CAPABILITY_V3 = 0x20080522
-SOCKET = {"x86_64": (0xC000003E, 41), "aarch64": (0xC00000B7, 198)}  # seccomp's number of the machine, and of socket()
-IO_URING_SETUP, X32 = 425, 0x40000000
+# Of asm/unistd.h, of each machine: its number for seccomp; socketpair; calls that are refused: socket, io_uring_setup, shmget,
+# semget, msgget, mq_open, add_key, request_key, keyctl. What the last seven make outlives the process that made it.
+CALLS = {
+    "x86_64": (0xC000003E, 53, (41, 425, 29, 64, 68, 240, 248, 249, 250)),
+    "aarch64": (0xC00000B7, 199, (198, 425, 194, 190, 186, 180, 217, 218, 219)),
+}
+SOCK_STREAM, X32 = 1, 0x40000000
+
+entered = False  # whether this process is in such a place
 
 
 def check() -> None:
@@ -82,6 +92,7 @@ def environment(folder: Path) -> dict[str, str]:
 def enter(folder: Path) -> None:
     """Make this process, which has one thread, such a place; returns in a child of it, the first process there. OSError, which
     says what the kernel would not give."""
+    global entered
     libc = ctypes.CDLL(None, use_errno=True)
 
     def ask(what: str, answer: int) -> None:
@@ -100,40 +111,61 @@ def enter(folder: Path) -> None:
     if child := os.fork():
         _wait_as(child)
     ask("ending with its parent", libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL))
+    os.setsid()  # a terminal takes as typed what a process of its session puts there
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # the first process hears of the others only what it handles
     mount("", "/", "", MS_REC | MS_PRIVATE)
     attributes = struct.pack("QQQQ", ATTR_RDONLY, 0, 0, 0)
     everything = libc.syscall(MOUNT_SETATTR, AT_FDCWD, b"/", AT_RECURSIVE, attributes, ctypes.c_size_t(len(attributes)))
     ask("a read-only view of the file system (Linux 5.12 has it)", everything)
     mount("proc", "/proc", "proc", MS_NOSUID | MS_NODEV)
-    for place in (str(folder), "/dev/shm"):
-        if os.path.isdir(place):
-            mount("tmpfs", place, "tmpfs", MS_NOSUID | MS_NODEV, f"size={FOLDER_MB}m,mode=700")
+    Path("/proc/sys/user/max_user_namespaces").write_text("0")  # in one within it would have all capabilities again
+    devices = {name: os.open(f"/dev/{name}", os.O_PATH) for name in DEVICES}
+    mount("tmpfs", "/dev", "tmpfs", MS_NOSUID, "size=1m,mode=755")
+    for name, descriptor in devices.items():
+        Path("/dev", name).touch()
+        mount(f"/proc/self/fd/{descriptor}", f"/dev/{name}", "", MS_BIND)
+        os.close(descriptor)
+    os.symlink("/proc/self/fd", "/dev/fd")
+    SHARED.mkdir()
+    closed = libc.syscall(MOUNT_SETATTR, AT_FDCWD, b"/dev", 0, attributes, ctypes.c_size_t(len(attributes)))
+    ask("a read-only /dev", closed)
+    for place in (folder, SHARED):
+        mount("tmpfs", str(place), "tmpfs", MS_NOSUID | MS_NODEV, f"size={FOLDER_MB}m,mode=700")
     os.chdir(folder)
     for capability in range(64):
         libc.prctl(PR_CAPBSET_DROP, capability, 0, 0, 0)  # those above the kernel's last are refused
     ask("no capabilities", libc.capset(struct.pack("Ii", CAPABILITY_V3, 0), bytes(24)))
     ask("a memory that its children can't write to", libc.prctl(PR_SET_DUMPABLE, 0, 0, 0, 0))
     ask("no new privileges", libc.prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0))
-    if platform.machine() not in SOCKET:
+    if platform.machine() not in CALLS:
         raise OSError(f"a seccomp filter for {platform.machine()}, which this code has none for")
-    rules = _no_sockets(*SOCKET[platform.machine()])
+    rules = _refusing(*CALLS[platform.machine()])
     kept = ctypes.create_string_buffer(rules, len(rules))
     program = struct.pack("HxxxxxxP", len(rules) // 8, ctypes.addressof(kept))
     ask("a seccomp filter", libc.prctl(PR_SET_SECCOMP, 2, program, 0, 0))
+    entered = True
 
 
-def _no_sockets(machine: int, socket: int) -> bytes:
-    """A filter in BPF: socket() and io_uring_setup() are refused, calls in another machine's numbers end the process."""
-    load, equal, above, done = 0x20, 0x15, 0x35, 0x06
+def _refusing(machine: int, pair: int, refused: tuple[int, ...]) -> bytes:
+    """A filter in BPF: the calls `refused`, and a pair of sockets other than streams, fail; calls in another machine's numbers
+    end the process. A pair of datagram sockets can be connected to any path, one of streams can't."""
+    load, masked, equal, above, done = 0x20, 0x54, 0x15, 0x35, 0x06
     allow, refuse, end = 0x7FFF0000, 0x00050001, 0x80000000  # refuse: with EPERM
     rules = [
         (load, 0, 0, 4),
         (equal, 1, 0, machine),
         (done, 0, 0, end),
         (load, 0, 0, 0),
-        (above, 2, 0, X32),
-        (equal, 1, 0, socket),
-        (equal, 0, 1, IO_URING_SETUP),
+        (above, 0, 1, X32),
+        (done, 0, 0, refuse),
+    ]
+    for call in refused:
+        rules += [(equal, 0, 1, call), (done, 0, 0, refuse)]
+    rules += [
+        (equal, 0, 4, pair),
+        (load, 0, 0, 24),  # the lower half of its second argument
+        (masked, 0, 0, 0xF),  # without SOCK_CLOEXEC and SOCK_NONBLOCK
+        (equal, 1, 0, SOCK_STREAM),
         (done, 0, 0, refuse),
         (done, 0, 0, allow),
     ]
@@ -152,7 +184,7 @@ def apart(judge: Callable[[], Any]) -> tuple[Any, str]:
 
     Reasons: `seconds`, `processes`, `memory`, `ended` (by itself: exit(), a signal, a limit). InputError where judging raises.
     """
-    assert os.getpid() == 1, "outside the sandbox"
+    assert entered, "outside the sandbox"
     receive, send = os.pipe()
     child = os.fork()
     if not child:
@@ -166,12 +198,13 @@ def apart(judge: Callable[[], Any]) -> tuple[Any, str]:
             os.waitpid(-1, 0)
     os.close(receive)
     _empty(Path.cwd())
+    _empty(SHARED)
     if why:
         return None, why
     try:
         said = json.loads(text)
         kind, value = said["kind"], said["value"]
-    except (ValueError, TypeError, KeyError):
+    except (ValueError, TypeError, KeyError, RecursionError):
         return None, "ended"
     if kind == "raised":
         raise InputError(str(value)[:300])
@@ -185,7 +218,8 @@ def _judge(judge: Callable[[], Any], receive: int, send: int) -> None:
         nothing = os.open(os.devnull, os.O_RDWR)
         for number in (0, 1, 2):
             os.dup2(nothing, number)
-        os.closerange(send + 1, OPEN_FILES)
+        os.closerange(3, send)  # where the scores go is among them
+        os.closerange(send + 1, 2**16)
         pages = int(Path("/proc/self/statm").read_text().split()[0])
         for what, most in (
             (resource.RLIMIT_CPU, SECONDS), (resource.RLIMIT_AS, pages * resource.getpagesize() + MEMORY_GB * 2**30),
@@ -223,11 +257,19 @@ def _read(receive: int, child: int) -> tuple[bytes, str]:
 
 
 def _empty(folder: Path) -> None:
-    for one in folder.iterdir():
-        if one.is_dir() and not one.is_symlink():
-            shutil.rmtree(one, ignore_errors=True)
-        else:
-            one.unlink(missing_ok=True)
+    """Whatever an answer did to it: what lies deeper comes up, since its path may be too long, and may be closed to its owner."""
+    folder.chmod(0o700)
+    while found := list(os.scandir(folder)):
+        for one in found:
+            if not one.is_dir(follow_symlinks=False):
+                os.unlink(one.path)
+                continue
+            os.chmod(one.path, 0o700)
+            for inner in list(os.scandir(one.path)):
+                if inner.is_dir(follow_symlinks=False):
+                    os.chmod(inner.path, 0o700)
+                os.rename(inner.path, folder / secrets.token_hex(16))
+            os.rmdir(one.path)
 
 
 if __name__ == "__main__":

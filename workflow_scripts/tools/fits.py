@@ -19,7 +19,7 @@ import math
 
 from workflow_scripts.config import config as configs
 from workflow_scripts.config.names import answered
-from workflow_scripts.config.over_gpus import can_share_base
+from workflow_scripts.config.over_gpus import IN_ONE_ORDER, can_share_base
 from workflow_scripts.plan.estimate import Estimates
 from workflow_scripts.plan.gpu_memory import CARDS, GIB, Memory, Phase, fits, need
 from workflow_scripts.plan.plan import Plan
@@ -62,8 +62,9 @@ def in_parts(memory: Memory, phase: Phase, card: float) -> tuple[dict[str, objec
     if not body or not can_share_base(body):
         return None
     changes: dict[str, object] = {}
+    counts = [count for count in SHARED_BY if count <= IN_ONE_ORDER or not memory.config.data["deterministic"]]
     while True:
-        for count in SHARED_BY:
+        for count in counts:
             made = memory.train(phase.name, body | {"parts": count})
             if body["train"]["gradient_accumulation_steps"] % count == 0 and fits(made.peak, card):
                 return changes | {"gpus": count, "shard": True}, made.peak

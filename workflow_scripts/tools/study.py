@@ -166,6 +166,8 @@ def main() -> None:
     args = parser.parse_args()
     if args.command == "freeze":
         freeze(args.folder, {name: [Path(file) for file in files] for name, *files in args.page}, args.also)
+    elif args.out and len(args.folders) > 1:
+        raise InputError("--out takes the pages of one folder: those of several may have one name; give it for each")
     elif changed := [str(one) for one in args.folders if not rebuild(one, args.out or one, args.check)]:
         if args.check:
             raise InputError(f"{', '.join(changed)}: not as it was; without --check the pages are written anew")
