@@ -97,20 +97,38 @@ def signed(function):
 ON_GPU = "--gpu-mb {resources.gpu_mb}" if GPU else ""
 
 
+@cache
+def spread_of(run):
+    """Of a training: its processes, each with a GPU where it has one; in how many parts they hold its base; their nodes."""
+    name = PLAN.config.run(run)[0]
+    return PLAN.config.gpus[name], PLAN.config.parts[name], PLAN.config.nodes[name]
+
+
 @signed
 def ranks_of(wildcards):
-    """The processes of a training, each with a GPU where it has one."""
-    return PLAN.config.gpus[PLAN.config.run(wildcards.run)[0]]
+    return spread_of(wildcards.run)[0]
 
 
-def parts_of(wildcards):
-    """In how many parts the base of a training lies on its GPUs."""
-    return PLAN.config.parts[PLAN.config.run(wildcards.run)[0]]
+@signed
+def shard_of(wildcards):
+    return int(spread_of(wildcards.run)[1] > 1)
 
 
+@signed
 def nodes_of(wildcards):
-    """The nodes that share a training's processes."""
-    return PLAN.config.nodes[PLAN.config.run(wildcards.run)[0]]
+    return spread_of(wildcards.run)[2]
+
+
+@signed
+def threads_of(wildcards):
+    """Of a training; over several nodes, those of one process."""
+    return THREADS * (spread_of(wildcards.run)[0] if spread_of(wildcards.run)[2] == 1 else 1)
+
+
+@signed
+def gpus_of(wildcards):
+    """Of a training on one node; over several, each process asks for its own (SPREAD)."""
+    return GPU * spread_of(wildcards.run)[0] if spread_of(wildcards.run)[2] == 1 else 0
 
 
 @signed
@@ -120,7 +138,7 @@ def tasks_on_each(wildcards):
 
 
 # What a training over several nodes asks Slurm's executor for, beside what it asks on each. `mpi`: the step itself calls srun.
-SPREAD = {"mpi": "srun", "nodes": signed(nodes_of), "tasks_per_node": tasks_on_each}
+SPREAD = {"mpi": "srun", "nodes": nodes_of, "tasks_per_node": tasks_on_each}
 if GPU:
     SPREAD["gres"] = signed(lambda wildcards: f"gpu:{ranks_of(wildcards) // nodes_of(wildcards)}")
 

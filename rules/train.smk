@@ -18,13 +18,13 @@ for method, spread in sorted({(body["method"], PLAN.config.nodes[name] > 1) for 
             run=runs_of(method, chosen=False, spread=[spread]),
         conda:
             ENV
-        threads: signed(lambda wildcards: THREADS * (ranks_of(wildcards) if nodes_of(wildcards) == 1 else 1))
+        threads: threads_of
         resources:
             **room("train"),
             **(SPREAD if spread else {}),
-            gpu=signed(lambda wildcards: GPU * ranks_of(wildcards) if nodes_of(wildcards) == 1 else 0),
+            gpu=gpus_of,
             ranks=ranks_of,
-            shard=signed(lambda wildcards: int(parts_of(wildcards) > 1)),
+            shard=shard_of,
             mem_mb=asks("mem_mb", "train"),
             runtime=asks("runtime", "train"),
             disk_mb=asks("disk_mb", "train"),
