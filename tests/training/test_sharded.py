@@ -72,6 +72,14 @@ def test_without_padding_and_in_16_bits(precision, base, slices, tmp_path, monke
     assert json.loads((made.folder / "run.json").read_text())["speed"]["unpadded"]
 
 
+@pytest.mark.parametrize("method", BY_TWO)
+def test_an_epoch_that_ends_within_a_step(method, base, slices, tmp_path):
+    """Three micro-batches an epoch, two a step: of the second step a rank has none, and is in the pass all the same."""
+    more = {"max_steps": 4, "gradient_accumulation_steps": 2, "per_device_train_batch_size": 24 if method == "kto" else 12}
+    alone = small_steps.run(step_of(method, base, slices, tmp_path / "one", quantise="none", **more))
+    check_equal(several.run(sharded_step(method, base, slices, tmp_path / "two", **more), 2), alone, steps=4)
+
+
 def test_a_rank_keeps_its_part_of_each_layer_and_all_of_the_adapter(base, slices, tmp_path):
     def train(rank):
         kept = []

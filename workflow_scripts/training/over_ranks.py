@@ -68,7 +68,12 @@ class Shared:
         trainer, mine = self.trainer, self.place % ranks.count == ranks.number
         figures, tokens = trainer._metrics["train"], trainer._total_train_tokens
         before = {name: len(values) for name, values in figures.items()}
-        loss = self._computed(model, inputs, num_items_in_batch) if mine else self._passed_over(model, inputs)
+        # An epoch may end within a step: of its last round some ranks have none, and passes that all make together need them.
+        along = ranks.in_step and trainer.accelerator.gradient_state.sync_gradients and self.place % ranks.count < ranks.number
+        if mine:
+            loss = self._computed(model, inputs, num_items_in_batch)
+        else:
+            loss = (self._gone_along if along else self._passed_over)(model, inputs)
         new = {name: values[before.get(name, 0) :] for name, values in figures.items() if name != TOKENS}
         for name, values in new.items():
             del figures[name][len(figures[name]) - len(values) :]
@@ -78,8 +83,9 @@ class Shared:
             self.noted[self.place] = {name: values for name, values in new.items() if values}
             if not self.samples:  # those of a rollout are counted by all ranks
                 self.tokens += trainer._total_train_tokens - tokens
-                trainer._total_train_tokens = tokens
             self.loss += loss.float()
+        if not self.samples:
+            trainer._total_train_tokens = tokens
         self.place += 1
         if not trainer.accelerator.gradient_state.sync_gradients:
             return torch.zeros_like(loss)
@@ -93,6 +99,14 @@ class Shared:
         with torch.random.fork_rng(devices=cards):
             torch.manual_seed(int.from_bytes(hashlib.blake2b(words, digest_size=7).digest(), "big"))
             return self.inner(model, inputs, items)
+
+    def _gone_along(self, model: Any, inputs: Any) -> torch.Tensor:
+        """Another rank's micro-batch, computed too, of which nothing stays."""
+        kept = [None if one.grad is None else one.grad.clone() for one in self.parameters]
+        loss = self._computed(model, inputs, None)
+        for parameter, grad in zip(self.parameters, kept, strict=True):
+            parameter.grad = grad
+        return torch.zeros_like(loss)
 
     def _passed_over(self, model: Any, inputs: Any) -> torch.Tensor:
         """Another rank's micro-batch. What all ranks do together at its place, a rollout, is done."""
