@@ -57,11 +57,16 @@ ANSWER_ENV = "../envs/vllm.yaml" if PLAN.config.generation()["backend"] == "vllm
 SEED = r"(\.seed([2-9]|[1-9][0-9]+))?"
 
 
-def runs_of(*methods, chosen=True, spread=(False, True)):
-    """A wildcard constraint: the runs of these methods. chosen: with those whose adapter is chosen among trials; spread: those on
-    one node, or on several."""
+def way_of(name):
+    """Of an experiment: whether its base lies in parts, and whether it trains over several nodes."""
+    return PLAN.config.parts[name] > 1, PLAN.config.nodes[name] > 1
+
+
+def runs_of(*methods, chosen=True, ways=None):
+    """A wildcard constraint: the runs of these methods. chosen: with those whose adapter is chosen among trials; ways: those that
+    train in one of these (`way_of`)."""
     names = [name for name, body in PLAN.config.experiments.items() if body["method"] in methods]
-    names = [name for name in names if (PLAN.config.nodes[name] > 1) in spread]
+    names = [name for name in names if ways is None or way_of(name) in ways]
     return any_of([name for name in names if chosen or name not in PLAN.config.tuned]) + SEED
 
 
@@ -99,9 +104,9 @@ ON_GPU = "--gpu-mb {resources.gpu_mb}" if GPU else ""
 
 @cache
 def spread_of(run):
-    """Of a training: its processes, each with a GPU where it has one; in how many parts they hold its base; their nodes."""
+    """Of a training: its processes, each with a GPU where it has one, and their nodes."""
     name = PLAN.config.run(run)[0]
-    return PLAN.config.gpus[name], PLAN.config.parts[name], PLAN.config.nodes[name]
+    return PLAN.config.gpus[name], PLAN.config.nodes[name]
 
 
 @signed
@@ -110,25 +115,20 @@ def ranks_of(wildcards):
 
 
 @signed
-def shard_of(wildcards):
-    return int(spread_of(wildcards.run)[1] > 1)
-
-
-@signed
 def nodes_of(wildcards):
-    return spread_of(wildcards.run)[2]
+    return spread_of(wildcards.run)[1]
 
 
 @signed
 def threads_of(wildcards):
     """Of a training; over several nodes, those of one process."""
-    return THREADS * (spread_of(wildcards.run)[0] if spread_of(wildcards.run)[2] == 1 else 1)
+    return THREADS * (spread_of(wildcards.run)[0] if spread_of(wildcards.run)[1] == 1 else 1)
 
 
 @signed
 def gpus_of(wildcards):
     """Of a training on one node; over several, each process asks for its own (SPREAD)."""
-    return GPU * spread_of(wildcards.run)[0] if spread_of(wildcards.run)[2] == 1 else 0
+    return GPU * spread_of(wildcards.run)[0] if spread_of(wildcards.run)[1] == 1 else 0
 
 
 @signed
@@ -143,7 +143,8 @@ if GPU:
     SPREAD["gres"] = signed(lambda wildcards: f"gpu:{ranks_of(wildcards) // nodes_of(wildcards)}")
 
 
-NODES = {False: (), True: ("--nodes {resources.nodes}",)}  # of the command
+SHARD = {False: (), True: ("--shard",)}  # of the command
+NODES = {False: (), True: ("--nodes {resources.nodes}",)}
 
 
 def call(step, out, *more):

@@ -1,10 +1,10 @@
-# One rule for each method, made in a loop, and one more where a method trains over several nodes. The step's module is a parameter:
-# a loop variable inside the shell string would be bound late, and every job would run the last method.
-for method, spread in sorted({(body["method"], PLAN.config.nodes[name] > 1) for name, body in PLAN.config.experiments.items()}):
+# One rule for each method, made in a loop, and one more where a method trains over several nodes, or holds its base in parts. The
+# step's module is a parameter: a loop variable inside the shell string would be bound late, and every job would run the last method.
+for method, shard, spread in sorted({(body["method"], *way_of(name)) for name, body in PLAN.config.experiments.items()}):
 
     rule:
         name:
-            f"train_{method}_nodes" if spread else f"train_{method}"
+            f"train_{method}" + "_shard" * shard + "_nodes" * spread
         input:
             train_inputs,
         output:
@@ -15,7 +15,7 @@ for method, spread in sorted({(body["method"], PLAN.config.nodes[name] > 1) for 
         benchmark:
             "<benchmarks>/{run}/train.tsv"
         wildcard_constraints:
-            run=runs_of(method, chosen=False, spread=[spread]),
+            run=runs_of(method, chosen=False, ways=[(shard, spread)]),
         conda:
             ENV
         threads: threads_of
@@ -24,7 +24,6 @@ for method, spread in sorted({(body["method"], PLAN.config.nodes[name] > 1) for 
             **(SPREAD if spread else {}),
             gpu=gpus_of,
             ranks=ranks_of,
-            shard=shard_of,
             mem_mb=asks("mem_mb", "train"),
             runtime=asks("runtime", "train"),
             disk_mb=asks("disk_mb", "train"),
@@ -32,4 +31,4 @@ for method, spread in sorted({(body["method"], PLAN.config.nodes[name] > 1) for 
             module=f"train_{method}",
             step=signed(lambda wildcards: PLAN.train(wildcards.run)),
         shell:
-            call("{params.module}", "manifest", "--gpus {resources.ranks} --shard {resources.shard}", *NODES[spread], ON_GPU)
+            call("{params.module}", "manifest", "--gpus {resources.ranks}", *SHARD[shard], *NODES[spread], ON_GPU)

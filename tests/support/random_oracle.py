@@ -222,7 +222,8 @@ MODELS = ["merge", "generate", "eval_rm", *TRAIN]
 ROLLOUTS = ["train_ppo", "train_grpo", "train_rloo"]
 EVERY = [*SLICE, "make_base", *MODELS, *SCORE]
 # Plumbing; what plans; what only models from elsewhere need.
-NO_STEP = """steps/cli plumbing/cards plumbing/content_cache plumbing/gpus plumbing/launch plumbing/nodes plumbing/ranks plumbing/progress
+NO_STEP = """steps/cli plumbing/cards plumbing/content_cache plumbing/gpus plumbing/launch
+plumbing/nodes plumbing/ranks plumbing/progress
 plumbing/messages plumbing/signals plumbing/startup artifacts/runinfo artifacts/work artifacts/fingerprint artifacts/own_code
 config/declared data/hub evaluation/rows config/__init__ config/config config/schema_errors config/yaml_files config/bases
 config/comparison config/choices config/judged config/names config/sweep config/written config/tuning config/own_tasks

@@ -338,3 +338,25 @@ def test_a_larger_size_renews_the_arena_and_what_lay_in_it_is_recorded_again(bas
     assert_same(plain, result(recorded, batch()))
     result(recorded, long)
     assert [one[:2] for one in Noted.log if one[0] == "recorded"] == [("recorded", 256), ("recorded", 512), ("recorded", 256)]
+
+
+def test_pieces_are_of_decoders_with_the_same_gate():
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    small = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "intermediate_size": 48, "vocab_size": 90}
+    assert fused.knows(LlamaForCausalLM(LlamaConfig(**small)).base_model)
+    assert not fused.knows(LlamaForCausalLM(LlamaConfig(**small, hidden_act="gelu")).base_model)
+
+
+def test_memory_that_is_set_aside_is_not_in_the_peak(monkeypatch):
+    from workflow_scripts.plumbing import gpus
+
+    now = [50]
+    monkeypatch.setattr(gpus, "_earlier", 0)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: now[0])
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda: now.__setitem__(0, 10))
+    now[0] = 900  # with what was set aside
+    gpus.forget_peak(50)
+    assert gpus.peak() == 50
+    now[0] = 70
+    assert gpus.peak() == 70

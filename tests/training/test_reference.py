@@ -153,3 +153,33 @@ def test_a_reference_goes_by_larger_batches_where_a_gpu_has_the_memory(device, r
         model=SimpleNamespace(config=SimpleNamespace(get_text_config=lambda: text)),
     )
     assert reference.KeptReference._at_once(trainer, batch) == rows
+
+
+def test_another_configuration_of_the_same_weights_is_another_start(base, pairs, tmp_path):
+    """What a model computes is in its config.json as well."""
+    from workflow_scripts.artifacts import manifests
+
+    start = manifests.read(base)
+    job = training("dpo", tmp_path / "one", base, pairs)
+    one = reference.of(job, start)["follows_from"]
+    start.data["files"]["config.json"] = "another"
+    assert reference.of(job, start)["follows_from"] != one
+
+
+def test_a_reference_that_cannot_be_kept_is_said_and_fails_nothing(tmp_path, capsys):
+    (tmp_path / "file").write_text("in the way")
+    reference._write(tmp_path / "file/x.safetensors", {"a": torch.zeros(2)})
+    assert "not kept" in capsys.readouterr().out
+
+
+def test_what_is_kept_has_the_mode_that_the_umask_asks_for(tmp_path):
+    import os
+
+    before = os.umask(0o002)
+    try:
+        reference._write(tmp_path / "references/x.safetensors", {"a": torch.arange(2.0)})
+    finally:
+        os.umask(before)
+    file = tmp_path / "references/x.safetensors"
+    assert file.stat().st_mode & 0o777 == 0o664 and list(file.parent.iterdir()) == [file]
+    assert reference._read(file, 2)["a"].tolist() == [0, 1]

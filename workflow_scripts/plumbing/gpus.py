@@ -289,3 +289,22 @@ def learn(file: Path, mebibytes: int, peak: float | None) -> None:
             os.replace(part, file)
     except OSError as error:  # the step itself is made
         print(f"{file}: what the step needs of a GPU is not noted: {error.strerror}", flush=True)
+
+
+_earlier = 0  # the peak until it was forgotten
+
+
+def forget_peak(seen: int) -> None:
+    """Since `seen` bytes were the peak, memory was set aside that no result needs (training/captured.py): that counts no more."""
+    global _earlier
+    import torch
+
+    _earlier = max(_earlier, seen)
+    torch.cuda.reset_peak_memory_stats()
+
+
+def peak() -> int:
+    """Bytes that torch had allocated at most."""
+    import torch
+
+    return max(_earlier, torch.cuda.max_memory_allocated())

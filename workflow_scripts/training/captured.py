@@ -161,7 +161,9 @@ class Arena:
 
     def renew(self, capacity: int) -> None:
         self.release()
+        seen = torch.cuda.max_memory_allocated()
         self.reserve(capacity)
+        gpus.forget_peak(seen)
         self.capacity = capacity
 
     def reserve(self, capacity: int) -> None:

@@ -25,7 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-DECODERS = ("LlamaModel", "Qwen2Model", "Qwen3Model")  # whose norms, angles and gates are those below
+DECODERS = ("LlamaModel", "Qwen2Model", "Qwen3Model")  # whose layers are called as training/captured.py does
 
 
 class Beside(torch.autograd.Function):
@@ -182,8 +182,13 @@ class Rotation(torch.autograd.Function):
         return *ctx.back(*grads, *ctx.saved_tensors), None, None, None
 
 
+def knows(body: Any) -> bool:
+    """Whether a decoder's norms, angles and gates are those above."""
+    return type(body).__name__ in DECODERS and body.config.hidden_act == "silu"
+
+
 def compile_pieces(body: Any) -> int:
-    """Compile what lies between the products of a decoder, one of DECODERS. Returns how many pieces there are.
+    """Compile what lies between the products of a decoder that it `knows`. Returns how many pieces there are.
 
     Forwards and backwards are compiled apart, and not by autograd from one into the other: it compiles other code where no
     gradient is taken, which rounds otherwise, and a reference would then differ from the policy before the first step.

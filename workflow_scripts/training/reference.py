@@ -18,13 +18,13 @@ import os
 import platform
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from trl import DPOTrainer, KTOTrainer
 
 from workflow_scripts.artifacts.manifests import Artifact, Job
@@ -42,7 +42,11 @@ def of(job: Job, start: Artifact) -> dict[str, Any]:
     where = torch.cuda.get_device_name() if gpu else f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}"
     how = {"unpadded": bool(job.speed.get("unpadded")) and gpu, "deterministic": job.deterministic and gpu,
            "compiled": speed.wants_pieces(job)}  # fmt: skip
-    facts = {key: job.step.get(key) for key in STEP} | {"weights": start.weights_sha256, "quant": job.config.get("quant")}
+    facts = {key: job.step.get(key) for key in STEP} | {
+        "weights": start.weights_sha256,
+        "model": start.data["files"]["config.json"],
+        "quant": job.config.get("quant"),
+    }
     return {"kept": job.work / "references", "follows_from": facts | how | {"where": where, "torch": torch.__version__}}
 
 
@@ -136,8 +140,14 @@ def _read(file: Path, rows: int) -> dict[str, torch.Tensor] | None:
 
 
 def _write(file: Path, found: dict[str, torch.Tensor]) -> None:
-    """Whole or not at all, whoever else writes it."""
+    """Whole or not at all, whoever else writes it. It is a cache: where it can't be written, that is said, and nothing fails."""
     part = file.with_suffix(f".{platform.node()}.{os.getpid()}")
-    file.parent.mkdir(parents=True, exist_ok=True)
-    save_file({name: values.contiguous() for name, values in found.items()}, part)
-    os.replace(part, file)
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with part.open("wb") as out:  # with the mode that the umask asks for; safetensors' own file is for its writer alone
+            out.write(save({name: values.contiguous() for name, values in found.items()}))
+        os.replace(part, file)
+    except OSError as error:
+        print(f"{file}: not kept: {error}", flush=True)
+        with suppress(OSError):
+            part.unlink(missing_ok=True)

@@ -6,8 +6,9 @@ Adapters, and a reward model's head, are no part of it: they are whole on each r
 exchange that is there for them (training/over_ranks.py). So is what stands outside the layers: embedding, LM head and last
 norm, which TRL's LM head and its hooks take as tensors (7 B of Qwen2.5: 2.2 GB of 15.2).
 
-A layer is gathered by all ranks at once, so all make the same number of passes. Of the micro-batches of a step each has as many;
-where batches are shared out otherwise (held-out rows, the reference), the last round is computed by all, and one rank's is taken.
+A layer is gathered by all ranks at once, so all make the same number of passes. Of the micro-batches of a step each has as many,
+but for the last step of an epoch that ends within it. There, and where batches are shared out otherwise (held-out rows, the
+reference), the last round is computed by all, and one rank's is taken.
 
 The base is read into the host's memory by each rank, as many times as there are ranks, and goes to the card layer by layer.
 """

@@ -60,7 +60,7 @@ def prepare(model: Any, job: Any) -> None:
             print(f"batches keep their padding: {reason}", flush=True)
         else:
             Unpadded(model)
-    if type(body).__name__ in fused.DECODERS and enough_to_compile(job) and not ranks.in_step:
+    if fused.knows(body) and enough_to_compile(job) and not ranks.in_step:
         if wants_pieces(job):
             body.compiled_pieces = fused.compile_pieces(body)
         else:
@@ -206,9 +206,15 @@ def settle(trainer: Any, job: Any) -> dict[str, Any]:
     alone = not ranks.in_step  # layers whose weights are gathered when they compute are left as they are: not measured
     if how.get("fused") and alone:
         found["fused"] = fused.fuse(model)
-    known = type(body).__name__ in fused.DECODERS
     whole = not any(hasattr(parameter, "quant_state") for parameter in body.parameters())
-    if how.get("captured") and known and unpadded and whole and alone and not args.gradient_checkpointing:
+    if (
+        how.get("captured")
+        and type(body).__name__ in fused.DECODERS
+        and unpadded
+        and whole
+        and alone
+        and not args.gradient_checkpointing
+    ):
         trainer.recorder = captured.Captured(body)
         found["captured"] = True
     return found
