@@ -41,7 +41,7 @@ from measurements import study_memory
 from measurements.training import job_of, lengths, rows
 from tests.support import small_steps
 
-SPEED = {"unpadded": True, "dequantised": True, "compiled": 0}
+SPEED = {"unpadded": True, "dequantised": True, "fused": True, "compiled": 0, "captured": True}
 
 
 class Runs:

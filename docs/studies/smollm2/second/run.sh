@@ -3,6 +3,7 @@
 # Stage after stage, in the order of their worth (README.md): what a stage has made stays, and the next adds to it. A run that was cut
 # off goes on where it stood.  STAGES="ppo+placebo losses" sh .../run.sh -n
 here=docs/studies/smollm2/second
+failed=0
 laid="config/smollm2.yaml $here/common.yaml"
 for stage in ${STAGES:-ppo+placebo+precision ranks losses kto sft own sources}; do
   for name in $(echo "$stage" | tr + ' '); do laid="$laid $here/$name.yaml"; done
@@ -12,5 +13,6 @@ for stage in ${STAGES:-ppo+placebo+precision ranks losses kto sft own sources}; 
     first="--prioritize $first --set-resources train_ppo:gpu_mb=20000" ;;
   esac
   echo "$(date +%T) $stage: snakemake report --configfile $laid"
-  snakemake "$@" $first --configfile $laid -- report && echo "$(date +%T) $stage: done" || echo "$(date +%T) $stage: not finished"
+  snakemake "$@" $first --configfile $laid -- report && echo "$(date +%T) $stage: done" || { echo "$(date +%T) $stage: not finished"; failed=1; }
 done
+exit $failed
