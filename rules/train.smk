@@ -4,7 +4,7 @@ for method, shard, spread in sorted({(body["method"], *way_of(name)) for name, b
 
     rule:
         name:
-            f"train_{method}" + "_shard" * shard + "_nodes" * spread
+            f"train_{method}{'_shard' * shard}{'_nodes' * spread}"
         input:
             train_inputs,
         output:
