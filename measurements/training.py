@@ -29,7 +29,6 @@ from workflow_scripts.config.experiments import rewards
 from workflow_scripts.models import chat
 
 STEPS_OFF = 4
-LOGGING, PARTS = [1], [1]  # --logging, --parts
 PAIRED = ("dpo", "rm")
 SAMPLED = ("ppo", "grpo", "rloo")
 WAYS: dict[str, dict] = {
@@ -124,33 +123,34 @@ def job_of(name: str, train: dict, config: Any, folder: Path, slices: dict[str, 
     return job
 
 
-def measured_job(
-    name: str, way: str, config: Any, folder: Path, slices: dict[str, Path], steps: int, place: str
-) -> manifests.Job:
+def measured_job(name: str, way: str, config: Any, folder: Path, slices: dict[str, Path], steps: int, place: str,
+                 logging: int = 1, parts: int = 1) -> manifests.Job:  # fmt: skip
+    """logging: steps between two losses; parts: micro-batches of an effective batch, but of the study's own way."""
     method, train = config.experiments[name]["method"], dict(config.experiments[name]["train"])
-    train |= {"max_steps": steps, "logging_steps": LOGGING[0]}
+    train |= {"max_steps": steps, "logging_steps": logging}
     if way != "study":
         train["gradient_checkpointing"] = False
         if method != "kto":
             if method == "ppo":
                 train["steps_per_generation"] //= train["gradient_accumulation_steps"]
             train["per_device_train_batch_size"] *= train["gradient_accumulation_steps"]
-            train["per_device_train_batch_size"] //= PARTS[0]
-            train["gradient_accumulation_steps"] = PARTS[0]
+            train["per_device_train_batch_size"] //= parts
+            train["gradient_accumulation_steps"] = parts
     job = job_of(name, train, config, folder, slices, place)
     job.speed = WAYS[way]
     return job
 
 
 def measure(name: str, way: str, config: Any, folder: Path, slices: dict[str, Path], steps: int, place: str = "",
-            deterministic: bool = False) -> dict:  # fmt: skip
+            deterministic: bool = False, logging: int = 1, parts: int = 1) -> dict:  # fmt: skip
     import trl
 
     from workflow_scripts.rl.ppo_trainer import PPOTrainer
     from workflow_scripts.training import trainers
 
     method, clock = config.experiments[name]["method"], Clock()
-    job = measured_job(name, way, config, folder, slices, steps, place or ("rm" if name == "rm" else f"{name} {way}"))
+    place = place or ("rm" if name == "rm" else f"{name} {way}")
+    job = measured_job(name, way, config, folder, slices, steps, place, logging, parts)
     job.deterministic, train = deterministic, job.config["train"]
     kind: Any = PPOTrainer if method == "ppo" else getattr(trl, study_memory.TRAINERS[method])
     real, real_end = clock.watch(kind), trainers.Watch.on_step_end
@@ -201,7 +201,6 @@ def main() -> None:
     parser.add_argument("--logging", type=int, default=1, help="steps between two losses, for which the card is waited for")
     parser.add_argument("--parts", type=int, default=1, help="micro-batches of an effective batch, but of the study's own way")
     given = parser.parse_args()
-    LOGGING[0], PARTS[0] = given.logging, given.parts
     config = study_memory.configured("05b", given.tiny, 64 if given.tiny else 1024)
     if not (given.folder / "base/manifest.json").exists():
         study_memory.write_base(config, given.folder)
@@ -211,7 +210,8 @@ def main() -> None:
         for way in given.ways:
             began = time.perf_counter()
             try:
-                one = measure(name, way, config, given.folder, slices, min(given.steps, 7) if way == "study" else given.steps)
+                steps = min(given.steps, 7) if way == "study" else given.steps
+                one = measure(name, way, config, given.folder, slices, steps, logging=given.logging, parts=given.parts)
             except Exception as error:  # one that does not fit is a result as well
                 import traceback
 
