@@ -355,8 +355,8 @@ def test_memory_that_is_set_aside_is_not_in_the_peak(monkeypatch):
     monkeypatch.setattr(gpus, "_earlier", 0)
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: now[0])
     monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda: now.__setitem__(0, 10))
-    now[0] = 900  # with what was set aside
-    gpus.forget_peak(50)
-    assert gpus.peak() == 50
-    now[0] = 70
-    assert gpus.peak() == 70
+    monkeypatch.setattr(captured.Arena, "release", lambda arena: None)
+    monkeypatch.setattr(captured.Arena, "reserve", lambda arena, capacity: now.__setitem__(0, 900))
+    captured.Arena().renew(850)
+    assert gpus.peak(now[0]) == 50
+    assert gpus.peak(70) == 70

@@ -73,7 +73,7 @@ def collect(started: float, more: dict) -> dict:
     if torch is not None and torch.cuda.is_available():
         info["gpu"] = torch.cuda.get_device_name()
         info["gpu_id"] = os.environ.get("CUDA_VISIBLE_DEVICES")
-        info["gpu_peak_memory_bytes"] = gpus.peak()
+        info["gpu_peak_memory_bytes"] = gpus.peak(torch.cuda.max_memory_allocated())
         info["gpu_held_memory_bytes"] = torch.cuda.max_memory_reserved()  # with what the allocator kept beside it
     if ranks.count > 1:
         info |= {"gpus": ranks.count, "shard": ranks.in_step, "nodes": ranks.nodes}

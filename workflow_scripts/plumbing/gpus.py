@@ -291,20 +291,15 @@ def learn(file: Path, mebibytes: int, peak: float | None) -> None:
         print(f"{file}: what the step needs of a GPU is not noted: {error.strerror}", flush=True)
 
 
-_earlier = 0  # the peak until it was forgotten
+_earlier = 0  # a peak of torch's memory, before memory was set aside that no result needs
 
 
-def forget_peak(seen: int) -> None:
-    """Since `seen` bytes were the peak, memory was set aside that no result needs (training/captured.py): that counts no more."""
+def remember_peak(seen: int) -> None:
+    """The peak so far, in bytes, before torch forgets it: what is set aside now counts in none (training/captured.py)."""
     global _earlier
-    import torch
-
     _earlier = max(_earlier, seen)
-    torch.cuda.reset_peak_memory_stats()
 
 
-def peak() -> int:
-    """Bytes that torch had allocated at most."""
-    import torch
-
-    return max(_earlier, torch.cuda.max_memory_allocated())
+def peak(now: int) -> int:
+    """Bytes that torch had allocated at most, `now` since it was told to forget."""
+    return max(_earlier, now)

@@ -136,7 +136,7 @@ def _redirect(log: Path | None) -> tuple[int, int]:
 
 def _peak() -> float:
     """Bytes that torch allocated on the GPU at most."""
-    return gpus.peak() if "torch" in sys.modules else 0.0
+    return gpus.peak(sys.modules["torch"].cuda.max_memory_allocated()) if "torch" in sys.modules else 0.0
 
 
 def _again_alone(out: int, error: int) -> NoReturn:

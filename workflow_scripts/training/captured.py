@@ -161,9 +161,9 @@ class Arena:
 
     def renew(self, capacity: int) -> None:
         self.release()
-        seen = torch.cuda.max_memory_allocated()
+        gpus.remember_peak(torch.cuda.max_memory_allocated())
         self.reserve(capacity)
-        gpus.forget_peak(seen)
+        torch.cuda.reset_peak_memory_stats()
         self.capacity = capacity
 
     def reserve(self, capacity: int) -> None:
