@@ -252,8 +252,8 @@ PLUMBING_USED = {
     **dict.fromkeys(("ranks.come", "ranks.Lost", "ranks.PATIENCE"), "who is waited for, and how long"),
     **dict.fromkeys(("nodes.read_address", "nodes.write_address", "ranks.nodes"), "where ranks of several hosts meet"),
     **dict.fromkeys(("ranks.meeting", "ranks.device"), "where ranks meet, and by which backend"),
-    "gpus.limit": "bounds what a step may allocate: it fails or not; with vllm, how many answers are decoded at once; in training, which "
-    "batches are recorded: the same kernels either way",
+    "gpus.limit": "bounds what a step may allocate: it fails or not; with vllm, how many answers are decoded at once; in "
+    "training, which batches are recorded: the same kernels either way",
     "gpus.remember_peak": "a figure of run.json",
     "work.publish": "moves finished files",
     "work.exclusive": "waits",
