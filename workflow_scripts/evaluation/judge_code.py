@@ -8,7 +8,6 @@ metric that raises is an error, as it is in lm-eval.
 
 import json
 import os
-import pickle
 import subprocess
 import sys
 import tempfile
@@ -26,11 +25,17 @@ def judge(config: dict, inputs: list[Path], tasks: list[Any], lm: Any, kept: Pat
     rows = [str((kept / f"judged_{number}").absolute()) for number in range(len(tasks))]
     for task, folder in zip(tasks, rows, strict=True):
         task.dataset.save_to_disk(folder)
-    given = {"config": config, "inputs": [path.absolute() for path in inputs], "rows": rows, "answers": lm.answers, "cut": lm.cut}
+    given = {
+        "config": config,
+        "inputs": [str(path.absolute()) for path in inputs],
+        "rows": rows,
+        "answers": lm.answers,
+        "cut": lm.cut,
+    }
     with tempfile.TemporaryDirectory() as folder:
         done = subprocess.run(
             [sys.executable, "-m", __name__, folder],
-            input=pickle.dumps(given),
+            input=json.dumps(given).encode(),
             stdout=subprocess.PIPE,
             env=sandbox.environment(Path(folder)),
         )
@@ -80,7 +85,7 @@ def _judged(given: dict, folder: Path) -> dict:
 
     evaluator.get_git_commit_hash = str  # it asks git, which says on stderr that it is nowhere
     config, stopped = given["config"], Counter[str]()
-    manager, tasks = own_tasks.load(config, given["inputs"], folder, given["rows"])
+    manager, tasks = own_tasks.load(config, [Path(one) for one in given["inputs"]], folder, given["rows"])
     for task in tasks:
 
         def apart(doc: Any, results: Any, task: Any = task, right: Any = task.process_results) -> dict:
@@ -96,7 +101,7 @@ def _judged(given: dict, folder: Path) -> dict:
 
 
 def main() -> None:
-    given, out = pickle.load(sys.stdin.buffer), os.dup(1)
+    given, out = json.load(sys.stdin.buffer), os.dup(1)
     os.dup2(2, 1)  # what libraries print is no scores
     try:
         sandbox.enter(Path(sys.argv[1]))

@@ -42,7 +42,7 @@ class Token:
 
 @contextmanager
 def recording(graph: Any, pool: Any) -> Iterator[None]:
-    """What torch.cuda.graph does, without clearing caches and collecting garbage each time, half a second."""
+    """What torch.cuda.graph does, without clearing caches and collecting garbage each time."""
     graph.capture_begin(pool=pool, capture_error_mode="thread_local")
     try:
         yield

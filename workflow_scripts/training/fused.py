@@ -1,6 +1,6 @@
 """Fewer kernels for the same arithmetic: a linear layer with its adapter as one function, and what lies between the products.
 
-Of the GPU time of a plain step two thirds are spent on element-wise kernels that read and write whole activations: peft casts a
+Most of the GPU time of a plain step goes into kernels that read and write whole activations (docs/performance.md): peft casts a
 layer's input to fp32 for the dropout and back, scales, adds, and autograd takes each of these back again. And each kernel is a
 launch, which a processor pays for.
 

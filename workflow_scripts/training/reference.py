@@ -80,7 +80,7 @@ class KeptReference:
         return dataset
 
     def _at_once(self: Any, batch_size: int) -> int:
-        """Rows of a pass: on a GPU up to ROWS, since four rows keep it as long as thirty-two. No more than the training's own
+        """Rows of a pass: on a GPU up to ROWS, since with a few it waits for the processor. No more than the training's own
         passes take of its memory: one layer of eight batches is less than what all layers of one keep for their gradient."""
         if self.args.device.type != "cuda" or self.args.gradient_checkpointing:
             return batch_size
