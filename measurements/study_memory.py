@@ -99,8 +99,9 @@ def write_base(config, folder: Path) -> None:
         model = Qwen2ForCausalLM(made)
     with torch.no_grad():
         rows = model.get_input_embeddings().weight
-        rows *= 50
-        rows[len(tokenizer) :] = rows[tokenizer.eos_token_id] = rows[tokenizer.pad_token_id] = 0
+        rows *= 15  # the best logit some 30 above a strange token's 0; much wider ones would make rounding a matter of many nats
+        rows[len(tokenizer) :] = 0
+        rows[[tokenizer.eos_token_id, tokenizer.pad_token_id]] *= 1e-3  # not 0: make_base refuses an end that no training touched
         if not made.tie_word_embeddings:
             model.lm_head.weight.copy_(rows)
     assert model.num_parameters() == parameters, f"{model.num_parameters()} parameters, the config says {parameters}"

@@ -1,5 +1,8 @@
 """Fused and recorded layers compute what the plain ones do: on a CPU, in fp32, without CUDA's part (tests/gpu has that)."""
 
+from contextlib import nullcontext
+from unittest.mock import MagicMock
+
 import pytest
 import torch
 from torch import nn
@@ -324,6 +327,75 @@ def test_what_fails_in_a_recording_is_told_and_not_how_the_recording_ended():
     with pytest.raises(torch.OutOfMemoryError), captured.recording(graph, None):
         raise torch.OutOfMemoryError
     assert graph.open is False
+
+
+class Graph:
+    """In place of a CUDA graph: what is recorded runs, and nothing is played."""
+
+    def capture_begin(self, **how):
+        pass
+
+    def capture_end(self):
+        pass
+
+    replay = capture_end
+
+
+@pytest.fixture
+def in_autocast(base, monkeypatch):
+    """(A step of a model whose layers are recorded, and whose pieces are compiled; the kinds that were compiled; the layers)"""
+    import sys
+
+    model = adapted(base)
+    body = model.get_base_model().base_model
+    code = sys.modules[type(body).__module__]
+    monkeypatch.setattr(code, "apply_rotary_pos_emb", code.apply_rotary_pos_emb)  # put back at the end
+    compiled, real = [], torch.compile
+    monkeypatch.setattr(
+        torch,
+        "compile",
+        lambda piece, **how: real(piece, backend=lambda code, _: (compiled.append(piece), code.forward)[1], **how),
+    )
+    fused.fuse(model)
+    fused.compile_pieces(body)
+    speed.Unpadded(model.get_base_model())
+    for name, value in {
+        "CUDAGraph": Graph, "graph_pool_handle": object, "Stream": MagicMock, "current_stream": MagicMock,
+        "stream": lambda stream: nullcontext(), "memory_allocated": lambda: 0,
+    }.items():  # fmt: skip
+        monkeypatch.setattr(torch.cuda, name, value)
+    monkeypatch.setattr(captured.Arena, "has_room", lambda arena, tokens: True)
+    layers = captured.Captured(body)
+
+    def step():
+        with torch.autocast("cpu", torch.bfloat16):
+            logits = model(**batch()).logits
+        logits.float().square().mean().backward()
+        return logits.detach()
+
+    yield step, compiled, layers
+    torch._dynamo.reset()
+
+
+def test_nothing_is_compiled_in_a_recording(in_autocast):
+    step, compiled, layers = in_autocast
+    plain = step()
+    step()
+    kinds = len(compiled)
+    assert kinds >= 6 and layers.count == 0
+    assert torch.allclose(plain, step(), atol=1e-2)
+    assert (layers.count, len(compiled)) == (1, kinds)
+
+
+def test_what_would_have_to_be_compiled_in_a_recording_is_not_recorded(in_autocast, monkeypatch, capsys):
+    step, compiled, layers = in_autocast
+    monkeypatch.setattr(captured, "after_autocast", lambda out: nullcontext())
+    plain = step()
+    step()
+    kinds = len(compiled)
+    assert torch.allclose(plain, step(), atol=1e-2)
+    assert (layers.count, len(compiled)) == (0, kinds)
+    assert "batches of 256 tokens run kernel by kernel: " in capsys.readouterr().out
 
 
 def test_a_larger_size_renews_the_arena_and_what_lay_in_it_is_recorded_again(base, recorded, monkeypatch):

@@ -65,6 +65,11 @@ def collector_off() -> Iterator[None]:
             gc.enable()
 
 
+def after_autocast(out: Tensor) -> Any:
+    """As trainers take gradients: when the forward pass, and autocast with it, is over. torch compiles other code within it."""
+    return torch.autocast(out.device.type, enabled=False)
+
+
 class Recording:
     """The layers over rows of one size. `grads`: the parameters whose gradients it makes, none without a gradient."""
 
@@ -75,13 +80,14 @@ class Recording:
         self.grads = grads
         self.forward, self.backward = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
         stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream), collector_off():  # a batch of this size ran as it is before: all is compiled and planned
+        # A batch of this size ran as it is before, so all is compiled; what would be compiled now can't be, and fails.
+        with torch.cuda.stream(stream), collector_off(), torch.compiler.set_stance("fail_on_recompile"):
             with recording(self.forward, pool):
                 out = layers(self.given, longest)
             self.out = out.detach()
             if grads:
                 self.dout = torch.zeros_like(self.out)
-                with recording(self.backward, pool):
+                with after_autocast(self.out), recording(self.backward, pool):
                     found = torch.autograd.grad(out, grads, self.dout, allow_unused=True)
                     self.flat = torch.cat([one.reshape(-1) for one in found if one is not None])
                 self.shapes = [None if one is None else one.shape for one in found]
@@ -282,9 +288,10 @@ class Captured:
             kept[state] = Recording(self.layers, given, longest, grads, pool, self.arena.stream)
             self.count += 1
             return True
-        except torch.OutOfMemoryError:
+        except RuntimeError as error:
+            why = "there is no room to record them" if isinstance(error, torch.OutOfMemoryError) else str(error).splitlines()[0]
             self.refused.add(size)
-            print(f"batches of {size:,} tokens run kernel by kernel: there is no room to record them", flush=True)
+            print(f"batches of {size:,} tokens run kernel by kernel: {why}", flush=True)
             return False
 
     def _as_it_is(self, given: tuple[Tensor, ...], longest: int, grads: bool) -> Tensor:
