@@ -1,44 +1,18 @@
 """Fused and recorded layers compute what the plain ones do: on a CPU, in fp32, without CUDA's part (tests/gpu has that)."""
 
-from contextlib import nullcontext
-from unittest.mock import MagicMock
-
 import pytest
 import torch
-from torch import nn
 
 from tests.support import small_steps
+from tests.support.small_adapter import adapted, batch
 from workflow_scripts.artifacts import manifests
-from workflow_scripts.models import loading, lora
+from workflow_scripts.models import loading
 from workflow_scripts.training import captured, fused, speed
-
-BLOCK = small_steps.LORA | {"dropout": 0.0}
 
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory):
     return small_steps.write_base(tmp_path_factory.mktemp("captured") / "base", steps=5)
-
-
-def adapted(base, dropout=0.0):
-    from peft import get_peft_model
-
-    model = loading.load(manifests.read(base), base.parent, "cpu", "fp32")
-    torch.manual_seed(3)
-    model = get_peft_model(model, lora.adapter_config(BLOCK | {"dropout": dropout}, model))
-    for name, parameter in model.named_parameters():
-        if "lora_B" in name:
-            nn.init.normal_(parameter, std=0.05)
-    return model
-
-
-def batch(rows=([5, 9, 20, 31, 8], [7, 11], [40, 3, 12])):
-    longest = max(map(len, rows))
-    return {
-        "input_ids": torch.tensor([row + [0] * (longest - len(row)) for row in rows]),
-        "attention_mask": torch.tensor([[1] * len(row) + [0] * (longest - len(row)) for row in rows]),
-        "use_cache": False,
-    }
 
 
 def result(model, given):
@@ -312,90 +286,6 @@ def test_a_recording_that_finds_no_room_after_all_is_given_up_and_said_once(base
     for _ in range(5):
         assert_same(plain, result(recorded, batch()))
     assert capsys.readouterr().out.count("batches of 256 tokens run kernel by kernel") == 1
-
-
-def test_what_fails_in_a_recording_is_told_and_not_how_the_recording_ended():
-    class Graph:
-        def capture_begin(self, **how):
-            self.open = True
-
-        def capture_end(self):
-            self.open = False
-            raise RuntimeError("the capture is invalid")
-
-    graph = Graph()
-    with pytest.raises(torch.OutOfMemoryError), captured.recording(graph, None):
-        raise torch.OutOfMemoryError
-    assert graph.open is False
-
-
-class Graph:
-    """In place of a CUDA graph: what is recorded runs, and nothing is played."""
-
-    def capture_begin(self, **how):
-        pass
-
-    def capture_end(self):
-        pass
-
-    replay = capture_end
-
-
-@pytest.fixture
-def in_autocast(base, monkeypatch):
-    """(A step of a model whose layers are recorded, and whose pieces are compiled; the kinds that were compiled; the layers)"""
-    import sys
-
-    model = adapted(base)
-    body = model.get_base_model().base_model
-    code = sys.modules[type(body).__module__]
-    monkeypatch.setattr(code, "apply_rotary_pos_emb", code.apply_rotary_pos_emb)  # put back at the end
-    compiled, real = [], torch.compile
-    monkeypatch.setattr(
-        torch,
-        "compile",
-        lambda piece, **how: real(piece, backend=lambda code, _: (compiled.append(piece), code.forward)[1], **how),
-    )
-    fused.fuse(model)
-    fused.compile_pieces(body)
-    speed.Unpadded(model.get_base_model())
-    for name, value in {
-        "CUDAGraph": Graph, "graph_pool_handle": object, "Stream": MagicMock, "current_stream": MagicMock,
-        "stream": lambda stream: nullcontext(), "memory_allocated": lambda: 0,
-    }.items():  # fmt: skip
-        monkeypatch.setattr(torch.cuda, name, value)
-    monkeypatch.setattr(captured.Arena, "has_room", lambda arena, tokens: True)
-    layers = captured.Captured(body)
-
-    def step():
-        with torch.autocast("cpu", torch.bfloat16):
-            logits = model(**batch()).logits
-        logits.float().square().mean().backward()
-        return logits.detach()
-
-    yield step, compiled, layers
-    torch._dynamo.reset()
-
-
-def test_nothing_is_compiled_in_a_recording(in_autocast):
-    step, compiled, layers = in_autocast
-    plain = step()
-    step()
-    kinds = len(compiled)
-    assert kinds >= 6 and layers.count == 0
-    assert torch.allclose(plain, step(), atol=1e-2)
-    assert (layers.count, len(compiled)) == (1, kinds)
-
-
-def test_what_would_have_to_be_compiled_in_a_recording_is_not_recorded(in_autocast, monkeypatch, capsys):
-    step, compiled, layers = in_autocast
-    monkeypatch.setattr(captured, "after_autocast", lambda out: nullcontext())
-    plain = step()
-    step()
-    kinds = len(compiled)
-    assert torch.allclose(plain, step(), atol=1e-2)
-    assert (layers.count, len(compiled)) == (0, kinds)
-    assert "batches of 256 tokens run kernel by kernel: " in capsys.readouterr().out
 
 
 def test_a_larger_size_renews_the_arena_and_what_lay_in_it_is_recorded_again(base, recorded, monkeypatch):

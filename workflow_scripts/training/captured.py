@@ -42,15 +42,31 @@ class Token:
 
 @contextmanager
 def recording(graph: Any, pool: Any) -> Iterator[None]:
-    """What torch.cuda.graph does, without clearing caches and collecting garbage each time."""
+    """What torch.cuda.graph does, without clearing caches and collecting garbage each time.
+
+    Workspaces of cuBLAS are let go before and after, as torch's own trees of graphs do it: one that is made within a recording
+    stays in its pool, and a piece of memory with something in it is not given back, be it the whole arena.
+    """
+    torch._C._cuda_clearCublasWorkspaces()
     graph.capture_begin(pool=pool, capture_error_mode="thread_local")
     try:
         yield
-    except BaseException:
-        with suppress(RuntimeError):  # what failed is what is told
+    except BaseException:  # what failed is what is told, and not how the recording ended
+        try:
             graph.capture_end()
+        except RuntimeError:
+            close(pool)
+        torch._C._cuda_clearCublasWorkspaces()
         raise
     graph.capture_end()
+    torch._C._cuda_clearCublasWorkspaces()
+
+
+def close(pool: Any) -> None:
+    """What torch leaves undone where a recording can't be ended: the pool would take no other, and never give back its memory."""
+    for left in (torch._C._cuda_endAllocateToPool, torch._C._cuda_releasePool):
+        with suppress(RuntimeError):
+            left(torch.cuda.current_device(), pool)
 
 
 @contextmanager
@@ -124,7 +140,7 @@ class Played(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *douts: Tensor) -> tuple:
         found = ctx.recording.play_back(douts[0])
-        ctx.token = None
+        ctx.token = ctx.recording = None  # whoever still holds the output holds no arena
         return (None, None, None, *found)
 
 
@@ -162,6 +178,7 @@ class Arena:
     def release(self) -> None:
         """What was recorded in it has to be gone."""
         self.pool, self.kept, self.capacity = None, None, 0
+        gc.collect()
         torch.cuda.synchronize()
         torch.cuda.empty_cache()
 
@@ -290,9 +307,10 @@ class Captured:
             return True
         except RuntimeError as error:
             why = "there is no room to record them" if isinstance(error, torch.OutOfMemoryError) else str(error).splitlines()[0]
-            self.refused.add(size)
-            print(f"batches of {size:,} tokens run kernel by kernel: {why}", flush=True)
-            return False
+        self.refused.add(size)
+        gc.collect()  # the failure's traceback holds what was recorded up to it, and is itself in a circle
+        print(f"batches of {size:,} tokens run kernel by kernel: {why}", flush=True)
+        return False
 
     def _as_it_is(self, given: tuple[Tensor, ...], longest: int, grads: bool) -> Tensor:
         if grads and self.arena.capacity and self.arena.spare() < self.arena.needed(given[0].shape[1]):

@@ -1,0 +1,147 @@
+"""What is recorded as CUDA graphs is recorded as it is computed, and leaves nothing behind: on a CPU, where nothing is played."""
+
+import gc
+import weakref
+from contextlib import nullcontext
+from unittest.mock import MagicMock
+
+import pytest
+import torch
+
+from tests.support import small_steps
+from tests.support.small_adapter import adapted, batch
+from workflow_scripts.training import captured, fused, speed
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    return small_steps.write_base(tmp_path_factory.mktemp("recordings") / "base", steps=5)
+
+
+def test_what_fails_in_a_recording_is_told_and_not_how_the_recording_ended(monkeypatch):
+    class Graph:
+        def capture_begin(self, **how):
+            self.open = True
+
+        def capture_end(self):
+            self.open = False
+            raise RuntimeError("the capture is invalid")
+
+    graph, pool, left = Graph(), object(), []
+    for name in ("_cuda_endAllocateToPool", "_cuda_releasePool", "_cuda_clearCublasWorkspaces"):
+        monkeypatch.setattr(torch._C, name, lambda *given, name=name: left.append((name, *given)), raising=False)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    with pytest.raises(torch.OutOfMemoryError), captured.recording(graph, pool):
+        raise torch.OutOfMemoryError
+    assert graph.open is False
+    cleared = ("_cuda_clearCublasWorkspaces",)  # they would lie in the pool; and one that is open keeps its memory
+    assert left == [cleared, ("_cuda_endAllocateToPool", 0, pool), ("_cuda_releasePool", 0, pool), cleared]
+
+
+class Graph:
+    """In place of a CUDA graph: what is recorded runs, and nothing is played."""
+
+    def capture_begin(self, **how):
+        pass
+
+    def capture_end(self):
+        pass
+
+    replay = capture_end
+
+
+@pytest.fixture
+def in_autocast(base, monkeypatch):
+    """(A step of a model whose layers are recorded, and whose pieces are compiled; the kinds that were compiled; the layers)"""
+    import sys
+
+    model = adapted(base)
+    body = model.get_base_model().base_model
+    code = sys.modules[type(body).__module__]
+    monkeypatch.setattr(code, "apply_rotary_pos_emb", code.apply_rotary_pos_emb)  # put back at the end
+    compiled, real = [], torch.compile
+    monkeypatch.setattr(
+        torch,
+        "compile",
+        lambda piece, **how: real(piece, backend=lambda code, _: (compiled.append(piece), code.forward)[1], **how),
+    )
+    fused.fuse(model)
+    fused.compile_pieces(body)
+    speed.Unpadded(model.get_base_model())
+    for name, value in {
+        "CUDAGraph": Graph, "graph_pool_handle": object, "Stream": MagicMock, "current_stream": MagicMock,
+        "stream": lambda stream: nullcontext(), "memory_allocated": lambda: 0,
+    }.items():  # fmt: skip
+        monkeypatch.setattr(torch.cuda, name, value)
+    monkeypatch.setattr(torch._C, "_cuda_clearCublasWorkspaces", lambda: None, raising=False)
+    monkeypatch.setattr(captured.Arena, "has_room", lambda arena, tokens: True)
+    layers = captured.Captured(body)
+
+    def step():
+        with torch.autocast("cpu", torch.bfloat16):
+            logits = model(**batch()).logits
+        logits.float().square().mean().backward()
+        return logits
+
+    yield step, compiled, layers
+    torch._dynamo.reset()
+
+
+def test_nothing_is_compiled_in_a_recording(in_autocast):
+    step, compiled, layers = in_autocast
+    plain = step()
+    step()
+    kinds = len(compiled)
+    assert kinds >= 6 and layers.count == 0
+    assert torch.allclose(plain, step(), atol=1e-2)
+    assert (layers.count, len(compiled)) == (1, kinds)
+
+
+def test_no_workspace_stays_in_a_recordings_memory(monkeypatch):
+    order = []
+
+    class Graph:
+        def capture_begin(self, **how):
+            order.append("begin")
+
+        def capture_end(self):
+            order.append("end")
+
+    monkeypatch.setattr(torch._C, "_cuda_clearCublasWorkspaces", lambda: order.append("clear"), raising=False)
+    with captured.recording(Graph(), None):
+        order.append("products")
+    assert order == ["clear", "begin", "products", "end", "clear"]
+
+
+def test_what_was_played_keeps_no_recording_when_its_gradient_is_taken(in_autocast):
+    step, _, layers = in_autocast
+    for _ in range(captured.OFTEN[True]):
+        kept = step()  # its gradient was taken, and somebody keeps a result
+    (made,) = map(weakref.ref, layers.made.values())
+    assert kept.requires_grad
+    layers.made.clear()
+    assert made() is None
+
+
+def test_a_recording_that_fails_half_way_leaves_nothing_in_memory(in_autocast, monkeypatch):
+    step, _, layers = in_autocast
+
+    def full(*given, **how):  # the forward pass is recorded
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(torch.autograd, "grad", full)
+    for _ in range(captured.OFTEN[True]):
+        step()
+    assert layers.refused == {256}
+    assert not [one for one in gc.get_objects() if type(one) is captured.Recording]
+
+
+def test_what_would_have_to_be_compiled_in_a_recording_is_not_recorded(in_autocast, monkeypatch, capsys):
+    step, compiled, layers = in_autocast
+    monkeypatch.setattr(captured, "after_autocast", lambda out: nullcontext())
+    plain = step()
+    step()
+    kinds = len(compiled)
+    assert torch.allclose(plain, step(), atol=1e-2)
+    assert (layers.count, len(compiled)) == (0, kinds)
+    assert "batches of 256 tokens run kernel by kernel: " in capsys.readouterr().out
