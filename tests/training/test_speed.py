@@ -131,6 +131,8 @@ def test_on_a_cpu_nothing_is_changed(base, slices, here):
 
     run = json.loads((made.folder / "run.json").read_text())
     assert 0 < run["timing"]["step_seconds_median"] < run["timing"]["train_runtime"]
+    beside = run["timing"]["held_out_seconds"] + run["timing"]["distance_seconds"]
+    assert 0 < beside < run["seconds"] - run["timing"]["train_runtime"]  # the rest is what it takes to start and to save
     assert run["speed"] == {
         "unpadded": False, "dequantised": 0, "fused": 0, "compiled": 0, "captured": False}  # fmt: skip
 

@@ -201,11 +201,21 @@ def fit(trainer: Any, job: Job, measure: Callable[[], Measured]) -> dict:
     # Micro-steps on one set of sampled answers; without rollouts, 1: every step can be resumed from.
     rollout = getattr(args, "steps_per_generation", 1) * getattr(args, "num_iterations", 1)
     boundary = rollout // math.gcd(rollout, args.gradient_accumulation_steps)
-    before, after = checkpoints.train(trainer, fingerprint(job.step), job.checkpoint_minutes, boundary, measure)
+    trainer.beside = {"held_out_seconds": 0.0}
+
+    def timed() -> Measured:
+        start = time.monotonic()
+        found = measure()
+        trainer.beside["held_out_seconds"] += time.monotonic() - start
+        return found
+
+    before, after = checkpoints.train(trainer, fingerprint(job.step), job.checkpoint_minutes, boundary, timed)
     over_ranks.check_equal(trainer)
     found: dict[str, Any] = {"before": before[0], "after": after[0], "change": changes(before[1], after[1])}
+    start = time.monotonic()
     with trainer.accelerator.autocast():
         far = distance.of_training(trainer.model, trainer.processing_class, job.parents()["rows"])
+    trainer.beside["distance_seconds"] = time.monotonic() - start
     return {"objective": found, "adapter_moved": changed(trainer), "distance": far}
 
 
@@ -261,7 +271,7 @@ def save(trainer: Any, draft: Draft, job: Job, start: Artifact, facts: dict) -> 
         "rows": len(trainer.train_dataset),
         "steps": trainer.state.global_step,
         "tokens": trainer.state.num_input_tokens_seen or getattr(trainer, "_total_train_tokens", None),
-        "timing": timing | {"step_seconds_median": steady(trainer)},
+        "timing": timing | {"step_seconds_median": steady(trainer)} | {key: round(s, 2) for key, s in trainer.beside.items()},
         "speed": speed.described(trainer),
         "trl_config": {k: v for k, v in trainer.args.to_dict().items() if k not in ("output_dir", "logging_dir")},
     }
