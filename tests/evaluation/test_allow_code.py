@@ -58,7 +58,8 @@ def task(folder: Path, answers: int) -> Path:
     return file
 
 
-CONFIG = {"task": "mine", "metric": "runs", "allow_code": True}
+LIMITS = {"seconds": 4, "memory_gb": 4, "processes": 64}
+CONFIG = {"task": "mine", "metric": "runs", "allow_code": LIMITS}
 
 
 class Said:
@@ -152,8 +153,8 @@ def test_each_answer_is_judged_and_none_gets_out(tmp_path, monkeypatch):
 
 
 def in_time(right, planted=""):
-    """The judging process, with 4 seconds to an answer; a fault."""
-    code = f"from workflow_scripts.evaluation import sandbox, judge_code\nsandbox.SECONDS = 4\n{planted}\njudge_code.main()"
+    """The judging process; a fault."""
+    code = f"from workflow_scripts.evaluation import sandbox, judge_code\n{planted}\njudge_code.main()"
 
     def run(command, **how):
         return right([command[0], "-c", code, command[-1]], timeout=300, **how)
@@ -215,7 +216,7 @@ def test_human_eval_from_local_rows(tmp_path):
     ]
     file = tmp_path / "rows.jsonl"
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    config = {"task": "mine", "metric": "pass@1", "allow_code": True}
+    config = {"task": "mine", "metric": "pass@1", "allow_code": LIMITS}
     config |= {"lm_eval": ASKED | {"task": "humaneval", "data_files": {"test": file.name}}}
     made = by_files(config, [file], [f"    {one}" for one in PROGRAMS])
     assert [one["correct"] for one in made["per_prompt"]] == [True, False, False, False, False]
@@ -228,7 +229,7 @@ def test_mbpp_from_local_rows(tmp_path):
     row = {"task_id": 1, "text": "Add.", "code": "def add(a, b): return a + b", "test_list": tests}
     file = tmp_path / "rows.jsonl"
     file.write_text(f"{json.dumps(row)}\n" * 3)
-    config = {"task": "mine", "metric": "pass_at_1", "allow_code": True}
+    config = {"task": "mine", "metric": "pass_at_1", "allow_code": LIMITS}
     config |= {"lm_eval": ASKED | {"task": "mbpp", "num_fewshot": 3, "data_files": {"test": file.name}}}
     right = "def add(a, b): return a + b\n"
     made = by_files(config, [file], [right, right.replace("+", "*"), f"```python\n{right}```"])
@@ -242,11 +243,11 @@ def test_the_step_asks_here_and_judges_there(speaking_base, tmp_path):
     lines = ("said = {}", "exec(f'n = {len(predictions[0])} % 2', said)", "return said['n']")
     judge = "".join(f"    {line}\n" for line in lines)
     (tmp_path / "task/judge.py").write_text(f"def runs(references, predictions, **_):\n{judge}")
-    made = scored(tmp_path, "generate_until", speaking_base, file, "runs", more={"allow_code": True})
+    made = scored(tmp_path, "generate_until", speaking_base, file, "runs", more={"allow_code": LIMITS})
     answers = [one["response"] for one in made["per_prompt"]]
     assert [one["correct"] for one in made["per_prompt"]] == [len(one) % 2 == 1 for one in answers] and any(answers)
     assert made["example"]["prompt"] == "what is 0" and made["stopped"] == {}
-    drawn = {"allow_code": True, "drawn": {"samples": 3, "temperature": 1.0, "seed": 1, "top_k": 0, "top_p": 1.0}}
+    drawn = {"allow_code": LIMITS, "drawn": {"samples": 3, "temperature": 1.0, "seed": 1, "top_k": 0, "top_p": 1.0}}
     several = scored(tmp_path / "several", "generate_until", speaking_base, file, "runs", more=drawn)
     for one in several["per_prompt"]:
         assert one["correct"] == [len(text) % 2 == 1 for text in one["response"]]

@@ -184,6 +184,19 @@ def test_what_decides_a_task_is_in_its_fingerprint_and_nothing_else(tmp_path):
     assert said_of["said_solved.jsonl"] == [f"external content: rows of {tmp_path}/said/said_test.jsonl, {solved} changed"]
 
 
+def test_what_an_answer_may_take_decides_tasks_that_run_answers_alone(tmp_path):
+    runs = write(tmp_path / "runs", "generate_until", name="runs", unsafe_code=True)
+    said = write(tmp_path / "said", "generate_until", name="said")
+    tasks = {
+        "runs": body("exact_match,whole", file=str(runs)) | {"allow_code": True},
+        "said": body("exact_match,whole", file=str(said)),
+    }
+    before, after = plan(tasks), plan(tasks, {"eval": {"sandbox": {"seconds": 60}}})
+    assert before.step("score_runs", "dpo")["config"]["allow_code"]["seconds"] == 30
+    stale = {of for of in ("runs", "said") if before.fingerprint(f"score_{of}", "dpo") != after.fingerprint(f"score_{of}", "dpo")}
+    assert stale == {"runs"}
+
+
 def test_where_the_files_lie_decides_nothing(tmp_path):
     found = []
     for folder in (tmp_path / "a", tmp_path / "b"):

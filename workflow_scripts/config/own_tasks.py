@@ -190,6 +190,6 @@ def step_config(config: Written, name: str) -> dict:
         asked["hub"] = hub
     drawn = config.drawn(name)
     body = {key: value for key, value in body.items() if key not in ("samples", "temperature", "protocol_of")}
-    if not body.get("allow_code", True):
-        del body["allow_code"]
+    if body.pop("allow_code", False):
+        body["allow_code"] = config.data["eval"]["sandbox"]  # what exceeds it is wrong
     return {"task": name, **body, "lm_eval": asked} | ({"drawn": drawn} if drawn else {})

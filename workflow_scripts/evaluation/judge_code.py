@@ -89,7 +89,7 @@ def _judged(given: dict, folder: Path) -> dict:
     for task in tasks:
 
         def apart(doc: Any, results: Any, task: Any = task, right: Any = task.process_results) -> dict:
-            found, why = sandbox.apart(lambda: right(doc, results))
+            found, why = sandbox.apart(lambda: right(doc, results), config["allow_code"])
             if not why and isinstance(found, dict):
                 return found
             stopped[why or "ended"] += 1

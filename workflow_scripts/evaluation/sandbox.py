@@ -10,8 +10,8 @@ ordinary user have them:
                      devices there are DEVICES
     capabilities     none are left, and none can be gained, nor by a namespace within
 
-`apart` runs one judgement in a child of that process, with at most SECONDS of time, MEMORY_GB more of address space, PROCESSES
-processes and FILE_MB to a file. Afterwards whatever it started is ended and both folders are emptied, so that no answer meets
+`apart` runs one judgement in a child of that process, with what `eval.sandbox` allows of time, address space and processes, and
+FILE_MB to a file. Afterwards whatever it started is ended and both folders are emptied, so that no answer meets
 what another one left. What a judgement returns comes back as JSON, never as a pickle.
 
 What this is not: a virtual machine. A fault of the kernel is not fenced off, files that the user may read can be read (though
@@ -38,7 +38,7 @@ from typing import Any
 
 from workflow_scripts.plumbing.messages import InputError
 
-SECONDS, MEMORY_GB, PROCESSES, FILE_MB, FOLDER_MB = 30, 4, 64, 64, 256
+FILE_MB, FOLDER_MB = 64, 256
 OPEN_FILES, ANSWER_BYTES = 256, 2**20
 SHARED = Path("/dev/shm")
 DEVICES = ("null", "zero", "full", "random", "urandom")
@@ -179,8 +179,10 @@ def _wait_as(child: int) -> None:
     os._exit(min(os.waitstatus_to_exitcode(status) % 256, 255))
 
 
-def apart(judge: Callable[[], Any]) -> tuple[Any, str]:
+def apart(judge: Callable[[], Any], most: dict) -> tuple[Any, str]:
     """(what `judge` returns, as JSON knows it; why there is nothing, or ""), from a child of its own. After `enter` alone.
+
+    most: `seconds` on the clock and of a core, `memory_gb` of address space beside what is loaded, `processes` at once.
 
     Reasons: `seconds`, `processes`, `memory`, `ended` (by itself: exit(), a signal, a limit). InputError where judging raises.
     """
@@ -188,9 +190,9 @@ def apart(judge: Callable[[], Any]) -> tuple[Any, str]:
     receive, send = os.pipe()
     child = os.fork()
     if not child:
-        _judge(judge, receive, send)
+        _judge(judge, receive, send, most)
     os.close(send)
-    text, why = _read(receive, child)
+    text, why = _read(receive, child, most)
     with contextlib.suppress(ProcessLookupError):
         os.kill(-1, signal.SIGKILL)  # all others that there are
     with contextlib.suppress(ChildProcessError):
@@ -211,7 +213,7 @@ def apart(judge: Callable[[], Any]) -> tuple[Any, str]:
     return (value, "") if kind == "judged" else (None, str(kind))
 
 
-def _judge(judge: Callable[[], Any], receive: int, send: int) -> None:
+def _judge(judge: Callable[[], Any], receive: int, send: int, most: dict) -> None:
     """In the child: limits, no input or output, and an end in any case."""
     try:
         os.close(receive)
@@ -221,12 +223,13 @@ def _judge(judge: Callable[[], Any], receive: int, send: int) -> None:
         os.closerange(3, send)  # where the scores go is among them
         os.closerange(send + 1, 2**16)
         pages = int(Path("/proc/self/statm").read_text().split()[0])
-        for what, most in (
-            (resource.RLIMIT_CPU, SECONDS), (resource.RLIMIT_AS, pages * resource.getpagesize() + MEMORY_GB * 2**30),
+        for what, limit in (
+            (resource.RLIMIT_CPU, most["seconds"]),
+            (resource.RLIMIT_AS, pages * resource.getpagesize() + int(most["memory_gb"] * 2**30)),
             (resource.RLIMIT_FSIZE, FILE_MB * 2**20), (resource.RLIMIT_NOFILE, OPEN_FILES), (resource.RLIMIT_CORE, 0),
-            (resource.RLIMIT_NPROC, 16 * PROCESSES),  # older kernels count all that the user has; `_read` counts those within
+            (resource.RLIMIT_NPROC, 16 * most["processes"]),  # older kernels count all of the user; `_read` those within
         ):  # fmt: skip
-            resource.setrlimit(what, (most, most))
+            resource.setrlimit(what, (limit, limit))
         try:
             said = {"kind": "judged", "value": judge()}
         except MemoryError:
@@ -238,9 +241,9 @@ def _judge(judge: Callable[[], Any], receive: int, send: int) -> None:
         os._exit(0)
 
 
-def _read(receive: int, child: int) -> tuple[bytes, str]:
+def _read(receive: int, child: int, most: dict) -> tuple[bytes, str]:
     """(what the child wrote, "" or why it was stopped)."""
-    text, until = b"", time.monotonic() + SECONDS
+    text, until = b"", time.monotonic() + most["seconds"]
     while True:
         ended = os.waitpid(child, os.WNOHANG)[0] != 0
         while select.select([receive], [], [], 0 if ended else 0.02)[0]:
@@ -252,7 +255,7 @@ def _read(receive: int, child: int) -> tuple[bytes, str]:
             return text, ""
         if time.monotonic() > until:
             return text, "seconds"
-        if sum(name.isdecimal() for name in os.listdir("/proc")) > PROCESSES:
+        if sum(name.isdecimal() for name in os.listdir("/proc")) > most["processes"]:
             return text, "processes"
 
 

@@ -17,7 +17,6 @@ from pathlib import Path
 
 from workflow_scripts.config import own_tasks, sampled
 from workflow_scripts.config.names import PAIRED
-from workflow_scripts.evaluation import sandbox
 from workflow_scripts.plan.gpu_memory import Memory
 from workflow_scripts.plan.plan import Plan
 from workflow_scripts.plumbing.gpus import WHOLE, share
@@ -269,7 +268,7 @@ class Estimates:
                 pairs, vocabulary = 2 * at_once, self.shape["vocab_size"]
                 more = pairs * (8 * self.shape["hidden_size"] * length + 8 * OPTION * vocabulary) / MB
         if self.config.own_tasks[task].get("allow_code"):  # a process that judges, and room for what one answer may take
-            more += self._libraries("generate") + 1024 * sandbox.MEMORY_GB
+            more += self._libraries("generate") + 1024 * self.config.data["eval"]["sandbox"]["memory_gb"]
             seconds += START[self.device] + items * self._each(task)  # most end at once, some run for 3 to 30 seconds
         return {
             "memory_mb": self._libraries("generate") + 6 * self.parameters / MB + more + 0.05 * items,
