@@ -8,14 +8,16 @@ conversations and 5,000 pairs to train on, of 64 to 1,024 tokens, 0.77 of that i
 prompts for PPO. IFEval's 541 prompts and GSM8K's questions are the real ones. Random weights know no end of turn, so every answer
 is as long as it may be: 1,280 tokens in IFEval, 512 in a rollout; a trained model's are shorter.
 
-Micro-batches are `--micro` rows (but KTO's), so that several jobs have room on the card beside each other. Whatever is before
-the first job (base, rows) is not in the time; slices are. The file has the wall time, and each job's start, end and peak.
+Micro-batches are `--micro` rows (but KTO's), so that several jobs have room on the card beside each other. Making the weights
+and the rows is not in the time; the pipeline's own steps of base and slices are. The file has the wall time, when each job had
+ended, a training's steps and peak, and of one that did not end how far it came.
 """
 
 import argparse
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -97,11 +99,15 @@ def write_config(folder: Path, given: argparse.Namespace) -> Path:
 def jobs(folder: Path, began: float) -> list[dict]:
     """What each training and each answering took, from its own notes, in the order of their ends."""
     found = []
-    for path in sorted(folder.glob("results/**/run.json")):
+    for path in sorted(one for one in folder.glob("results/**/run.json") if ".work" not in one.parts):
         info = json.loads(path.read_text())
         one = {"job": str(path.parent.relative_to(folder / "results")), "ended_s": round(path.stat().st_mtime - began, 1)}
         one |= {key: info[key] for key in ("steps", "tokens", "gpu_peak_memory_bytes") if key in info}
         found.append(one | {"timing": info.get("timing", {})})
+    for path in sorted(folder.glob("logs/*/train.log")):
+        stopped = re.findall(r"at step (\d+) of (\d+), with a checkpoint", path.read_text(errors="replace"))
+        if stopped:
+            found.append({"job": f"{path.parent.name}/adapter", "not_done": [int(number) for number in stopped[-1]]})
     for path in sorted(folder.glob("results/ifeval_*.json")):
         found.append({"job": path.name, "ended_s": round(path.stat().st_mtime - began, 1)})
     for path in sorted(folder.glob("benchmarks/**/*")):

@@ -31,6 +31,20 @@ def test_a_phase_with_a_warm_compile_cache_records_as_the_first_one_did(tmp_path
         assert done["compiled"] and done["captured"]
 
 
+def test_after_a_recording_that_failed_others_are_made():
+    """In the same pool none could: torch says that it is recording already."""
+    stream, weight = torch.cuda.Stream(), torch.randn(64, 64, device="cuda")
+    with torch.cuda.stream(stream), pytest.raises(torch.OutOfMemoryError):
+        with captured.recording(torch.cuda.CUDAGraph(), torch.cuda.graph_pool_handle()):
+            torch.empty(2**45, device="cuda")
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.stream(stream), captured.recording(graph, torch.cuda.graph_pool_handle()):
+        made = torch.nn.functional.dropout(weight @ weight)
+    graph.replay()
+    torch.cuda.synchronize()
+    assert made.isfinite().all() and torch.nn.functional.dropout(weight).isfinite().all()
+
+
 def test_the_memory_of_recordings_comes_back():
     """A product leaves a workspace in what is recorded, which had held all of an arena."""
     arena, weight = captured.Arena(), torch.randn(512, 512, device="cuda", dtype=torch.bfloat16)

@@ -172,6 +172,7 @@ def recorded(base, monkeypatch):
     monkeypatch.setattr(captured.Arena, "possible", lambda arena, tokens: 1 << 40)
     monkeypatch.setattr(captured.Arena, "spare", lambda arena: 1 << 40)
     monkeypatch.setattr(captured.Arena, "renew", lambda arena, capacity: setattr(arena, "capacity", capacity))
+    monkeypatch.setattr(captured.Arena, "release", lambda arena: setattr(arena, "capacity", 0))
     captured.Captured(model.get_base_model().base_model)
     Noted.log = []
     return model

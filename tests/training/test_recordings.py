@@ -18,24 +18,27 @@ def base(tmp_path_factory):
     return small_steps.write_base(tmp_path_factory.mktemp("recordings") / "base", steps=5)
 
 
-def test_what_fails_in_a_recording_is_told_and_not_how_the_recording_ended(monkeypatch):
-    class Graph:
+@pytest.mark.parametrize("fails", ["begin", "body", "end", "body and end", ""])
+def test_what_fails_in_a_recording_is_told_and_no_workspace_stays_in_its_memory(monkeypatch, fails):
+    order = []
+
+    class Fragile:
         def capture_begin(self, **how):
-            self.open = True
+            order.append("begin")
+            if fails == "begin":
+                raise RuntimeError("already recording")
 
         def capture_end(self):
-            self.open = False
-            raise RuntimeError("the capture is invalid")
+            order.append("end")
+            if "end" in fails:
+                raise RuntimeError("the capture is invalid")
 
-    graph, pool, left = Graph(), object(), []
-    for name in ("_cuda_endAllocateToPool", "_cuda_releasePool", "_cuda_clearCublasWorkspaces"):
-        monkeypatch.setattr(torch._C, name, lambda *given, name=name: left.append((name, *given)), raising=False)
-    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
-    with pytest.raises(torch.OutOfMemoryError), captured.recording(graph, pool):
-        raise torch.OutOfMemoryError
-    assert graph.open is False
-    cleared = ("_cuda_clearCublasWorkspaces",)  # they would lie in the pool; and one that is open keeps its memory
-    assert left == [cleared, ("_cuda_endAllocateToPool", 0, pool), ("_cuda_releasePool", 0, pool), cleared]
+    monkeypatch.setattr(torch._C, "_cuda_clearCublasWorkspaces", lambda: order.append("clear"), raising=False)
+    told = {"begin": "already recording", "body": "full", "end": "the capture is invalid", "body and end": "full"}
+    with pytest.raises(RuntimeError, match=told[fails]) if fails else nullcontext(), captured.recording(Fragile(), None):
+        if "body" in fails:
+            raise torch.OutOfMemoryError("full")
+    assert order == ["clear", "begin", *(["end"] if fails != "begin" else []), "clear"]
 
 
 class Graph:
@@ -75,6 +78,8 @@ def in_autocast(base, monkeypatch):
         monkeypatch.setattr(torch.cuda, name, value)
     monkeypatch.setattr(torch._C, "_cuda_clearCublasWorkspaces", lambda: None, raising=False)
     monkeypatch.setattr(captured.Arena, "has_room", lambda arena, tokens: True)
+    monkeypatch.setattr(captured.Arena, "spare", lambda arena: 1 << 40)
+    monkeypatch.setattr(captured.Arena, "release", lambda arena: setattr(arena, "pool", None))
     layers = captured.Captured(body)
 
     def step():
@@ -97,22 +102,6 @@ def test_nothing_is_compiled_in_a_recording(in_autocast):
     assert (layers.count, len(compiled)) == (1, kinds)
 
 
-def test_no_workspace_stays_in_a_recordings_memory(monkeypatch):
-    order = []
-
-    class Graph:
-        def capture_begin(self, **how):
-            order.append("begin")
-
-        def capture_end(self):
-            order.append("end")
-
-    monkeypatch.setattr(torch._C, "_cuda_clearCublasWorkspaces", lambda: order.append("clear"), raising=False)
-    with captured.recording(Graph(), None):
-        order.append("products")
-    assert order == ["clear", "begin", "products", "end", "clear"]
-
-
 def test_what_was_played_keeps_no_recording_when_its_gradient_is_taken(in_autocast):
     step, _, layers = in_autocast
     for _ in range(captured.OFTEN[True]):
@@ -132,8 +121,47 @@ def test_a_recording_that_fails_half_way_leaves_nothing_in_memory(in_autocast, m
     monkeypatch.setattr(torch.autograd, "grad", full)
     for _ in range(captured.OFTEN[True]):
         step()
-    assert layers.refused == {256}
+    assert layers.refused == {(256, True)}
     assert not [one for one in gc.get_objects() if type(one) is captured.Recording]
+
+
+def test_a_pool_in_which_a_recording_failed_takes_no_other(in_autocast, monkeypatch):
+    """torch keeps it open, or counts it as gone: each later recording in it failed, whatever its size."""
+    _, _, layers = in_autocast
+    pools, right = [], captured.Recording
+
+    def noted(of, given, longest, grads, pool, stream):
+        pools.append((given[0].shape[1], pool))
+        if len(pools) == 1:
+            raise torch.OutOfMemoryError
+        return right(of, given, longest, grads, pool, stream)
+
+    monkeypatch.setattr(captured, "Recording", noted)
+    for rows in ([[5, 9]], [[5] * 300], [[5] * 600]):
+        given = batch(rows)
+        with torch.no_grad():
+            for _ in range(captured.OFTEN[False] + 1):
+                layers.body(**{name: given[name] for name in ("input_ids", "attention_mask")}, use_cache=False)
+    (_, failed), (_, second), (_, third) = pools
+    assert layers.refused == {(256, False)} and layers.count == 2
+    assert failed is not second and second is third
+
+
+def test_a_failure_with_a_gradient_gives_the_arena_back_and_forbids_no_pass_without_one(in_autocast, monkeypatch):
+    step, _, layers = in_autocast
+    layers.arena.pool = "arena"
+
+    def full(*given, **how):
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(torch.autograd, "grad", full)
+    for _ in range(captured.OFTEN[True]):
+        step()
+    assert layers.arena.pool is None and layers.refused == {(256, True)} and layers.count == 0
+    with torch.no_grad():
+        for _ in range(captured.OFTEN[False]):
+            layers.body(**{name: batch()[name] for name in ("input_ids", "attention_mask")}, use_cache=False)
+    assert layers.count == 1
 
 
 def test_what_would_have_to_be_compiled_in_a_recording_is_not_recorded(in_autocast, monkeypatch, capsys):

@@ -48,25 +48,17 @@ def recording(graph: Any, pool: Any) -> Iterator[None]:
     stays in its pool, and a piece of memory with something in it is not given back, be it the whole arena.
     """
     torch._C._cuda_clearCublasWorkspaces()
-    graph.capture_begin(pool=pool, capture_error_mode="thread_local")
     try:
-        yield
-    except BaseException:  # what failed is what is told, and not how the recording ended
+        graph.capture_begin(pool=pool, capture_error_mode="thread_local")
         try:
-            graph.capture_end()
-        except RuntimeError:
-            close(pool)
+            yield
+        except BaseException:
+            with suppress(RuntimeError):  # what failed is what is told
+                graph.capture_end()
+            raise
+        graph.capture_end()
+    finally:
         torch._C._cuda_clearCublasWorkspaces()
-        raise
-    graph.capture_end()
-    torch._C._cuda_clearCublasWorkspaces()
-
-
-def close(pool: Any) -> None:
-    """What torch leaves undone where a recording can't be ended: the pool would take no other, and never give back its memory."""
-    for left in (torch._C._cuda_endAllocateToPool, torch._C._cuda_releasePool):
-        with suppress(RuntimeError):
-            left(torch.cuda.current_device(), pool)
 
 
 @contextmanager
@@ -233,7 +225,7 @@ class Captured:
         self.arena = Arena()
         self.pool: Any = None
         self.count = 0  # of recordings, those that were given up too
-        self.refused: set[int] = set()  # sizes that there was no room for
+        self.refused: set[tuple[int, bool]] = set()  # sizes, with a gradient or without, that could not be recorded
         self.where: int | None = None
         self.open: Any = lambda: None
         body.forward = self.forward
@@ -286,9 +278,10 @@ class Captured:
     def _recorded(self, state: tuple, given: tuple[Tensor, ...], longest: int, grads: list[nn.Parameter]) -> bool:
         """Whether there is a recording, made now if need be. A size that there was no room for once is not asked about again."""
         size, kept = given[0].shape[1], self.made if grads else self.passing
+        kind, begun = (size, bool(grads)), False
         if state in kept:
             return True
-        if size in self.refused:
+        if kind in self.refused:
             return False
         try:
             self.arena.stream = self.arena.stream or torch.cuda.Stream()
@@ -300,16 +293,22 @@ class Captured:
             if not grads:
                 if self.arena.spare() < LEAST:
                     raise torch.OutOfMemoryError
-                self.pool = self.pool or torch.cuda.graph_pool_handle()
+                self.pool = self.pool if self.passing else torch.cuda.graph_pool_handle()  # with its last graph a pool is gone
+            begun = True
             pool = self.arena.pool if grads else self.pool
             kept[state] = Recording(self.layers, given, longest, grads, pool, self.arena.stream)
             self.count += 1
             return True
         except RuntimeError as error:
-            why = "there is no room to record them" if isinstance(error, torch.OutOfMemoryError) else str(error).splitlines()[0]
-        self.refused.add(size)
-        gc.collect()  # the failure's traceback holds what was recorded up to it, and is itself in a circle
-        print(f"batches of {size:,} tokens run kernel by kernel: {why}", flush=True)
+            said = str(error).splitlines() or [type(error).__name__]
+            why = "there is no room to record them" if isinstance(error, torch.OutOfMemoryError) else said[0]
+        self.refused.add(kind)
+        if begun:  # a pool in which a recording failed may take no other
+            kept.clear()
+            if grads:
+                self.arena.release()
+        gc.collect()  # what the failure's traceback holds may hold memory
+        print(f"batches of {size:,} tokens run kernel by kernel{'' if grads else ' without a gradient'}: {why}", flush=True)
         return False
 
     def _as_it_is(self, given: tuple[Tensor, ...], longest: int, grads: bool) -> Tensor:
