@@ -16,7 +16,7 @@ def test_a_task_that_runs_answers_is_taken_where_that_is_allowed(tmp_path):
     said, choice = write(tmp_path / "said", "generate_until", unsafe_code=True), write(tmp_path, "multiple_choice")
     config = body("exact_match,whole", file=str(said)) | {"allow_code": True}
     step = plan({"mine": config}).step("score_mine", "dpo")
-    assert step["config"]["allow_code"] is True
+    assert step["config"]["allow_code"] == {"seconds": 30, "memory_gb": 4, "processes": 64}
     of_a_hub = {metric: body(metric, task="humaneval", revision=COMMIT) | {"allow_code": True} for metric in ("pass@1", "pass@2")}
     plan({"mine": of_a_hub["pass@1"]})
     with pytest.raises(InputError, match="tasks.mine.metric: found 'pass@2', and the task has pass@1$"):
