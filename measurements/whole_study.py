@@ -122,7 +122,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--folder", type=Path, required=True, help="for base, rows and results; what is there is taken")
-    parser.add_argument("--tiny", action="store_true", help="a tiny shape on the CPU")
+    parser.add_argument(
+        "--tiny", action="store_true", help="a tiny shape on the CPU, with --plan: its rows have no room for real questions"
+    )
     parser.add_argument("--plan", action="store_true", help="only plan it")
     parser.add_argument("--micro", type=int, default=8, help="rows of a micro-batch")
     parser.add_argument("--cores", type=int, default=16)

@@ -1,5 +1,7 @@
 """A tiny model with an adapter that does something, and a batch of three texts for it: on a CPU, in fp32."""
 
+import sys
+
 import torch
 from torch import nn
 
@@ -29,3 +31,11 @@ def batch(rows=([5, 9, 20, 31, 8], [7, 11], [40, 3, 12])):
         "attention_mask": torch.tensor([[1] * len(row) + [0] * (longest - len(row)) for row in rows]),
         "use_cache": False,
     }
+
+
+def put_back_at_the_end(model, monkeypatch):
+    """Its decoder, whose module `fused.compile_pieces` gives another rotary embedding."""
+    body = model.get_base_model().base_model
+    code = sys.modules[type(body).__module__]
+    monkeypatch.setattr(code, "apply_rotary_pos_emb", code.apply_rotary_pos_emb)
+    return body

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from tests.support import small_steps
-from tests.support.small_adapter import adapted, batch
+from tests.support.small_adapter import adapted, batch, put_back_at_the_end
 from workflow_scripts.artifacts import manifests
 from workflow_scripts.models import loading
 from workflow_scripts.training import captured, fused, speed
@@ -76,12 +76,8 @@ def test_dropout_acts_in_training_alone(base):
 @pytest.fixture
 def in_pieces(base, monkeypatch):
     """(A model by pieces that are not compiled, what was asked of them, its plain result)"""
-    import sys
-
     model = adapted(base)
-    body = model.get_base_model().base_model
-    code = sys.modules[type(body).__module__]
-    monkeypatch.setattr(code, "apply_rotary_pos_emb", code.apply_rotary_pos_emb)  # put back at the end
+    body = put_back_at_the_end(model, monkeypatch)
     asked, plain = [], result(model, batch())
     monkeypatch.setattr(torch, "compile", lambda piece, **how: lambda *given: (asked.append(piece.__name__), piece(*given))[1])
     assert fused.compile_pieces(body) >= 3 * model.config.num_hidden_layers

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from tests.support import small_steps
-from tests.support.small_adapter import adapted, batch
+from tests.support.small_adapter import adapted, batch, put_back_at_the_end
 from workflow_scripts.training import captured, fused, speed
 
 
@@ -56,12 +56,8 @@ class Graph:
 @pytest.fixture
 def in_autocast(base, monkeypatch):
     """(A step of a model whose layers are recorded, and whose pieces are compiled; the kinds that were compiled; the layers)"""
-    import sys
-
     model = adapted(base)
-    body = model.get_base_model().base_model
-    code = sys.modules[type(body).__module__]
-    monkeypatch.setattr(code, "apply_rotary_pos_emb", code.apply_rotary_pos_emb)  # put back at the end
+    body = put_back_at_the_end(model, monkeypatch)
     compiled, real = [], torch.compile
     monkeypatch.setattr(
         torch,
