@@ -27,8 +27,7 @@ import torch
 
 from measurements import generation, study_memory, training
 from tests.support import as_command
-from workflow_scripts.generation.answers import Answer, Asked
-from workflow_scripts.generation.graphs import ROWS
+from workflow_scripts.generation.answers import ROWS, Answer, Asked
 from workflow_scripts.models import device
 
 WAY = "dequantised"

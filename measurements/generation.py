@@ -17,8 +17,8 @@ from typing import Any
 import torch
 
 from measurements import few_shot
-from workflow_scripts.generation.answers import Answer, Asked
-from workflow_scripts.generation.graphs import ROWS, Graphs
+from workflow_scripts.generation.answers import ROWS, Answer, Asked, rows_for
+from workflow_scripts.generation.graphs import Graphs
 
 SHAPES = {  # of Qwen2; 135m has the sizes of SmolLM2-135M, and biases that this has not
     "0.5b": dict(hidden_size=896, num_hidden_layers=24, num_attention_heads=14, num_key_value_heads=2, intermediate_size=4864,
@@ -196,7 +196,7 @@ def rollouts(shape: str) -> dict:
     found = {}
     for name, asked_for, answers in (("ppo", prompts, 64), ("grpo", [p for p in prompts[:8] for _ in range(4)], 32)):
         torch.cuda.reset_peak_memory_stats()
-        engine, times = Graphs(model, answers, 400 + 512), []
+        engine, times = Graphs(model, answers, 400 + 512, rows=rows_for(answers)), []
         for n in range(4):
             sync()
             start = time.perf_counter()

@@ -40,8 +40,6 @@ MISTAKES = {
     "x: {extends: cpo, train: {precompute_ref_batch_size: 4}}": ("precompute_ref_batch_size", "no reference model in cpo"),
     "x: {extends: simpo, train: {loss_type: sigmoid}}": ("loss_type", "unknown key for method simpo; known here: .*simpo_gamma"),
     "x: {extends: orpo, train: {simpo_gamma: 1.0}}": ("simpo_gamma", "unknown key for method orpo"),
-    "x: {extends: simpo, train: {per_device_eval_batch_size: 4}}": (
-        "per_device_eval_batch_size", r"found 4, expected an integer at least 1 at most 1 \(held-out pairs are evaluated one"),
     "x: {extends: simpo, train: {simpo_gamma: -1}}": ("simpo_gamma", "found -1, expected a number at least 0"),
 }  # fmt: skip
 
@@ -53,6 +51,15 @@ def test_a_loss_that_lacks_something_is_refused_with_its_key(tmp_path, experimen
     with pytest.raises(InputError, match=rf"over\.yaml: experiments\.x\.train\.{key}: .*{says}") as caught:
         load(*FILES, tmp_path / "over.yaml")
     assert len(str(caught.value).splitlines()) == 1
+
+
+def test_a_micro_batch_of_kto_has_whole_groups(tmp_path):
+    (tmp_path / "over.yaml").write_text("experiments: {kto: {kl_rows: 5}}")
+    says = (
+        r"over\.yaml: experiments\.kto\.kl_rows: found 5, but a micro-batch of 16 .* has no whole groups of it; take 2, 4, 8, 16$"
+    )
+    with pytest.raises(InputError, match=says):
+        load(*FILES, tmp_path / "over.yaml")
 
 
 @pytest.mark.parametrize("body", ["slice: sft", "class_weights: ratio", "reward: ifeval"])

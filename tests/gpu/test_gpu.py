@@ -188,6 +188,9 @@ def test_the_generator_answers_as_generate_does_and_what_is_beside_an_answer_cha
         whole = answers(Graphs(model, 384, 128), range(300), asked)
         for slots, part in ((50, range(300)), (384, range(0, 300, 7))):
             assert all(whole[place] == one for place, one in answers(Graphs(model, slots, 128), part, asked).items())
+        few = answers(Graphs(model, 64, 128, rows=64), range(64), asked)  # a rollout's
+        assert few == answers(Graphs(model, 20, 128, rows=64), range(64), asked)
+        assert sum(whole[place] == one for place, one in few.items()) >= len(few) // 2  # other shapes round otherwise
 
 
 def test_a_shared_beginning_changes_no_bit_of_an_answer(monkeypatch):

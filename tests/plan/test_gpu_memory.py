@@ -7,6 +7,7 @@ import pytest
 
 from tests.support.shapes import LARGE, ROOT, SEVEN, STUDY, memory, peaks
 from workflow_scripts.config.names import CHOICE
+from workflow_scripts.generation.answers import ROWS
 from workflow_scripts.plan import passes
 from workflow_scripts.plan.gpu_memory import GIB, Memory
 from workflow_scripts.plan.passes import Pass, in_slots
@@ -91,7 +92,7 @@ def test_the_phases_of_the_study_are_within_20_percent_of_what_was_measured_at_i
 def test_the_generators_memory_is_within_10_percent_of_what_was_measured(what, slots, length, sampled, peak):
     made = memory({"lora": {"r": 16, "alpha": 32}}, files=STUDY if what == "0.5" else LARGE)
     how, fixed = made._judged()
-    assert (fixed + in_slots(how, slots, length, sampled, 16)) / GIB == pytest.approx(peak, rel=0.1)
+    assert (fixed + in_slots(how, slots, length, sampled, 16, ROWS)) / GIB == pytest.approx(peak, rel=0.1)
 
 
 @pytest.mark.parametrize(

@@ -61,6 +61,7 @@ EDITS = {
     | {("generate_gsm8k", "base"), ("score_gsm8k", "base")},
     "methods: {kto: {train: {beta: 0.27}}}": runs("kto"),
     "methods: {kto: {class_weights: {desirable: 1, undesirable: 2}}}": runs("kto"),
+    "methods: {kto: {kl_rows: 8}}": runs("kto"),
     "methods: {rm: {train: {learning_rate: 1.1e-3}}}": RM | runs("ppo", "grpo"),  # whose reward it is
     "methods: {ppo: {train: {num_iterations: 3}}}": runs("ppo", "ppo_ifeval"),
     "methods: {ppo: {ppo: {gamma: 0.99}}}": runs("ppo", "ppo_ifeval"),

@@ -82,6 +82,7 @@ KEYS: dict[str, tuple[list, set[Phase]]] = {
     "base.scratch.train.muon_learning_rate": ([4.0e-3], BASE),
     "allow_package_mismatch": ([True], FINISHED),
     "methods.kto.class_weights": ([{"desirable": 1.0, "undesirable": 2.0}], trained("kto")),
+    "methods.kto.kl_rows": ([4, 8], trained("kto")),
     "methods.rm.max_left_out": ([0.3], trained("rm")),
     "methods.kto.max_left_out": ([0.3], trained("kto")),
     "methods.grpo.require_reward_above_chance": ([False], trained("grpo", "grpo_numeric")),  # grpo_rm has its own

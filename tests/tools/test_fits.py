@@ -64,6 +64,13 @@ def test_advice_makes_it_fit_and_keeps_the_effective_batch():
         )
 
 
+def test_advice_halves_ktos_micro_batch_down_to_a_group_of_its_kl_estimate():
+    more = {"methods": {"kto": {"kl_rows": 256, "train": {"per_device_train_batch_size": 512}}}}
+    made = memory(WIDE, more)
+    changes, peak = fits.remedy(made, made.train("kto", made.config.experiments["kto"]), 80)
+    assert changes["train.per_device_train_batch_size"] == 256 and peak < 80e9
+
+
 def test_advice_leaves_ktos_micro_batch_alone():
     made = memory(WIDE, {"methods": {"kto": {"train": {"per_device_train_batch_size": 512}}}})
     kto = made.train("kto", made.config.experiments["kto"])

@@ -10,12 +10,12 @@ import pytest
 from tests.support import small_steps
 from workflow_scripts.training import change, trainers, units
 
-# Method -> (TRL's names of what the step takes, units among 8 held-out rows in batches of 2: rows, batches or prompts)
+# Method -> (TRL's names of what the step takes, units among 8 held-out rows in batches of 2: rows, pairs, KTO's groups, prompts)
 ROLLOUT = ("reward", "completions/mean_length", "rewards/ifeval/mean")
 METHODS = {
     "sft_v2": (("loss", "mean_token_accuracy"), 8),
-    "dpo": (("loss", "rewards/accuracies", "rewards/margins"), 4),
-    "simpo": (("loss", "rewards/accuracies", "rewards/margins", "nll"), 4),
+    "dpo": (("loss", "rewards/accuracies", "rewards/margins"), 8),
+    "simpo": (("loss", "rewards/accuracies", "rewards/margins", "nll"), 8),
     "kto": (("loss",), 8),  # 8 pairs taken apart
     "ppo_ifeval": (ROLLOUT, 8),
     "grpo": (ROLLOUT, 8),

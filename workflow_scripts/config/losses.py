@@ -3,9 +3,11 @@
 from collections.abc import Iterator
 
 from workflow_scripts.config.written import Written
+from workflow_scripts.data.unpaired import kl_rows
 
 # DPO's losses that take the difference of two rewards, by which an f-divergence can stand in for the reverse KL (TRL's list).
 DIFFERENCES = {"sigmoid", "sigmoid_norm", "hinge", "ipo", "exo_pair", "robust", "discopop", "sft"}
+SIZE = "per_device_train_batch_size"
 TEMPERATURES = ("sapo_temperature_pos", "sapo_temperature_neg")
 
 
@@ -14,6 +16,10 @@ def check(config: Written, name: str, body: dict) -> None:
     problems = {"dpo": _dpo, "grpo": _grpo}.get(body["method"])
     for key, problem in problems(body["train"]) if problems else ():
         raise config.fail(config.place(name, ["train", key]), problem)
+    if body["method"] == "kto" and (size := body["train"][SIZE]) % kl_rows(body):
+        fitting = ", ".join(str(number) for number in range(2, size + 1) if size % number == 0)
+        problem = f"found {kl_rows(body)}, but a micro-batch of {size} (train.{SIZE}) has no whole groups of it; take {fitting}"
+        raise config.fail(config.place(name, ["kl_rows"]), problem)
 
 
 def _dpo(train: dict) -> Iterator[tuple[str, str]]:
@@ -26,9 +32,9 @@ def _dpo(train: dict) -> Iterator[tuple[str, str]]:
         yield "loss_weights", f"found {weights} with one loss ({given}); make loss_type a list, or leave the weights out"
     elif weights is not None and len(weights) != len(types):
         yield "loss_weights", f"found {len(weights)} weights, and loss_type has {len(types)} entries; give one for each"
-    if "aot" in types and train["per_device_train_batch_size"] < 2:
+    if "aot" in types and train[SIZE] < 2:
         yield (
-            "per_device_train_batch_size",
+            SIZE,
             "found 1: aot sorts the pairs of a batch, and one pair alone is sigmoid; take 2 or more",
         )
     if "exo_pair" in types and not train.get("label_smoothing"):

@@ -6,7 +6,13 @@ from typing import Any
 
 from workflow_scripts.plumbing.messages import InputError
 
-TRIES = 20  # shuffles, of which the one with the fewest prompts twice in a batch is taken
+TRIES = 20  # shuffles, of which the one with the fewest prompts twice in a group is taken
+
+
+def kl_rows(body: dict) -> int:
+    """Answers of a group, from within which the pairs of KTO's KL estimate come. body: the experiment, resolved."""
+    given = body["kl_rows"]
+    return body["train"]["per_device_train_batch_size"] if given == "micro_batch" else given  # type: ignore[no-any-return]
 
 
 def unpair(rows: list[dict]) -> list[dict]:
@@ -22,10 +28,10 @@ def unpair(rows: list[dict]) -> list[dict]:
     return found
 
 
-def spread(rows: list[dict], batch: int, seed: int) -> tuple[list[dict], int]:
-    """(the rows in a random order in which no batch has a prompt twice, how often one has all the same).
+def spread(rows: list[dict], group: int, seed: int) -> tuple[list[dict], int]:
+    """(the rows in a random order in which no group has a prompt twice, how often one has all the same).
 
-    Batches are filled from a shuffled list; a row whose prompt is in the batch already waits for the next one. A last batch of
+    Groups are filled from a shuffled list; a row whose prompt is in the group already waits for the next one. A last group of
     one row, whose mismatched answer would be its own, is left out.
     """
     best: tuple[int, list[dict]] | None = None
@@ -41,7 +47,7 @@ def spread(rows: list[dict], batch: int, seed: int) -> tuple[list[dict], int]:
             taken: list[dict] = []
             waiting: list[tuple[str, dict]] = []
             late.reverse()
-            while len(taken) < batch and (late or coming):
+            while len(taken) < group and (late or coming):
                 prompt, row = (late or coming).pop()
                 if prompt in inside:
                     waiting.append((prompt, row))
@@ -49,8 +55,8 @@ def spread(rows: list[dict], batch: int, seed: int) -> tuple[list[dict], int]:
                     taken.append(row)
                     inside.add(prompt)
             late = waiting + late[::-1]
-            if len(taken) < batch and late:  # nothing left but prompts that are in this batch
-                missing = batch - len(taken)
+            if len(taken) < group and late:  # nothing left but prompts that are in this group
+                missing = group - len(taken)
                 twice += len(late[:missing])
                 taken, late = taken + [row for _, row in late[:missing]], late[missing:]
             order += taken
@@ -60,7 +66,7 @@ def spread(rows: list[dict], batch: int, seed: int) -> tuple[list[dict], int]:
             break
     assert best is not None
     twice, order = best
-    return (order[:-1] if len(order) % batch == 1 else order), twice
+    return (order[:-1] if len(order) % group == 1 else order), twice
 
 
 def weights(rows: list[dict], chosen: str | dict, place: str) -> dict[str, Any]:

@@ -5,6 +5,16 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 ROWS, PREFILL = 384, 1024  # of a step on a GPU: rows that decode, and rows that fill slots (generation/graphs.py)
+FEW = 64  # rows of a rollout's step come in multiples of it
+
+
+def rows_for(answers: int) -> int:
+    """Rows of a step on a GPU where there are never more answers at once, as in a rollout; at most ROWS.
+
+    A step takes about as long for one row as for ROWS where weights are large, and longer the more rows there are where the
+    vocabulary is. How many there are decides how products round, so they follow from what decides the training, not from slots.
+    """
+    return min(ROWS, -(-answers // FEW) * FEW)
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ A slot holds one answer. Prompts wait, the longest first; as soon as an answer e
              device (`State`), an answer that has ended waits there, and nothing is read in between
     collect  one look at who has ended; their tokens are read, and `done` is called
 
-On a GPU a step is a CUDA graph, captured once: shapes never change, there are ROWS rows whatever the slots, and the attention
+On a GPU a step is a CUDA graph, captured once: shapes never change, there are `rows` rows whatever the slots, and the attention
 kernel reads each row's length from the device. So what a row gives depends neither on what is beside it nor on the number of
 slots, bit for bit, as long as products of one shape treat their rows alike. On a CPU the same steps run without a graph, one to
 a burst, and rows are as many as there are answers, in multiples of CPU_ROWS: an answer moves to a lower slot where one is free.
@@ -103,18 +103,19 @@ class Graphs:
     """Answers of a model whose architecture `decoder.unsupported` has nothing against.
 
     slots: answers at once, at most; they decide how much memory the cache takes. length: tokens of the longest prompt with its
-    answer. adapter, exact: as for `Decoder`.
+    answer. adapter, exact: as for `Decoder`. rows: of a step on a GPU.
     """
 
-    def __init__(self, model: Any, slots: int, length: int, adapter: str = "default", exact: bool = False):
+    def __init__(self, model: Any, slots: int, length: int, adapter: str = "default", exact: bool = False, rows: int = ROWS):
         self.decoder = Decoder(model, adapter, exact)
         self.device = self.decoder.device
         self.gpu = self.device.type == "cuda"
-        self.slots = min(slots, ROWS) if self.gpu else slots
+        self.rows = rows
+        self.slots = min(slots, rows) if self.gpu else slots
         self.length = -(-length // attention.BLOCK) * attention.BLOCK
         self.cache = self.decoder.cache(self.slots + 1, self.length)  # the last slot takes what rows of no answer write
         self.angles = self.decoder.angles(self.length)
-        self.slot = torch.arange(max(ROWS, slots), device=self.device).clamp(max=self.slots)
+        self.slot = torch.arange(max(rows, slots), device=self.device).clamp(max=self.slots)
         self.filling = torch.zeros(3, PREFILL, dtype=torch.long, device=self.device)  # token, slot, position of prefill's rows
         self.captured: dict[Any, tuple[torch.cuda.CUDAGraph, Any]] = {}
         self.pool: Any = None
@@ -167,7 +168,7 @@ class Graphs:
 
     def _prepare(self, asked: Asked) -> None:
         if self.state.tokens.shape[1] <= asked.max_new_tokens:
-            self.state = empty(ROWS if self.gpu else self.slots, asked.max_new_tokens, self.device)
+            self.state = empty(self.rows if self.gpu else self.slots, asked.max_new_tokens, self.device)
             # Their steps write to the old one. The prefill does not, and keeps the memory that all share alive.
             self.captured = {key: graph for key, graph in self.captured.items() if key == "prefill"}
             self.pool = self.pool if self.captured else None
@@ -225,7 +226,7 @@ class Graphs:
     def _gathered(self, held: dict[int, tuple[int, int, int]]) -> int:
         """How many rows a step has. On a CPU, answers at the end move into free slots below, so that there are fewer."""
         if self.gpu:
-            return ROWS
+            return self.rows
         rows = min(self.slots, -(-len(held) // CPU_ROWS) * CPU_ROWS)
         free = [slot for slot in range(rows) if slot not in held]
         for slot in sorted(held)[::-1]:

@@ -13,6 +13,8 @@ from workflow_scripts.config import own_tasks, sampled
 from workflow_scripts.config.config import Config
 from workflow_scripts.config.experiments import rewards
 from workflow_scripts.config.names import CHOICE, PAIRED
+from workflow_scripts.data.unpaired import kl_rows
+from workflow_scripts.generation.answers import ROWS, rows_for
 from workflow_scripts.plan.passes import Pass, decoding, in_slots, lm_head, step
 from workflow_scripts.plan.shape import lora_parameters, shape_of, weights
 from workflow_scripts.plumbing.gpus import need
@@ -148,6 +150,7 @@ class Memory:
     def _supervised(self, phase: Phase, body: dict, fixed: float) -> None:
         train, method, how = body["train"], body["method"], self._pass(body)
         row, size, judged = train["max_length"], train["per_device_train_batch_size"], train["per_device_eval_batch_size"]
+        judged = max(judged, kl_rows(body)) if method == "kto" else judged  # whole groups
         sides = 2 if method in PAIRED else 1  # chosen and rejected in one batch
         tokens, eval_tokens = sides * size * row, (1 if method == "rm" else sides) * judged * row
         phase.stages["step"] = fixed + step(how, tokens, row, train["gradient_checkpointing"], 0 if method == "rm" else tokens)
@@ -170,7 +173,8 @@ class Memory:
         if self.config.data["generation"]["rollouts"] == "graphs":
             again = body["quantise"] != "none" and not self._dequantised  # a 4-bit base is there a second time
             slots = min(drawn, self.config.data["generation"]["slots"])
-            fixed += again * self.e * self.shape.linear + in_slots(policy, slots, row, True, self._block(body)["r"])
+            fixed += again * self.e * self.shape.linear
+            fixed += in_slots(policy, slots, row, True, self._block(body)["r"], rows_for(drawn))
             phase.stages |= {stage: peak + fixed - before for stage, peak in phase.stages.items()}
             phase.stages["rollout"] = fixed
         else:
@@ -219,7 +223,7 @@ class Memory:
         backend = self.config.data["generation"]["rollouts"] if kind == "sample" else self.config.generation()["backend"]
         if backend == "graphs":
             ranks = [self._block(body)["r"] for body in self.config.experiments.values()]
-            answering = fixed + in_slots(how, rows, prompt + new, kind == "sample", max(ranks))
+            answering = fixed + in_slots(how, rows, prompt + new, kind == "sample", max(ranks), ROWS)
         elif backend == "vllm":  # it fills what it is given with keys and values; one answer has to fit
             answering = fixed + decoding(how, 1, prompt, new)
         else:

@@ -19,7 +19,7 @@ longest row of s tokens.
 
 from dataclasses import dataclass
 
-from workflow_scripts.generation.answers import PREFILL, ROWS
+from workflow_scripts.generation.answers import PREFILL
 from workflow_scripts.plan.shape import Shape
 
 TILE = (4096, 32768)  # tokens x logits that TRL's LM head holds at once
@@ -110,14 +110,15 @@ def decoding(how: Pass, rows: float, prompt: float, new: float) -> float:
     return max(prefill, cache(how.shape, how.e, rows, prompt + new)) + logits
 
 
-def in_slots(how: Pass, slots: int, length: float, sampled: bool, rank: int) -> float:
+def in_slots(how: Pass, slots: int, length: float, sampled: bool, rank: int, rows: int) -> float:
     """Bytes of the backend `graphs` (generation/graphs.py) beside the model: the cache of its slots, the adapter joined to the
-    weights, logits (what warms up and what is captured hold their own, and a draw its scores in fp32), a prefill, cuBLAS's room.
+    weights, logits of a step's rows (what warms up and what is captured hold their own, and a draw its scores in fp32), a
+    prefill, cuBLAS's room.
     """
     shape, e = how.shape, how.e
     whole = -(-length // 64) * 64
     kept = 2 * shape.layers * shape.key * e * (slots + 1) * whole
     h, q, k, m = shape.hidden, shape.query, shape.key, shape.intermediate
     joined = e * shape.layers * rank * (3 * (q + 2 * k) + 2 * h + 4 * m + 5 * h + q + m)  # `up`, block diagonal, and A
-    logits = ROWS * shape.vocabulary * (3 * e + (4 if sampled else 0))
+    logits = rows * shape.vocabulary * (3 * e + (4 if sampled else 0))
     return kept + joined + logits + how.forward(PREFILL, 0) + 64 * 2**20

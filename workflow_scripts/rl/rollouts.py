@@ -17,7 +17,7 @@ import torch
 from trl import GRPOTrainer, RLOOTrainer
 
 from workflow_scripts.generation import generator
-from workflow_scripts.generation.answers import Answer, Asked
+from workflow_scripts.generation.answers import Answer, Asked, rows_for
 from workflow_scripts.generation.graphs import Graphs
 from workflow_scripts.plumbing import ranks
 from workflow_scripts.training import exchange
@@ -41,7 +41,8 @@ class Rollouts:
             print(f"plain `generate` samples, in place of `graphs`: {reason}", flush=True)
             return
         at_once = max(self.args.generation_batch_size, self.args.per_device_eval_batch_size)
-        self.engine = Graphs(model, min(slots, at_once), longest + self.args.max_completion_length)
+        length = longest + self.args.max_completion_length
+        self.engine = Graphs(model, min(slots, at_once), length, rows=rows_for(at_once))
 
     def _generate_single_turn(self: Any, prompt_ids: list[list[int]], *others: Any) -> Any:
         if self.engine is None:  # ranks draw from one stream, and what the first drew counts

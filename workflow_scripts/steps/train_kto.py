@@ -2,9 +2,10 @@
 
 Each row is one answer with a label. With r = log pi(answer) - log ref(answer), summed over the answer's tokens, a desirable
 answer has the loss w_D (1 - sigmoid(beta (r - z))), an undesirable one w_U (1 - sigmoid(beta (z - r))). The reference point
-z >= 0 estimates KL(pi || ref) from answers that belong to other prompts of the same batch (the row before): so the batch
-on a device is part of the method and has at least two rows, and rows of one prompt are kept out of each other's batch, where
-they would answer the very prompt that they are a mismatch for. z carries no gradient.
+z >= 0 estimates KL(pi || ref) from answers that belong to other prompts of the same group (the row before): so the size of a
+group, `kl_rows`, is part of the method and at least two, and rows of one prompt are kept out of each other's group, where they
+would answer the very prompt that they are a mismatch for. z carries no gradient. In TRL a group is what a device takes at once;
+here a micro-batch may have several (training/groups.py).
 
 Rows come from a slice of pairs, taken apart, or from one that is unpaired. They are shuffled by the seed here: TRL takes a pair
 apart into all chosen, then all rejected, and reads in order. `class_weights: ratio` weighs the rarer class up, so that w_D n_D =
@@ -22,7 +23,7 @@ import json
 from typing import Any
 
 from workflow_scripts.artifacts import manifests
-from workflow_scripts.data.unpaired import spread, unpair, weights
+from workflow_scripts.data.unpaired import kl_rows, spread, unpair, weights
 from workflow_scripts.steps import cli
 from workflow_scripts.tools import card
 from workflow_scripts.training.change import Units, of_ratio
@@ -90,12 +91,12 @@ def main(job: manifests.Job) -> None:
     config, step = job.config, job.step
     parents = job.parents()
     start, rows = parents["start"], parents["rows"]
-    batch = config["train"]["per_device_train_batch_size"]
+    group = kl_rows(config)
     device.prepare(step, job.deterministic)
     tokenizer = chat.tokenizer_of(start)
     short, left = trainers.whole(tokenizer, rows, config)
     answers = {heldout: unpair(found) for heldout, found in short.items()}
-    ordered = {heldout: spread(found, batch, step["seed"]) for heldout, found in answers.items()}
+    ordered = {heldout: spread(found, group, step["seed"]) for heldout, found in answers.items()}
     weights(ordered[True][0], config["class_weights"], f"{rows.path}, held-out rows")
     class_weights = weights(ordered[False][0], config["class_weights"], str(rows.path))
     model = sharded.load(start, job)
@@ -116,6 +117,7 @@ def main(job: manifests.Job) -> None:
         processing_class=tokenizer,
         peft_config=lora.adapter_config(config["lora"], model),
         callbacks=[trainers.Watch(job.run)],
+        kl_rows=group,
         **reference.of(job, start),
     )
     facts: dict = {"constant": trainers.settle(trainer, job, tokenizer, given, rows)}
@@ -126,7 +128,7 @@ def main(job: manifests.Job) -> None:
 
     facts |= trainers.fit(trainer, job, objective) | left
     facts["class_weights"] = class_weights
-    facts["prompts_twice_in_a_batch"] = ordered[False][1]
+    facts["prompts_twice_in_a_group"] = ordered[False][1]
 
     with manifests.complete(job, "adapter", parents) as draft:
         trainers.save(trainer, draft, job, start, facts)

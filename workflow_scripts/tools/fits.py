@@ -5,11 +5,11 @@
 One line for each phase: the peak of what torch allocates, in GiB, for the longest rows that the config lets through; when it is
 reached; and the cards that have room for it and for a reserve (the CUDA context, the allocator's waste: plan/gpu_memory.py).
 Then, for each card on which something does not fit, the keys to change: of the experiment, or of its method for all its
-experiments, so that they stay comparable. The effective batch stays, and so does KTO's micro-batch, which is part of the method.
-Not without consequence are the last resorts: `quantise: nf4` is another variant of a method, `max_prompt_tokens` drops rows,
-`eval.batch_size` (of the backend `hf`) is one for all scores; `generation.slots` decides no answer. Where `nf4` would be the way
-out, a line says how many cards have room for the base in parts (`gpus`, `shard`), which changes no number. `--gpu 16` asks about
-one card, and ends with exit status 1 if something does not fit on it.
+experiments, so that they stay comparable. The effective batch stays, and so do the groups of KTO's KL estimate, which are part
+of the method. Not without consequence are the last resorts: `quantise: nf4` is another variant of a method,
+`max_prompt_tokens` drops rows, `eval.batch_size` (of the backend `hf`) is one for all scores; `generation.slots` decides no
+answer. Where `nf4` would be the way out, a line says how many cards have room for the base in parts (`gpus`, `shard`), which
+changes no number. `--gpu 16` asks about one card, and ends with exit status 1 if something does not fit on it.
 """
 
 import argparse
@@ -20,6 +20,7 @@ import math
 from workflow_scripts.config import config as configs
 from workflow_scripts.config.names import answered
 from workflow_scripts.config.over_gpus import IN_ONE_ORDER, can_share_base
+from workflow_scripts.data.unpaired import kl_rows
 from workflow_scripts.plan.estimate import Estimates
 from workflow_scripts.plan.gpu_memory import CARDS, GIB, Memory, Phase, fits, need
 from workflow_scripts.plan.plan import Plan
@@ -78,13 +79,14 @@ def _move(memory: Memory, stage: str, body: dict) -> dict[str, object]:
     """The next change to a resolved experiment that lowers a stage's peak, made in it: key -> value. Empty if there is none."""
     train, method = body["train"], body["method"]
     size, each = train["per_device_train_batch_size"], train["gradient_accumulation_steps"]
-    group = train.get("num_generations_eval", 2 if method == "kto" else 1)
+    together = kl_rows(body) if method == "kto" else 1
+    group = train.get("num_generations_eval", together)
     changed: dict[str, object] = {}
     if stage in ("objective", "scoring") and (judged := train["per_device_eval_batch_size"] // 2 // group * group):
         changed = {"per_device_eval_batch_size": judged}
     elif stage in ("step", "value step") and not train["gradient_checkpointing"]:
         changed = {"gradient_checkpointing": True}
-    elif stage in ("step", "value step") and size % 2 == 0 and method != "kto":  # kto's micro-batch is part of the method
+    elif stage in ("step", "value step") and size % (2 * together) == 0:
         changed = {"per_device_train_batch_size": size // 2, "gradient_accumulation_steps": 2 * each}
         if "steps_per_generation" in train:
             changed["steps_per_generation"] = 2 * train["steps_per_generation"]

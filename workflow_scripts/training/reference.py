@@ -31,6 +31,7 @@ from workflow_scripts.artifacts.manifests import Artifact, Job
 from workflow_scripts.plumbing import ranks
 from workflow_scripts.plumbing.progress import Progress
 from workflow_scripts.training import exchange, speed
+from workflow_scripts.training.groups import InGroups, InKlGroups
 
 ROWS = 32  # of a pass that takes no gradient
 STEP = ("code", "packages", "device", "precision", "threads")  # of the step's JSON, what a forward pass follows from
@@ -111,18 +112,18 @@ class KeptReference:
         return {column: torch.cat(parts) for column, parts in zip(self.COLUMNS, columns, strict=False)}
 
 
-class DPO(KeptReference, DPOTrainer):  # type: ignore[misc]
+class DPO(KeptReference, InGroups, DPOTrainer):  # type: ignore[misc]
     COLUMNS = ("ref_chosen_logps", "ref_rejected_logps")
 
 
-class KTO(KeptReference, KTOTrainer):  # type: ignore[misc]
+class KTO(KeptReference, InKlGroups, KTOTrainer):  # type: ignore[misc]
     COLUMNS = ("ref_logps", "ref_KL_logps")  # the second where the loss has a KL estimate
 
 
 @contextmanager
 def _unhashed(kind: type) -> Iterator[None]:
     """TRL would hash all weights, in fp32, for a name in a cache that is thrown away with the process: seconds at 0.5 B."""
-    module = sys.modules[kind.__mro__[2].__module__]
+    module = sys.modules[next(one.__module__ for one in kind.__mro__ if one.__module__.startswith("trl."))]
     before = module.hash_module  # type: ignore[attr-defined]
     module.hash_module = lambda model: ""  # type: ignore[attr-defined]
     try:

@@ -18,12 +18,13 @@ from torch import Tensor
 from trl import DPOTrainer
 
 from workflow_scripts.models.chat import IGNORE
+from workflow_scripts.training.groups import InGroups
 
 # (log-probabilities of chosen and rejected, summed over the answer; their tokens), all (B,) -> loss of each pair, both rewards
 Loss = Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]
 
 
-class PairsTrainer(DPOTrainer):
+class PairsTrainer(InGroups, DPOTrainer):  # type: ignore[misc]
     """`loss` says what a pair costs. The mean over pairs is minimised, in whatever micro-batches they come."""
 
     def __init__(self, loss: Loss, **more: Any):

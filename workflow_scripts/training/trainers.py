@@ -18,6 +18,7 @@ from workflow_scripts.plumbing.messages import InputError
 from workflow_scripts.plumbing.progress import Progress
 from workflow_scripts.training import checkpoints, over_ranks, speed, units
 from workflow_scripts.training.change import Units, changes
+from workflow_scripts.training.groups import InGroups
 
 # Measurements of time: they go to run.json, not into a manifest or a curve that two equal runs share.
 CLOCK = ("runtime", "per_second", "total_flos", "preparation_time", "step_time")
@@ -222,17 +223,15 @@ def fit(trainer: Any, job: Job, measure: Callable[[], Measured]) -> dict:
 def objective(trainer: Any, keys: dict[str, str]) -> Measured:
     """The method's own objective on the held-out rows: our name -> value, from the trainer's `eval_` metrics by `keys`.
 
-    A value is the mean of its units (training/units.py). DPO's pairs are evaluated one by one. The others' batches get one size,
-    so that TRL's means over batches weigh rows (or sampled answers) equally: the largest that is no larger than the config's,
-    divides them, and holds whole groups.
+    A value is the mean of its units (training/units.py). Losses of pairs, and of KTO's groups, count one by one in any batch
+    of whole ones (training/groups.py). The others' batches get one size, so that TRL's means over batches weigh rows (or
+    sampled answers) equally: the largest that is no larger than the config's, divides them, and holds whole groups.
     """
-    from trl import DPOTrainer
-
     args = trainer.args
-    group = getattr(args, "num_generations_eval", None) or 1
+    group: Any = getattr(args, "num_generations_eval", None) or getattr(trainer, "kl_rows", 1)
     size, rows = args.per_device_eval_batch_size, len(trainer.eval_dataset) * group
-    limit = 1 if isinstance(trainer, DPOTrainer) else max(size, group)
-    args.per_device_eval_batch_size = max(n for n in range(group, limit + 1, group) if rows % n == 0)
+    sizes = range(group, max(size, group) + 1, group)
+    args.per_device_eval_batch_size = max(n for n in sizes if isinstance(trainer, InGroups) or rows % n == 0)
     with units.kept(trainer) as found:
         trainer.evaluate()
     args.per_device_eval_batch_size = size

@@ -5,10 +5,10 @@ A unit is a row, so that the standard error of a change counts rows whatever the
 - SFT: a row (packed: a sequence), from the log-probabilities that TRL's forward gives for each token. Rows weigh by their tokens
   with a loss, as in training: the mean over the units is the loss of all held-out tokens. TRL's own figure is the mean over
   batches, which is another number for another batch size. (Without a mixture of experts' auxiliary loss.)
-- DPO: a pair; `trainers.objective` evaluates pairs one by one, so that TRL's figures of a batch are a pair's.
+- DPO: a pair; TRL's figures are noted for each one, as of a batch of one (training/groups.py).
 - Methods that sample answers: a prompt, by the rewards of each one's answers. No batch of one, which would make sampling slow.
-- KTO's loss alone has batches for units: it needs other rows of its batch. Its rewards: steps/train_kto.py, by prompt. Reward
-  models: rl/reward_model.py, by pair.
+- KTO's loss: a group of `kl_rows`, since it needs the other rows of it; the last one weighs by its rows. Its rewards:
+  steps/train_kto.py, by prompt. Reward models: rl/reward_model.py, by pair.
 
 By two methods of the trainer, each wrapped for one evaluation: `prediction_step`, after which a batch's figures lie in
 `_metrics["eval"]`, and `_calculate_rewards`; and by what SFT's model returns. tests/training/test_units.py says when TRL changes
@@ -23,6 +23,7 @@ from typing import Any
 from workflow_scripts.plumbing import ranks
 from workflow_scripts.training import passes
 from workflow_scripts.training.change import Units, of_ratio
+from workflow_scripts.training.groups import InGroups
 
 LENGTH = "completions/mean_length"
 
@@ -34,7 +35,8 @@ def kept(trainer: Any) -> Iterator[Units]:
 
     found: Units = {"loss": []}
     answers: dict[str, dict[str, list[float]]] = {}  # figure -> prompt's id -> a number for each answer
-    tokens: dict[str, list[tuple[float, float]]] = {"loss": [], "mean_token_accuracy": []}  # SFT: (sum, tokens) of each row
+    # SFT: (sum, tokens) of each row; pairs, and KTO's groups: (sum, rows)
+    tokens: dict[str, list[tuple[float, float]]] = {"loss": [], "mean_token_accuracy": []}
     predict, judge = trainer.prediction_step, getattr(trainer, "_calculate_rewards", None)
 
     def prediction_step(*args: Any, **kwargs: Any) -> Any:
@@ -74,11 +76,15 @@ def kept(trainer: Any) -> Iterator[Units]:
         trainer._calculate_rewards = calculate_rewards
     # Where several ranks train, the batches are shared out beforehand; rollouts share their answers themselves.
     shared = passes.evaluated(trainer, predict, tokens) if ranks.count > 1 and judge is None else None
+    if in_groups := isinstance(trainer, InGroups):
+        trainer.judged = tokens["loss"]
     trainer.prediction_step = prediction_step
     try:
         yield found
     finally:
         del trainer.prediction_step
+        if in_groups:
+            del trainer.judged
         if hook is not None:
             hook.remove()
         if judge is not None:
