@@ -6,7 +6,7 @@ same rows with each of `speed`'s ways added to the last (training/speed.py), in 
 
 Rows have 64 to 1,024 tokens, 789 in the mean, as long as UltraChat's. `study` is config/qwen05b.yaml as it stands, with padding,
 activation checkpointing and small micro-batches: what TRL does when it is asked for this recipe. The others take the effective
-batch at once, but for KTO, whose batch is part of the method, and recompute nothing. Tokens are real ones, without padding, of a
+batch at once and recompute nothing. Tokens are real ones, without padding, of a
 pair those of both sides. Seconds of a step are the mean without the first STEPS_OFF; `first_s` is how long these took, with what
 was compiled in them; `outside_s` all that is not a step: loading, the held-out objective, saving.
 """
@@ -26,6 +26,7 @@ from measurements import study_memory
 from tests.support import as_command, small_steps
 from workflow_scripts.artifacts import manifests
 from workflow_scripts.config.experiments import rewards
+from workflow_scripts.data.unpaired import kl_rows
 from workflow_scripts.models import chat
 
 STEPS_OFF = 4
@@ -113,6 +114,7 @@ def job_of(name: str, train: dict, config: Any, folder: Path, slices: dict[str, 
     settings = {key: value for key, value in body.items() if key not in ("start_from", "slice")} | {"train": train}
     settings |= {"lora": data["lora"], "optim": "paged_adamw_32bit" if data["device"] == "cuda" else "adamw_torch"}
     settings |= {"quant": data["quant"]} if body["quantise"] != "none" else {}
+    settings |= {"kl_rows": kl_rows(body)} if body["method"] == "kto" else {}  # those of the config's own micro-batch
     settings |= {"reward": rewards(body), "generation": data["generation"]["rollouts"]} if "reward" in body else {}
     base = folder / "base/manifest.json"
     parents = {"start": base, "rows": slices[body["slice"]]}
@@ -130,12 +132,11 @@ def measured_job(name: str, way: str, config: Any, folder: Path, slices: dict[st
     train |= {"max_steps": steps, "logging_steps": logging}
     if way != "study":
         train["gradient_checkpointing"] = False
-        if method != "kto":
-            if method == "ppo":
-                train["steps_per_generation"] //= train["gradient_accumulation_steps"]
-            train["per_device_train_batch_size"] *= train["gradient_accumulation_steps"]
-            train["per_device_train_batch_size"] //= parts
-            train["gradient_accumulation_steps"] = parts
+        if method == "ppo":
+            train["steps_per_generation"] //= train["gradient_accumulation_steps"]
+        train["per_device_train_batch_size"] *= train["gradient_accumulation_steps"]
+        train["per_device_train_batch_size"] //= parts
+        train["gradient_accumulation_steps"] = parts
     job = job_of(name, train, config, folder, slices, place)
     job.speed = WAYS[way]
     return job

@@ -8,7 +8,7 @@ conversations and 5,000 pairs to train on, of 64 to 1,024 tokens, 0.77 of that i
 prompts for PPO. IFEval's 541 prompts and GSM8K's questions are the real ones. Random weights know no end of turn, so every answer
 is as long as it may be: 1,280 tokens in IFEval, 512 in a rollout; a trained model's are shorter.
 
-Micro-batches are `--micro` rows (but KTO's), so that several jobs have room on the card beside each other. Making the weights
+Micro-batches are `--micro` rows, so that several jobs have room on the card beside each other. Making the weights
 and the rows is not in the time; the pipeline's own steps of base and slices are. The file has the wall time, when each job had
 ended, a training's steps and peak, and of one that did not end how far it came.
 """
@@ -79,7 +79,7 @@ def write_config(folder: Path, given: argparse.Namespace) -> Path:
     data["seeds"], data["pathvars"] = [1], {name: str(folder / name) for name in ("results", "logs", "benchmarks")}
     data["threads"], data["allow_package_mismatch"] = 2, True
     more: dict[str, Any] = {method: {"require_reward_above_chance": False} for method in ("ppo", "grpo", "rloo")}
-    for method in ("sft", "dpo", "rm", "ppo", "grpo", "rloo"):
+    for method in ("sft", "dpo", "kto", "rm", "ppo", "grpo", "rloo"):
         train = {"per_device_train_batch_size": given.micro, "gradient_accumulation_steps": 16 // given.micro}
         if method == "ppo":
             train["steps_per_generation"] = 64 // given.micro
@@ -146,7 +146,8 @@ def main() -> None:
     config = write_config(folder, given)
     targets = [str(folder / f"results/ifeval_{run}.json") for run in RUNS]
     command = ["snakemake", *targets, "--configfile", str(config), "--cores", str(given.cores), "--keep-going"]
-    command += ["--resources", f"gpu={given.at_once}"]
+    command += ["--resources", f"gpu={given.at_once}", "--prioritize"]
+    command += [str(folder / f"results/{run}/adapter/manifest.json") for run in ("ppo", "grpo", "rloo")]  # the longest chains
     wanted = [f"{rule}:gpu_mb={size}" for rule, size in (one.split("=") for one in given.gpu_mb)]
     command += ["--set-resources", *wanted] if wanted else []
     command += ["--dry-run", "--quiet", "rules"] if given.plan else []

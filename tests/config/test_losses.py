@@ -56,7 +56,7 @@ def test_a_loss_that_lacks_something_is_refused_with_its_key(tmp_path, experimen
 def test_a_micro_batch_of_kto_has_whole_groups(tmp_path):
     (tmp_path / "over.yaml").write_text("experiments: {kto: {kl_rows: 5}}")
     says = (
-        r"over\.yaml: experiments\.kto\.kl_rows: found 5, but a micro-batch of 16 .* has no whole groups of it; take 2, 4, 8, 16$"
+        r"over\.yaml: experiments\.kto\.kl_rows: found 5, but a micro-batch of 16 .* has no whole groups of it; take 2, 4, 8, 16"
     )
     with pytest.raises(InputError, match=says):
         load(*FILES, tmp_path / "over.yaml")
