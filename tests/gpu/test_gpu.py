@@ -174,11 +174,12 @@ def test_the_generator_answers_as_generate_does_and_what_is_beside_an_answer_cha
     for architecture in ("Llama", "Qwen2", "Qwen3"):
         model = model_of(architecture, True).to("cuda")
         made = answers(Graphs(model, 384, 128), range(300), Asked(ENDS, 40))
+        few_rows = answers(Graphs(model, 50, 128, rows=64), range(300), Asked(ENDS, 40))  # as in a rollout
         model = model.to("cpu")
         few = range(0, 300, 12)
-        assert not [i for i in few if parted(model, prompts[i], made[i, 0], greedy(model, prompts[i], 40), tie=2e-2)], (
-            architecture
-        )
+        for found in (made, few_rows):
+            parting = [i for i in few if parted(model, prompts[i], found[i, 0], greedy(model, prompts[i], 40), tie=2e-2)]
+            assert not parting, architecture
     model = model_of("Qwen2", True, torch.bfloat16).to("cuda")
     engine = Graphs(model, 384, 128)
     engine.logits(prompts[5])  # as for an adapter's distance, before its answers; then room for longer ones
@@ -190,7 +191,6 @@ def test_the_generator_answers_as_generate_does_and_what_is_beside_an_answer_cha
             assert all(whole[place] == one for place, one in answers(Graphs(model, slots, 128), part, asked).items())
         few = answers(Graphs(model, 64, 128, rows=64), range(64), asked)  # a rollout's
         assert few == answers(Graphs(model, 20, 128, rows=64), range(64), asked)
-        assert sum(whole[place] == one for place, one in few.items()) >= len(few) // 2  # other shapes round otherwise
 
 
 def test_a_shared_beginning_changes_no_bit_of_an_answer(monkeypatch):
