@@ -34,6 +34,8 @@ def test_a_phase_with_a_warm_compile_cache_records_as_the_first_one_did(tmp_path
 def test_after_a_recording_that_failed_others_are_made():
     """In the same pool none could: torch says that it is recording already."""
     stream, weight = torch.cuda.Stream(), torch.randn(64, 64, device="cuda")
+    with torch.cuda.stream(stream):
+        weight @ weight  # as a batch runs as it is before its size is recorded
     with torch.cuda.stream(stream), pytest.raises(torch.OutOfMemoryError):
         with captured.recording(torch.cuda.CUDAGraph(), torch.cuda.graph_pool_handle()):
             torch.empty(2**45, device="cuda")
@@ -43,6 +45,25 @@ def test_after_a_recording_that_failed_others_are_made():
     graph.replay()
     torch.cuda.synchronize()
     assert made.isfinite().all() and torch.nn.functional.dropout(weight).isfinite().all()
+
+
+def test_after_a_recording_that_could_not_be_ended_dropout_draws():
+    """torch's generator was left at it, and said so at the next draw."""
+    stream, weight = torch.cuda.Stream(), torch.randn(64, 64, device="cuda")
+    with torch.cuda.stream(stream), pytest.raises(RuntimeError):
+        with captured.recording(torch.cuda.CUDAGraph(), torch.cuda.graph_pool_handle()):
+            torch.nn.functional.dropout(weight)
+            weight.sum().item()  # what nothing that is recorded may do
+    torch.cuda.synchronize()
+    assert not torch.equal(torch.nn.functional.dropout(weight), torch.nn.functional.dropout(weight))
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.stream(stream), captured.recording(graph, torch.cuda.graph_pool_handle()):
+        made = torch.nn.functional.dropout(weight)
+    graph.replay()
+    first = made.clone()
+    graph.replay()
+    torch.cuda.synchronize()
+    assert not torch.equal(first, made)
 
 
 def test_the_memory_of_recordings_comes_back():

@@ -319,3 +319,37 @@ def test_memory_that_is_set_aside_is_not_in_the_peak(monkeypatch):
     captured.Arena().renew(850)
     assert gpus.peak(now[0]) == 50
     assert gpus.peak(70) == 70
+
+
+@pytest.mark.parametrize("ends", [True, False])
+def test_a_recording_that_could_not_be_ended_leaves_no_generator_at_it(monkeypatch, ends):
+    class Graph:
+        def capture_begin(self, **how):
+            pass
+
+        def capture_end(self):
+            if not ends:
+                raise RuntimeError("invalidated")
+
+    renewed: list = []
+    monkeypatch.setattr(torch._C, "_cuda_clearCublasWorkspaces", lambda: None, raising=False)
+    monkeypatch.setattr(captured, "renew_generator", lambda: renewed.append(1))
+    with pytest.raises(RuntimeError, match="not permitted"), captured.recording(Graph(), None):
+        raise RuntimeError("not permitted while it is recorded")
+    assert renewed == ([] if ends else [1])
+
+
+def test_after_a_recording_that_failed_none_from_before_it_is_played(base, recorded, monkeypatch):
+    for _ in range(3):
+        result(recorded, batch())
+
+    def fails(*given):
+        raise RuntimeError("not permitted while it is recorded")
+
+    with monkeypatch.context() as within, torch.no_grad():
+        within.setattr(captured, "Recording", fails)
+        for _ in range(captured.OFTEN[False]):
+            recorded(**batch())
+    Noted.log.clear()
+    assert_same(result(adapted(base), batch()), result(recorded, batch()))
+    assert [one[0] for one in Noted.log] == ["recorded", "played", "back"]

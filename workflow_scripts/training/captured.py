@@ -18,7 +18,7 @@ import gc
 import weakref
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -53,12 +53,21 @@ def recording(graph: Any, pool: Any) -> Iterator[None]:
         try:
             yield
         except BaseException:
-            with suppress(RuntimeError):  # what failed is what is told
+            try:
                 graph.capture_end()
+            except RuntimeError:  # what failed first is what is told
+                renew_generator()
             raise
         graph.capture_end()
     finally:
         torch._C._cuda_clearCublasWorkspaces()
+
+
+def renew_generator() -> None:
+    """A recording that could not even be ended leaves torch's generator at it: whatever drew next would fail. What was recorded
+    before it would, too, and is to be let go."""
+    generator = torch.cuda.default_generators[torch.cuda.current_device()]
+    generator.graphsafe_set_state(generator.clone_state())
 
 
 @contextmanager
@@ -303,10 +312,10 @@ class Captured:
             said = str(error).splitlines() or [type(error).__name__]
             why = "there is no room to record them" if isinstance(error, torch.OutOfMemoryError) else said[0]
         self.refused.add(kind)
-        if begun:  # a pool in which a recording failed may take no other
-            kept.clear()
-            if grads:
-                self.arena.release()
+        if begun:  # a pool in which a recording failed may take no other; nor may those before it be played
+            self.made.clear()
+            self.passing.clear()
+            self.arena.release()
         gc.collect()  # what the failure's traceback holds may hold memory
         print(f"batches of {size:,} tokens run kernel by kernel{'' if grads else ' without a gradient'}: {why}", flush=True)
         return False
