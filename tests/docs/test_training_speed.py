@@ -60,7 +60,7 @@ def test_what_was_aimed_at_is_held_against_what_was_measured():
         assert met == ("yes" if by[0] >= int(aim.replace(",", "")) else "no" if by[-1] < int(aim.replace(",", "")) else met), name
     ppo = newest("ppo")["times"]
     assert table[5][1] == f"{sum(ppo[16:32]):.2f} s" and f"{sum(ppo[:16]):.1f} s" in table[5][5]
-    assert table[6][1] == ", ".join(f"{newest(name, 'dequantised')['s_per_step']:.2f} s" for name in ("grpo", "rloo"))
+    assert table[6][1] == ", ".join(f"{newest(name)['s_per_step']:.2f} s" for name in ("grpo", "rloo"))
 
 
 def test_where_the_time_went_is_what_the_profiles_say():

@@ -13,7 +13,6 @@ from typing import Any
 from workflow_scripts.data import slicing
 from workflow_scripts.plumbing.messages import InputError
 
-
 AT_ONCE = 1000  # rows
 
 
