@@ -8,7 +8,7 @@ conversations and 5,000 pairs to train on, of 64 to 1,024 tokens, 0.77 of that i
 prompts for PPO. IFEval's 541 prompts and GSM8K's questions are the real ones. Random weights know no end of turn, so every answer
 is as long as it may be: 1,280 tokens in IFEval, 512 in a rollout; a trained model's are shorter.
 
-Micro-batches are `--micro` rows, so that several jobs have room on the card beside each other. Making the weights
+Micro-batches are `--micro` sequences, so that several jobs have room on the card beside each other. Making the weights
 and the rows is not in the time; the pipeline's own steps of base and slices are. The file has the wall time, when each job had
 ended, a training's steps and peak, and of one that did not end how far it came.
 """
@@ -30,6 +30,7 @@ import yaml
 from measurements import study_memory
 from measurements.training import lengths
 from workflow_scripts.artifacts import manifests
+from workflow_scripts.config.names import PAIRED
 from workflow_scripts.config.written import merge
 from workflow_scripts.models import chat
 
@@ -80,7 +81,8 @@ def write_config(folder: Path, given: argparse.Namespace) -> Path:
     data["threads"], data["allow_package_mismatch"] = 2, True
     more: dict[str, Any] = {method: {"require_reward_above_chance": False} for method in ("ppo", "grpo", "rloo")}
     for method in ("sft", "dpo", "kto", "rm", "ppo", "grpo", "rloo"):
-        train = {"per_device_train_batch_size": given.micro, "gradient_accumulation_steps": 16 // given.micro}
+        micro = given.micro // (2 if method in PAIRED else 1)  # a pair is two
+        train = {"per_device_train_batch_size": micro, "gradient_accumulation_steps": 16 // micro}
         if method == "ppo":
             train["steps_per_generation"] = 64 // given.micro
         if method in ("grpo", "rloo"):
@@ -126,7 +128,7 @@ def main() -> None:
         "--tiny", action="store_true", help="a tiny shape on the CPU, with --plan: its rows have no room for real questions"
     )
     parser.add_argument("--plan", action="store_true", help="only plan it")
-    parser.add_argument("--micro", type=int, default=8, help="rows of a micro-batch")
+    parser.add_argument("--micro", type=int, default=8, help="sequences of a micro-batch")
     parser.add_argument("--cores", type=int, default=16)
     parser.add_argument("--at-once", type=int, default=6, help="jobs on the card at most")
     parser.add_argument(

@@ -7,7 +7,7 @@ in the precision in which autocast computes with it. Each answer has a random st
 takes from torch's generator; so a resumed training draws what it would have drawn.
 
 Log-probabilities are the trainer's own, as TRL computes them. How far the sampler's are from them is measured on the first
-micro-batch of each rollout and logged: `sampler/gap`, the mean of |log pi_trainer - log pi_sampler| over tokens,
+LOOKED_AT answers of each rollout and logged: `sampler/gap`, the mean of |log pi_trainer - log pi_sampler| over tokens,
 `sampler/gap_max`, and `sampler/off_policy`, the share of tokens whose ratio of the two is outside 0.9 to 1.1.
 """
 
@@ -22,6 +22,7 @@ from workflow_scripts.generation.graphs import Graphs
 from workflow_scripts.plumbing import ranks
 from workflow_scripts.training import exchange
 
+LOOKED_AT = 8  # by GRPO in a forward pass for that alone
 GAPS = ("sampler/gap", "sampler/gap_max", "sampler/off_policy")
 
 
@@ -107,7 +108,7 @@ class Rollouts:
 
     @torch.no_grad()
     def _measure_gap(self: Any, batch: dict) -> None:
-        rows = slice(self.args.per_device_train_batch_size)
+        rows = slice(min(LOOKED_AT, self.args.per_device_train_batch_size))
         ids, mask = ([batch[f"{part}_{kind}"][rows] for part in ("prompt", "completion")] for kind in ("ids", "mask"))
         there = batch.get("old_per_token_logps")
         if there is None:
