@@ -7,7 +7,7 @@ import pytest
 
 from tests.support.shapes import LARGE, ROOT, SEVEN, STUDY, memory, peaks
 from workflow_scripts.config.names import CHOICE
-from workflow_scripts.generation.answers import ROWS
+from workflow_scripts.generation.answers import ROWS, rows_for
 from workflow_scripts.plan import passes
 from workflow_scripts.plan.gpu_memory import GIB, Memory
 from workflow_scripts.plan.passes import Pass, in_slots
@@ -125,6 +125,17 @@ def test_a_base_that_is_dequantised_is_counted_once_with_the_generator_that_shar
     assert more["dpo"][0] == more["dpo"][1]  # was never in 4 bits
     saved = made.shape.linear * 0.5
     assert more["grpo"][1]["rollout"] - more["grpo"][0]["rollout"] == pytest.approx(saved, rel=0.2)
+
+
+def test_a_rollout_has_as_many_rows_as_answers_and_no_more():
+    assert [rows_for(answers) for answers in (1, 64, 65, 384, 500)] == [64, 64, 128, 384, 384]
+    made = memory({"methods": {"grpo": {"train": {"per_device_eval_batch_size": 200}}}})
+    body = made.config.experiments["grpo"]
+    peak = made.train("grpo", body).stages["rollout"]
+    wider = {"train": body["train"] | {"gradient_accumulation_steps": 32}}  # 256 answers
+    assert made.train("grpo", body | wider).stages["rollout"] - peak > (256 - 64) * made.shape.vocabulary * (3 * 2 + 4)
+    fewer = body["train"] | {"per_device_eval_batch_size": 64}
+    assert made.train("grpo", body | {"train": fewer}).stages["rollout"] == pytest.approx(peak, rel=1e-6)
 
 
 def test_the_effective_batch_at_once_is_within_15_percent_of_what_was_measured():

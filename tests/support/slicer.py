@@ -23,8 +23,6 @@ class Words:
     def apply_chat_template(self, turns, add_generation_prompt=False, tokenize=True):
         if not tokenize:
             return "\n".join(turn["content"] for turn in turns)
-        if turns and isinstance(turns[0], list):
-            return {"input_ids": [self.apply_chat_template(one)["input_ids"] for one in turns]}
         start = ["<answer>"] * add_generation_prompt
         return {"input_ids": [word for turn in turns for word in ["<turn>", *turn["content"].split()]] + start}
 

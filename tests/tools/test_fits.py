@@ -72,7 +72,7 @@ def test_advice_halves_ktos_micro_batch_down_to_a_group_of_its_kl_estimate():
 
 
 def test_advice_leaves_ktos_micro_batch_alone():
-    made = memory(WIDE, {"methods": {"kto": {"train": {"per_device_train_batch_size": 512}}}})
+    made = memory(WIDE, {"methods": {"kto": {"kl_rows": "micro_batch", "train": {"per_device_train_batch_size": 512}}}})
     kto = made.train("kto", made.config.experiments["kto"])
     assert fits.remedy(made, kto, 16) is None
     (line,) = fits.advice(made, [kto], 16)

@@ -107,3 +107,23 @@ def test_a_last_group_of_fewer_rows_weighs_by_them(folder, base, pairs):
     assert [rows for _, rows in losses] == [6, 6, 4]
     wanted = sum(loss * rows for loss, rows in losses) / 16
     assert trainers.objective(one, {"loss": "loss"})[0]["loss"] == pytest.approx(wanted, abs=2e-6)
+
+
+@pytest.mark.parametrize("method, passes", [("dpo", 2), ("kto", 4)])
+def test_a_reference_that_is_not_there_yet_is_computed_for_the_whole_batch(folder, base, pairs, method, passes):
+    """DPO: policy and reference of held-out pairs, which count one by one; KTO: both, and both of the mismatched answers."""
+    more = {"per_device_train_batch_size": 12, "per_device_eval_batch_size": 12, **({"kl_rows": 4} if method == "kto" else {})}
+    found = {}
+    for once in (True, False):
+        one = stirred(folder / f"{method} once {once}", method, base, pairs, precompute_ref_log_probs=once, **more)
+        one.judged, counted = [], []
+        batch = next(iter(one.get_eval_dataloader()))
+        hook = count_passes(one, counted)
+        with torch.no_grad():
+            one.compute_loss(one.model, batch)
+        hook.remove()
+        found[once] = one.judged
+        assert one.precompute_ref_logps == once and len(counted) == (passes // 2 if once else passes)
+    assert len(found[True]) == (8 if method == "dpo" else 3)
+    for first, second in zip(found[True], found[False], strict=True):
+        assert first == pytest.approx(second, rel=1e-4)

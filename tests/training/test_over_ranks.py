@@ -20,9 +20,10 @@ STEPS = 30
 SHARED = {"max_steps": STEPS, "gradient_accumulation_steps": 4, "logging_steps": 1}
 OF_METHOD = {
     "sft_v2": {"per_device_train_batch_size": 2},
-    "dpo": {"per_device_train_batch_size": 2},
-    **dict.fromkeys(("simpo", "cpo", "orpo"), {"per_device_train_batch_size": 2}),
-    "kto": {"per_device_train_batch_size": 4},
+    # held-out batches of three pairs, and of three groups of four answers: the last is not whole
+    "dpo": {"per_device_train_batch_size": 2, "per_device_eval_batch_size": 3},
+    **dict.fromkeys(("simpo", "cpo", "orpo"), {"per_device_train_batch_size": 2, "per_device_eval_batch_size": 3}),
+    "kto": {"per_device_train_batch_size": 4, "per_device_eval_batch_size": 12},
     "rm": {"per_device_train_batch_size": 2},
     "grpo": {
         "num_iterations": 2,
@@ -49,6 +50,8 @@ def check_equal(made, alone, tolerance=1e-4, steps=STEPS):
         assert found == pytest.approx(expected, rel=tolerance, abs=tolerance), expected["step"]
     before, after = alone.data["objective"], made.data["objective"]
     assert after["after"] == pytest.approx(before["after"], abs=tolerance) and after["before"] == before["before"]
+    for name, moved in before["change"].items():
+        assert after["change"][name] == pytest.approx(moved, abs=tolerance), name
     first, second = (load_file(one.folder / "adapter_model.safetensors") for one in (alone, made))
     assert max(float((first[name] - second[name]).abs().max()) for name in first) < 10 * tolerance
 

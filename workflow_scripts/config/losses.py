@@ -18,7 +18,8 @@ def check(config: Written, name: str, body: dict) -> None:
         raise config.fail(config.place(name, ["train", key]), problem)
     if body["method"] == "kto" and (size := body["train"][SIZE]) % kl_rows(body):
         fitting = ", ".join(str(number) for number in range(2, size + 1) if size % number == 0)
-        problem = f"found {kl_rows(body)}, but a micro-batch of {size} (train.{SIZE}) has no whole groups of it; take {fitting}"
+        problem = f"found {kl_rows(body)}, but a micro-batch of {size} (train.{SIZE}) has no whole groups of it; take {fitting}, "
+        problem += "or another micro-batch"
         raise config.fail(config.place(name, ["kl_rows"]), problem)
 
 

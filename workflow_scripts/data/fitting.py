@@ -13,20 +13,10 @@ from typing import Any
 from workflow_scripts.data import slicing
 from workflow_scripts.plumbing.messages import InputError
 
-AT_ONCE = 1000  # rows
 
-
-def tokens(tokenizer: Any, rows: list[dict]) -> list[int]:
-    """Of each row's longest conversation that is trained on, as the chat template writes it: prompt, answer and its end.
-
-    Many at once: the tokenizer shares them among its threads.
-    """
-    found = []
-    for first in range(0, len(rows), AT_ONCE):
-        turns = [slicing.conversations(row) for row in rows[first : first + AT_ONCE]]
-        ids = iter(tokenizer.apply_chat_template([one for some in turns for one in some])["input_ids"])
-        found += [max(len(next(ids)) for _ in some) for some in turns]
-    return found
+def tokens(tokenizer: Any, row: dict) -> int:
+    """Of the longest conversation that a row is trained on, as the chat template writes it: prompt, answer and its end."""
+    return max(len(tokenizer.apply_chat_template(turns)["input_ids"]) for turns in slicing.conversations(row))
 
 
 def fitting(
@@ -38,10 +28,7 @@ def fitting(
     of either kind were left out, how many are trained on, and a hash of the ids of all that are left, by which two methods
     are known to have had the same. InputError if more than the share `max_left_out` is too long, or all of one kind is.
     """
-    kept = {
-        held: [row for row, count in zip(some, tokens(tokenizer, some), strict=True) if count <= max_length]
-        for held, some in rows.items()
-    }
+    kept = {held: [row for row in some if tokens(tokenizer, row) <= max_length] for held, some in rows.items()}
     total, left = (sum(map(len, found.values())) for found in (rows, kept))
     if not all(kept.values()) or total - left > max_left_out * total:
         none = "" if all(kept.values()) else ", no row to train on or none held out is left"

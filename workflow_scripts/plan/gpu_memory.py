@@ -172,9 +172,10 @@ class Memory:
         drawn = max(rollout, train["per_device_eval_batch_size"])
         if self.config.data["generation"]["rollouts"] == "graphs":
             again = body["quantise"] != "none" and not self._dequantised  # a 4-bit base is there a second time
-            slots = min(drawn, self.config.data["generation"]["slots"])
+            lines = rows_for(rollout)
+            slots = min(drawn, self.config.data["generation"]["slots"], lines)
             fixed += again * self.e * self.shape.linear
-            fixed += in_slots(policy, slots, row, True, self._block(body)["r"], rows_for(drawn))
+            fixed += in_slots(policy, slots, row, True, self._block(body)["r"], lines)
             phase.stages |= {stage: peak + fixed - before for stage, peak in phase.stages.items()}
             phase.stages["rollout"] = fixed
         else:

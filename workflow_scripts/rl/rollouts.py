@@ -7,8 +7,9 @@ in the precision in which autocast computes with it. Each answer has a random st
 takes from torch's generator; so a resumed training draws what it would have drawn.
 
 Log-probabilities are the trainer's own, as TRL computes them. How far the sampler's are from them is measured on the first
-LOOKED_AT answers of each rollout and logged: `sampler/gap`, the mean of |log pi_trainer - log pi_sampler| over tokens,
-`sampler/gap_max`, and `sampler/off_policy`, the share of tokens whose ratio of the two is outside 0.9 to 1.1.
+micro-batch of each rollout, or LOOKED_AT answers of it, and logged: `sampler/gap`, the mean of
+|log pi_trainer - log pi_sampler| over tokens, `sampler/gap_max`, and `sampler/off_policy`, the share of tokens whose ratio of
+the two is outside 0.9 to 1.1.
 """
 
 from typing import Any
@@ -22,7 +23,7 @@ from workflow_scripts.generation.graphs import Graphs
 from workflow_scripts.plumbing import ranks
 from workflow_scripts.training import exchange
 
-LOOKED_AT = 8  # by GRPO in a forward pass for that alone
+LOOKED_AT = 8  # answers, where it takes a forward pass for that alone, as in GRPO
 GAPS = ("sampler/gap", "sampler/gap_max", "sampler/off_policy")
 
 
@@ -43,7 +44,7 @@ class Rollouts:
             return
         at_once = max(self.args.generation_batch_size, self.args.per_device_eval_batch_size)
         length = longest + self.args.max_completion_length
-        self.engine = Graphs(model, min(slots, at_once), length, rows=rows_for(at_once))
+        self.engine = Graphs(model, min(slots, at_once), length, rows=rows_for(self.args.generation_batch_size))
 
     def _generate_single_turn(self: Any, prompt_ids: list[list[int]], *others: Any) -> Any:
         if self.engine is None:  # ranks draw from one stream, and what the first drew counts
@@ -108,9 +109,9 @@ class Rollouts:
 
     @torch.no_grad()
     def _measure_gap(self: Any, batch: dict) -> None:
-        rows = slice(min(LOOKED_AT, self.args.per_device_train_batch_size))
+        there, size = batch.get("old_per_token_logps"), self.args.per_device_train_batch_size
+        rows = slice(min(LOOKED_AT, size) if there is None else size)
         ids, mask = ([batch[f"{part}_{kind}"][rows] for part in ("prompt", "completion")] for kind in ("ids", "mask"))
-        there = batch.get("old_per_token_logps")
         if there is None:
             whole = torch.cat(ids, 1), torch.cat(mask, 1), ids[1].shape[1]
             with self.compute_loss_context_manager():

@@ -23,7 +23,7 @@ from workflow_scripts.tools import card
 def cut(tokenizer: Any, given: tuple[Any, Any], max_length: int) -> dict[str, int]:
     """How many conversations are longer than `max_length`: TRL trains on their beginnings, without a word."""
     return {
-        name: sum(count > max_length for count in fitting.tokens(tokenizer, list(data)))
+        name: sum(fitting.tokens(tokenizer, row) > max_length for row in data)
         for name, data in zip(("train", "heldout"), given, strict=True)
     }
 

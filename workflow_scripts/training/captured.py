@@ -18,7 +18,7 @@ import gc
 import weakref
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
@@ -53,19 +53,25 @@ def recording(graph: Any, pool: Any) -> Iterator[None]:
         try:
             yield
         except BaseException:
-            try:
-                graph.capture_end()
-            except RuntimeError:  # what failed first is what is told
-                renew_generator()
+            with suppress(RuntimeError):  # what failed first is what is told
+                end(graph)
             raise
-        graph.capture_end()
+        end(graph)
     finally:
         torch._C._cuda_clearCublasWorkspaces()
 
 
+def end(graph: Any) -> None:
+    """RuntimeError if a recording can't even be ended. That leaves torch's generator at it: whatever drew next would fail, so it
+    gets a new state. What was recorded before would fail too, and is to be let go."""
+    try:
+        graph.capture_end()
+    except RuntimeError:
+        renew_generator()
+        raise
+
+
 def renew_generator() -> None:
-    """A recording that could not even be ended leaves torch's generator at it: whatever drew next would fail. What was recorded
-    before it would, too, and is to be let go."""
     generator = torch.cuda.default_generators[torch.cuda.current_device()]
     generator.graphsafe_set_state(generator.clone_state())
 

@@ -7,7 +7,11 @@ waits for the processor.
 
 So the model sees the whole batch, and the trainer's own loss is asked for each group, with a stand-in for the model that gives
 the group's rows of what the model gave. The loss of the batch is the mean over its groups, which is what transformers makes of
-as many micro-batches: the same numbers, up to the order of sums.
+as many micro-batches: the same numbers, up to the order of sums. (But in the last step of an epoch, if micro-batches of several
+groups do not come out even: there transformers lets each micro-batch count the same, however few groups are in it.)
+
+A reference that is not there yet is computed for the whole batch as well. An auxiliary loss, of a mixture of experts, would be
+that of the whole batch in each group.
 """
 
 from types import SimpleNamespace
@@ -31,15 +35,14 @@ class Rows:
         self.kl: Any = None
 
     def __call__(self, input_ids: Tensor, attention_mask: Tensor, labels: Tensor, **how: Any) -> Any:
+        """What the model gave of the group, whose tokens these are; all rows' labels are made as the group's were."""
         ids = self.batch["input_ids"]
+        whole = ids.masked_fill(self.batch["completion_mask"] == 0, IGNORE)
+        assert torch.equal(labels, whole[self.group]), "these are not the labels of the group's completions"
         if self.found is None:
-            whole = ids.masked_fill(self.batch["completion_mask"] == 0, IGNORE)
             self.found = self.model(input_ids=ids, attention_mask=self.batch["attention_mask"], labels=whole, **how)
-        parts = {name: self._of_group(value) if len(ids) == _rows(value) else value for name, value in self.found.items()}
+        parts = {name: value[self.group] if len(ids) == _rows(value) else value for name, value in self.found.items()}
         return SimpleNamespace(**{name: parts.get(name) for name in self.found.__dataclass_fields__})
-
-    def _of_group(self, value: Tensor) -> Tensor:
-        return value[self.group]
 
 
 def _rows(value: Any) -> int | None:
@@ -68,7 +71,11 @@ class InGroups:
             self._note([loss], groups)
             return loss
         inputs = {name: value.to(self.args.device) if isinstance(value, Tensor) else value for name, value in inputs.items()}
-        stand_in, losses = Rows(model, inputs), []
+        stand_in, losses, once = Rows(model, inputs), [], self.precompute_ref_logps
+        if not once and (columns := getattr(self, "COLUMNS", ())):  # of a method with a reference
+            made = self.compute_ref_log_probs(self.ref_model or self.model, inputs)
+            inputs |= {name: column for name, column in zip(columns, made, strict=True) if column is not None}
+            self.precompute_ref_logps = True
         for group in groups:
             of_rows = group if sequences == rows else torch.cat((group, group + rows))  # all chosen, then all rejected
             stand_in.group = of_rows
@@ -77,6 +84,7 @@ class InGroups:
                 for name, value in inputs.items()
             }
             losses.append(super().compute_loss(stand_in, part, *args, **more))  # type: ignore[misc]
+        self.precompute_ref_logps = once
         self._note(losses, groups)
         return torch.stack(losses).mean()
 

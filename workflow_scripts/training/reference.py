@@ -4,7 +4,7 @@ They are a forward pass over all rows before the first step, a third of a traini
 the same rows needs the same numbers: a variant of the loss, another beta, a trial of `tune:`, another seed on one base, a killed
 run that goes on. So they lie in `results/.work/references/`, each under the hash of all that they follow from: the start's
 weights and how they are loaded, the machine, the versions and the code, and every padded batch as the model would see it. What
-batches hold decides: KTO's rows of its KL estimate are paired within a batch, in an order of the seed, and are found again only
+batches hold decides: KTO's rows of its KL estimate are paired within a group, in an order of the seed, and are found again only
 where all of that is the same. It is a cache, and no output: with it and without, the numbers are those of the same pass, on a CPU
 bit for bit. Nobody waits for it: two trainings that start together both compute.
 

@@ -74,15 +74,15 @@ def kept(trainer: Any) -> Iterator[Units]:
     hook = model.register_forward_hook(forward) if isinstance(trainer, SFTTrainer) else None
     if judge is not None:
         trainer._calculate_rewards = calculate_rewards
-    # Where several ranks train, the batches are shared out beforehand; rollouts share their answers themselves.
-    shared = passes.evaluated(trainer, predict, tokens) if ranks.count > 1 and judge is None else None
     if in_groups := isinstance(trainer, InGroups):
         trainer.judged = tokens["loss"]
-    trainer.prediction_step = prediction_step
     try:
+        # Where several ranks train, the batches are shared out beforehand; rollouts share their answers themselves.
+        shared = passes.evaluated(trainer, predict, tokens) if ranks.count > 1 and judge is None else None
+        trainer.prediction_step = prediction_step
         yield found
     finally:
-        del trainer.prediction_step
+        vars(trainer).pop("prediction_step", None)
         if in_groups:
             del trainer.judged
         if hook is not None:
