@@ -12,7 +12,7 @@ et al. 2023, arXiv:2305.10425). With r = log pi - log ref of an answer:
 
 `bco_pair` is TRL's, without the paper's shift of the rewards by their running mean. `sppo_hard` has no judge's probabilities: the
 better answer wins with 1. `aot` compares distributions, so the micro-batch is part of it, at least two pairs; held-out pairs
-count one by one, and its objective there is that of `sigmoid`. A list of losses with `loss_weights` is their weighted sum, such as
+count one by one, and its objective there is that of `sigmoid`. A list of losses with `loss_weights` is their weighted sum, like
 MPO (Wang et al. 2024, arXiv:2411.10442: 0.8 sigmoid, 0.2 bco_pair, 1.0 sft), `sft` being the mean of -log pi over the tokens of a
 micro-batch's better answers. Weights have no default: TRL would take 1 for each.
 
