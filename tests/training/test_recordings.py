@@ -34,11 +34,13 @@ def test_what_fails_in_a_recording_is_told_and_no_workspace_stays_in_its_memory(
                 raise RuntimeError("the capture is invalid")
 
     monkeypatch.setattr(torch._C, "_cuda_clearCublasWorkspaces", lambda: order.append("clear"), raising=False)
+    monkeypatch.setattr(captured, "renew_generator", lambda: order.append("renew"))
     told = {"begin": "already recording", "body": "full", "end": "the capture is invalid", "body and end": "full"}
     with pytest.raises(RuntimeError, match=told[fails]) if fails else nullcontext(), captured.recording(Fragile(), None):
         if "body" in fails:
             raise torch.OutOfMemoryError("full")
-    assert order == ["clear", "begin", *(["end"] if fails != "begin" else []), "clear"]
+    ended = [] if fails == "begin" else ["end", "renew"] if "end" in fails else ["end"]  # else the generator stays at it
+    assert order == ["clear", "begin", *ended, "clear"]
 
 
 class Graph:
