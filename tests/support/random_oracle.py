@@ -263,7 +263,9 @@ CODE: dict[str, list[str]] = {
     **dict.fromkeys(
         tuple(
             f"training/{name}.py"
-            for name in "__init__ trainers checkpoints speed fused captured units change over_ranks exchange passes groups".split()
+            for name in (
+                "__init__ trainers checkpoints speed fused captured units change over_ranks exchange passes groups".split()
+            )
         ),
         ["eval_rm", *TRAIN],
     ),
