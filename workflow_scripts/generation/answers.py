@@ -11,8 +11,8 @@ FEW = 64  # rows of a rollout's step come in multiples of it
 def rows_for(answers: int) -> int:
     """Rows of a step on a GPU where there are never more answers at once, as in a rollout; at most ROWS.
 
-    A step takes about as long for one row as for ROWS where weights are large, and longer the more rows there are where the
-    vocabulary is. How many there are decides how products round, so they follow from what decides the training, not from slots.
+    On an H200 a sampled step of 0.5 B takes 1.8 to 1.9 ms with 64 rows, 2.6 with 384 (docs/generation.md). How many there are
+    decides how products round, so they follow from what decides the training, not from slots.
     """
     return min(ROWS, -(-answers // FEW) * FEW)
 
